@@ -1,0 +1,1 @@
+"""The vocabulary: what a job is, which changes are allowed, and the ports at the edges."""

@@ -1,0 +1,98 @@
+"""The port to an inference engine; it is asynchronous because engines are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+from qlm_batch.domain.jobs import EngineKind, Usage
+
+
+class Lso(StrEnum):
+    """The four LLM serving operations an engine may support."""
+
+    PULL = "pull"
+    EVICT = "evict"
+    BALANCE = "balance"
+    SWAP = "swap"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What a started engine can hold: running requests, key-value tokens, context length."""
+
+    model: str
+    kind: EngineKind
+    max_model_len: int
+    slots: int
+    kv_tokens: int
+    supports: frozenset[Lso] = field(default_factory=frozenset)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One request as the engine gets it: `body` is the JSON text of an OpenAI request body.
+
+    Lower `priority` runs first. `cache_salt` keeps tenants' prefix caches apart.
+    """
+
+    request_id: str
+    endpoint: str
+    body: str
+    priority: int
+    cache_salt: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineAnswer:
+    """An HTTP-shaped answer: any status, with the JSON text of the response or error body.
+
+    `first_token_s` and `duration_s` count from the call; None where the engine does not tell.
+    """
+
+    status_code: int
+    body: str
+    usage: Usage = field(default_factory=Usage)
+    first_token_s: float | None = None
+    duration_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A cheap look inside. `step` grows whenever the engine makes progress.
+
+    `steps` drains the rows (sequences, kv tokens, prefill tokens, seconds) seen since the last look.
+    `generated` are output tokens so far of each running request.
+    """
+
+    step: int
+    running: int
+    waiting: int
+    kv_usage: float
+    generated_tokens: int
+    steps: tuple[tuple[int, int, int, float], ...] = ()
+    generated: tuple[int, ...] = ()
+
+
+class Engine(Protocol):
+    """One model being served. Bad requests come back as answers with a 4xx status, never raised."""
+
+    async def start(self) -> EngineInfo:
+        """Load and be ready. Raises ConfigurationError with a remedy when the model cannot run."""
+        ...
+
+    async def answer(self, request: EngineRequest) -> EngineAnswer:
+        """Serve one request to its end; cancelling the call aborts it inside the engine.
+
+        Raises EngineDead when the engine stopped.
+        """
+        ...
+
+    def stats(self) -> EngineStats:
+        """What the engine is doing now."""
+        ...
+
+    async def stop(self) -> None:
+        """End the engine and every process it started; safe to call twice."""
+        ...

@@ -1,0 +1,257 @@
+"""What the scheduler sees at one instant, and what it decides.
+
+A snapshot holds runs with counts of open slices, never requests, so planning a million queued
+requests costs no more than planning their runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from qlm_batch.domain.jobs import EngineKind, Estimate, OnMiss, SloClass
+
+
+class Residency(StrEnum):
+    """Where a model's weights are on an instance."""
+
+    AWAKE = "awake"
+    ASLEEP = "asleep"
+    COLD = "cold"
+
+
+class InstanceState(StrEnum):
+    """`starting` and `swapping` take assignments but run nothing yet; `draining` takes none."""
+
+    STARTING = "starting"
+    READY = "ready"
+    SWAPPING = "swapping"
+    DRAINING = "draining"
+    LOST = "lost"
+
+
+@dataclass(frozen=True, slots=True)
+class RunView:
+    """The queued part of one (run, generation): what can still be placed.
+
+    `requests`, `prompt_tokens` and `max_tokens` are sums over the queued slices; `max_tokens`
+    counts unbounded requests at the model's limit, so it is an upper bound. `deadline` is absolute.
+    """
+
+    run_id: int
+    generation: int
+    batch_id: str
+    tenant: str
+    model: str
+    kind: EngineKind
+    slo_class: SloClass
+    deadline: float
+    created_at: float
+    on_miss: OnMiss
+    slices: int
+    requests: int
+    prompt_tokens: int
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class AssignedView:
+    """Work of one (run, generation) already at an instance: `requests` remaining in `slices`."""
+
+    run_id: int
+    generation: int
+    batch_id: str
+    tenant: str
+    model: str
+    deadline: float
+    slices: int
+    leased_slices: int
+    requests: int
+    prompt_tokens: int
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelView:
+    """A model an instance hosts, where it is now, and what moving it costs.
+
+    `wake_s` is the time to make it the awake one from where it is; None when not measured yet.
+    """
+
+    name: str
+    kind: EngineKind
+    residency: Residency
+    max_model_len: int
+    wake_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceView:
+    """A worker and what it can run at once.
+
+    `slots` is the largest running batch; `kv_tokens` its key-value capacity in tokens;
+    `running` the requests inside the engine; `generated` the output tokens each running request
+    has produced, for residual life. `busy_s` is how long its interactive work will hold it.
+    """
+
+    name: str
+    boot_id: str
+    device: str
+    state: InstanceState
+    models: tuple[ModelView, ...]
+    slots: int
+    kv_tokens: int
+    running: int
+    interactive_running: int
+    generated: tuple[int, ...] = ()
+    assigned: tuple[AssignedView, ...] = ()
+    suspect_slices: int = 0
+    tokens_per_s: float = 0.0
+    interactive_share: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class QueueEntry:
+    """One group in a saved virtual queue."""
+
+    instance: str
+    position: int
+    group_key: str
+    slices: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What was learned about one (model, device): opaque to the store, read by the estimator."""
+
+    model: str
+    device: str
+    data: Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What an instance saw since it last reported; folded into profiles by the leader.
+
+    `outputs` are (tenant, output tokens) of finished requests of `model`. `steps` are rows
+    (sequences, kv tokens, prefill tokens, seconds) of engine steps. `tokens` generated in `seconds`
+    while busy give the measured throughput.
+    """
+
+    instance: str
+    device: str
+    model: str
+    at: float
+    outputs: tuple[tuple[str, int], ...] = ()
+    steps: tuple[tuple[int, int, int, float], ...] = ()
+    tokens: int = 0
+    requests: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The whole queue and fleet at `now`. Equal snapshots give equal plans."""
+
+    now: float
+    runs: tuple[RunView, ...]
+    instances: tuple[InstanceView, ...]
+    queues: tuple[QueueEntry, ...] = ()
+    profiles: tuple[Profile, ...] = ()
+    unpromised: frozenset[str] = frozenset()
+    """Ids of batches in progress that have no promise yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupPart:
+    """Slices of one (run, generation) inside a group."""
+
+    run_id: int
+    generation: int
+    slices: int
+
+
+@dataclass(frozen=True, slots=True)
+class RequestGroup:
+    """The unit the scheduler orders: open slices of one model, class, deadline bucket and tenant.
+
+    `key` is stable from one plan to the next while the group lasts.
+    """
+
+    key: str
+    model: str
+    kind: EngineKind
+    slo_class: SloClass
+    tenant: str
+    deadline: float
+    arrived_at: float
+    parts: tuple[GroupPart, ...]
+    batches: tuple[str, ...]
+    requests: int
+    prompt_tokens: int
+    max_tokens: int
+    on_miss: OnMiss = OnMiss.EXPIRE
+
+    @property
+    def slices(self) -> int:
+        """Slices over all parts."""
+        return sum(part.slices for part in self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedGroup:
+    """A group's place: when it is expected to start and finish (absolute), and why it is there.
+
+    `shed` groups were let go: they stand behind all work that can still make its deadline.
+    """
+
+    group: RequestGroup
+    start: float
+    finish_mean: float
+    finish_var: float
+    reason: str
+    shed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class VirtualQueue:
+    """The ordered groups of one instance; the head's model is the one it should run."""
+
+    instance: str
+    groups: tuple[PlannedGroup, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """Up to `slices` queued slices of (run, generation), to be placed at an instance in order."""
+
+    instance: str
+    run_id: int
+    generation: int
+    slices: int
+    group_key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """One line of the append-only story: what was done to a batch or group, and why."""
+
+    kind: str
+    at: float
+    batch_id: str | None = None
+    group_key: str | None = None
+    instance: str | None = None
+    detail: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The order of everything at `made_at`, with an estimate per batch."""
+
+    made_at: float
+    policy: str
+    queues: tuple[VirtualQueue, ...]
+    unplaced: tuple[PlannedGroup, ...] = ()
+    estimates: Mapping[str, Estimate] = field(default_factory=dict)

@@ -1,0 +1,80 @@
+"""Settings, read once at the start of a process from the environment (`QLM_…`) or arguments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import AliasChoices, Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Everything that may be set. Durations are seconds, sizes are bytes."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="QLM_", populate_by_name=True, extra="forbid", frozen=True
+    )
+
+    database_url: str = Field(
+        default="", validation_alias=AliasChoices("database_url", "DATABASE_URL", "QLM_DATABASE_URL")
+    )
+    redis_url: str = Field(
+        default="", validation_alias=AliasChoices("redis_url", "REDIS_URL", "QLM_REDIS_URL")
+    )
+    data_dir: Path = Path("var")
+    blob_url: str = ""
+    """An fsspec URL (`s3://bucket/prefix`); empty keeps blobs in `data_dir`."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_json: bool = False
+
+    host: str = "127.0.0.1"
+    port: int = 8600
+    public_url: str = ""
+    """Base of the links in e-mails; empty means http://host:port."""
+    max_file_bytes: int = 8 * 1024**3
+    max_line_bytes: int = 1024**2
+    max_lines: int = 5_000_000
+    max_json_depth: int = 64
+    max_n: int = 16
+
+    slice_requests: int = 64
+    lease_s: float = 30.0
+    leader_term_s: float = 10.0
+    tick_s: float = 0.5
+    instance_silent_s: float = 15.0
+    flush_s: float = 0.05
+    flush_rows: int = 256
+    poll_s: float = 1.5
+    heartbeat_s: float = 2.0
+    policy: str = "qlm"
+
+    instance: str = "gpu-0"
+    """This worker's stable name."""
+    engine: Literal["vllm", "openai", "simulated"] = "vllm"
+    engine_url: str = ""
+    engine_api_key: str = ""
+    models: tuple[str, ...] = ()
+    """Hugging Face ids or folders this worker hosts; `embed:NAME` for an embedding model."""
+    slots: int = 32
+    max_num_batched_tokens: int = 2048
+    max_model_len: int | None = None
+    kv_cache_bytes: int | None = None
+    dtype: str = "auto"
+    enforce_eager: bool = False
+    engine_args: dict[str, object] = Field(default_factory=dict)
+    """Further vLLM engine arguments, as JSON."""
+    simulated_time_scale: float = 1.0
+    """Speed of the simulated engine: 0 answers at once, 1 in the modelled time."""
+    start_timeout_s: float = 900.0
+    stall_s: float = 120.0
+    """An engine with work in flight and no step for this long is taken for hung."""
+
+    smtp_url: str = ""
+    """`smtp://user:password@host:port`, `smtps://…`; empty turns e-mail off."""
+    email_from: str = "qlm-batch@localhost"
+    webhook_allow: tuple[str, ...] = ()
+    """Hosts or CIDR ranges allowed as webhook targets although they are not public."""
+    webhook_timeout_s: float = 20.0
+    secret_key: str = ""
+    """Encrypts webhook secrets at rest; empty reads or makes `data_dir/secret.key` (0600)."""
