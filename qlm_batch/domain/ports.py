@@ -319,6 +319,16 @@ class Planning(Protocol):
         """Remember what was learned. NotLeader as above."""
         ...
 
+    def fail_unservable(self, epoch: int, model: str, message: str, *, limit: int = 256) -> int:
+        """Fail queued work of a model that nobody serves; slices closed, at most `limit`.
+
+        Takes queued slices of `model` in id order. Each line still to be done gets an error row:
+        status 404 with OpenAI's error envelope as body (`message`, type `invalid_request_error`,
+        param `model`, code `model_not_found`). The slice closes as done and batches left fully
+        closed end, as in a flush. NotLeader as above.
+        """
+        ...
+
     def queues(self) -> Sequence[QueueEntry]:
         """The saved virtual queues."""
         ...
