@@ -23,7 +23,7 @@ def server_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Folders
     """Folders for the session's servers, gone afterwards."""
     folders = Folders.under(tmp_path_factory.mktemp("servers"))
     yield folders
-    folders.remove_sockets()
+    folders.remove_all()
 
 
 @pytest.fixture(scope="session")

@@ -34,7 +34,8 @@ class Folders:
     def under(cls, data_dir: Path) -> Folders:
         """Make the folders for `data_dir`, whose absolute path names them."""
         data = data_dir.absolute()
-        data.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # Root's children need to pass through; what is secret inside is 0600 by itself.
+        data.mkdir(parents=True, exist_ok=True, mode=0o711 if os.geteuid() == 0 else 0o700)
         tag = hashlib.sha256(str(data.resolve()).encode()).hexdigest()[:10]
         account = SERVER_ACCOUNT if os.geteuid() == 0 else None
         sockets = Path(tempfile.gettempdir()) / f"qlm-{os.geteuid()}-{tag}"
@@ -63,6 +64,13 @@ class Folders:
     def remove_sockets(self) -> None:
         """Remove the socket folder once everything has stopped."""
         shutil.rmtree(self.sockets, ignore_errors=True)
+
+    def remove_all(self) -> None:
+        """Remove everything, data included, once everything has stopped."""
+        self.remove_sockets()
+        if self.postgres.parent != self.data:
+            shutil.rmtree(self.postgres.parent, ignore_errors=True)
+        shutil.rmtree(self.data, ignore_errors=True)
 
 
 def _private(path: Path, account: str | None) -> None:
