@@ -291,9 +291,13 @@ def draw(family: str, rng: random.Random, *, held_out: bool) -> Prompt:
         return Prompt(family, problem.text, problem.answer, output_tokens)
 
 
+def _seeded(seed: str) -> random.Random:
+    return random.Random(seed)  # noqa: S311  (repeatable prompts, no secrets)
+
+
 def held_out(family: str, n: int, seed: int) -> list[Prompt]:
     """`n` different held-out prompts of `family`; ValueError if it has not that many."""
-    rng = random.Random(f"{family}/{seed}")
+    rng = _seeded(f"{family}/{seed}")
     found: dict[str, Prompt] = {}
     for _ in range(_MAX_DRAWS + 20 * n):
         if len(found) >= n:
@@ -307,7 +311,7 @@ def held_out(family: str, n: int, seed: int) -> list[Prompt]:
 
 def mixed(n: int, seed: int) -> list[Prompt]:
     """`n` held-out prompts of all families in random order; a prompt may come twice."""
-    rng = random.Random(f"mixed/{seed}")
+    rng = _seeded(f"mixed/{seed}")
     rounds = [FAMILIES[i % len(FAMILIES)] for i in range(n)]
     rng.shuffle(rounds)
     return [draw(family, rng, held_out=True) for family in rounds]
@@ -318,7 +322,7 @@ def long_output(n: int, seed: int, min_tokens: int, max_tokens: int) -> list[Pro
 
     Raises ValueError where no answer of such a length can be found.
     """
-    rng = random.Random(f"long/{seed}/{min_tokens}/{max_tokens}")
+    rng = _seeded(f"long/{seed}/{min_tokens}/{max_tokens}")
     found: list[Prompt] = []
     misses = 0
     while len(found) < n:

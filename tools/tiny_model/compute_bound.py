@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForC
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from qlm_batch.models import tiny_model_path  # noqa: E402
+from qlm_batch.models import tiny_model_path
 
 HEAD_SIZE: Final = 64
 MAX_POSITIONS: Final = 4096

@@ -14,8 +14,8 @@ from typing import Any, Final
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from qlm_batch.models import tiny_model_path  # noqa: E402
-from qlm_batch.models.prompts import (  # noqa: E402
+from qlm_batch.models import tiny_model_path
+from qlm_batch.models.prompts import (
     FAMILIES,
     Prompt,
     completion_text,

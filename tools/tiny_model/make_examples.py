@@ -6,6 +6,7 @@ import argparse
 import json
 import random
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,7 +33,7 @@ def pick(per_short_family: int, per_length: int, seed: int) -> list[Prompt]:
     for family in FAMILIES:
         if family not in LONG_FAMILIES:
             prompts += held_out(family, per_short_family, seed)
-    for low, high in zip(LENGTH_BOUNDS, LENGTH_BOUNDS[1:], strict=False):
+    for low, high in pairwise(LENGTH_BOUNDS):
         prompts += long_output(per_length, seed, low, high)
     distinct = list({prompt.text: prompt for prompt in prompts}.values())
     random.Random(seed).shuffle(distinct)
