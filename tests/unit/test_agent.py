@@ -1,0 +1,58 @@
+"""The agent's rules."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlm_batch.scheduling import agent
+
+
+@given(in_hand=st.integers(0, 10_000), slots=st.integers(1, 1024))
+def test_a_pull_never_brings_more_than_two_running_batches(in_hand: int, slots: int) -> None:
+    pulled = agent.pull_size(in_hand, slots)
+    assert pulled >= 0
+    assert pulled == 0 or in_hand + pulled <= 2 * slots
+
+
+@given(slots=st.integers(1, 1024))
+def test_an_engine_about_to_run_dry_is_topped_up(slots: int) -> None:
+    assert agent.pull_size(slots, slots) > 0
+    assert agent.pull_size(2 * slots, slots) == 0
+
+
+def test_nothing_joins_a_suspect_slice() -> None:
+    assert agent.pull_size(0, 32, suspect=True) == 0
+
+
+def test_an_engine_without_slots_pulls_nothing() -> None:
+    assert agent.pull_size(0, 0) == 0
+
+
+@given(slots=st.integers(1, 4096))
+def test_the_cap_keeps_every_slot_busy_with_a_little_to_spare(slots: int) -> None:
+    assert slots < agent.concurrency_cap(slots) <= slots + max(1, slots // 4)
+
+
+@given(a=st.floats(0, 4e9), b=st.floats(0, 4e9))
+def test_an_earlier_deadline_never_runs_after_a_later_one(a: float, b: float) -> None:
+    first, second = sorted((a, b))
+    assert agent.engine_priority(first) <= agent.engine_priority(second)
+
+
+def test_batch_work_is_always_behind_interactive_work() -> None:
+    assert agent.engine_priority(0.0) > agent.INTERACTIVE_PRIORITY
+
+
+@pytest.mark.parametrize(
+    ("status", "again"), [(200, False), (400, False), (404, False), (429, True), (500, True), (503, True)]
+)
+def test_only_faults_that_may_pass_are_tried_again(status: int, again: bool) -> None:
+    assert agent.worth_retrying(status) is again
+
+
+def test_retries_end() -> None:
+    delays = [agent.retry_delay(n) for n in range(1, 10)]
+    assert delays[0] is not None
+    assert delays[-1] is None
