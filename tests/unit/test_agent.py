@@ -46,7 +46,8 @@ def test_batch_work_is_always_behind_interactive_work() -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "again"), [(200, False), (400, False), (404, False), (429, True), (500, True), (503, True)]
+    ("status", "again"),
+    [(200, False), (400, False), (404, False), (429, True), (500, True), (503, True)],
 )
 def test_only_faults_that_may_pass_are_tried_again(status: int, again: bool) -> None:
     assert agent.worth_retrying(status) is again
