@@ -1,0 +1,169 @@
+"""What a request body may not hold: fields the service sets itself, and unbounded work.
+
+The serving layer behind the engines honours these fields, so a line could outrank interactive
+traffic, read another tenant's prefix cache or make the server fetch any address.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from urllib.parse import urlsplit
+
+from qlm_batch.domain.errors import InvalidInput, NotFound, QlmError
+from qlm_batch.domain.jobs import CHAT, COMPLETIONS, EMBEDDINGS, EngineKind
+
+OWNED_FIELDS = (
+    "priority",
+    "request_id",
+    "cache_salt",
+    "kv_transfer_params",
+    "ec_transfer_params",
+    "vllm_xargs",
+    "chat_template",
+)
+KIND_OF: Mapping[str, EngineKind] = {
+    CHAT: EngineKind.GENERATE,
+    COMPLETIONS: EngineKind.GENERATE,
+    EMBEDDINGS: EngineKind.EMBED,
+}
+MAX_N = 16
+MAX_LOGPROBS = 20
+MAX_GRAMMAR_CHARS = 64 * 1024
+
+_COUNTS = ("n", "best_of")
+_LOGPROBS = ("logprobs", "top_logprobs", "prompt_logprobs")
+_GRAMMARS = ("response_format", "structured_outputs", "tools")
+
+
+def refuse_body(
+    body: Mapping[str, object],
+    *,
+    endpoint: str,
+    model: str,
+    kind: EngineKind,
+    max_n: int = MAX_N,
+    media_domains: Collection[str] = (),
+) -> QlmError | None:
+    """Why an engine that serves `model` for `kind` takes no such body, or None when it may."""
+    if KIND_OF.get(endpoint) is not kind:
+        return InvalidInput(
+            f"The model '{model}' is served for {kind.value}, which does not answer {endpoint}.",
+            code="unsupported_endpoint",
+            param="url",
+        )
+    if body.get("model") != model:
+        return NotFound(
+            f"The model '{body.get('model')}' is not served here; '{model}' is.",
+            code="model_not_found",
+            param="model",
+        )
+    return refuse_owned_fields(body, max_n=max_n, media_domains=media_domains)
+
+
+def refuse_owned_fields(
+    body: Mapping[str, object], *, max_n: int = MAX_N, media_domains: Collection[str] = ()
+) -> InvalidInput | None:
+    """The first field that only the service may set or that is out of bounds, as an error.
+
+    Media are accepted inline (`data:` URLs) and from the hosts in `media_domains`. Values of a
+    wrong type are left to the engine's own schema.
+    """
+    for field in OWNED_FIELDS:
+        if body.get(field) is not None:
+            return _owned(field)
+    template_args = body.get("chat_template_kwargs")
+    if isinstance(template_args, Mapping) and "chat_template" in template_args:
+        return _owned("chat_template_kwargs.chat_template")
+    if body.get("stream"):
+        return InvalidInput(
+            "'stream' must be absent or false: the answer is delivered whole.",
+            code="unsupported_value",
+            param="stream",
+        )
+    return _out_of_bounds(body, max_n) or _foreign_media(body, media_domains)
+
+
+def _owned(field: str) -> InvalidInput:
+    return InvalidInput(
+        f"'{field}' is set by the service; remove it from the request.",
+        code="unsupported_parameter",
+        param=field,
+    )
+
+
+def _out_of_bounds(body: Mapping[str, object], max_n: int) -> InvalidInput | None:
+    limits = dict.fromkeys(_COUNTS, max_n) | dict.fromkeys(_LOGPROBS, MAX_LOGPROBS)
+    for field, limit in limits.items():
+        value = body.get(field)
+        if isinstance(value, int) and not -1 < value <= limit:
+            return InvalidInput(
+                f"'{field}' is {value}; it must lie between 0 and {limit}.",
+                code="invalid_value",
+                param=field,
+            )
+    for field in _GRAMMARS:
+        value = body.get(field)
+        if isinstance(value, Mapping | list) and _chars(value) > MAX_GRAMMAR_CHARS:
+            return InvalidInput(
+                f"'{field}' is larger than {MAX_GRAMMAR_CHARS} characters.",
+                code="invalid_value",
+                param=field,
+            )
+    return None
+
+
+def _chars(value: object) -> int:
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(len(str(key)) + _chars(item) for key, item in value.items())
+    if isinstance(value, list):
+        return sum(map(_chars, value))
+    return 1
+
+
+def _foreign_media(
+    body: Mapping[str, object], media_domains: Collection[str]
+) -> InvalidInput | None:
+    for root in ("messages", "input"):
+        messages = body.get(root)
+        if not isinstance(messages, list):
+            continue
+        for index, message in enumerate(messages):
+            content = message.get("content") if isinstance(message, Mapping) else None
+            if not isinstance(content, list | Mapping):
+                continue
+            for url in _urls(content):
+                if not _allowed(url, media_domains):
+                    return InvalidInput(
+                        f"'{root}[{index}]' refers to media at '{url[:80]}', which this service "
+                        "does not fetch; send the media inline as a data: URL.",
+                        code="invalid_value",
+                        param=f"{root}[{index}].content",
+                    )
+    return None
+
+
+def _urls(value: object, *, named: bool = False) -> Iterator[str]:
+    if isinstance(value, str):
+        if named:
+            yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _urls(item, named=named)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _urls(item, named=key == "url" or str(key).endswith("_url"))
+
+
+def _allowed(url: str, media_domains: Collection[str]) -> bool:
+    if url.startswith("data:"):
+        return True
+    # Parsers disagree on backslashes and on who is the host before an '@'.
+    if "\\" in url or "@" in url:
+        return False
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and parts.hostname in media_domains
