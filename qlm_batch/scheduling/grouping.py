@@ -1,0 +1,212 @@
+"""Request groups: what the scheduler orders, formed afresh from the queued slices at every tick.
+
+Runs that share model, kind, class, tenant, miss policy and deadline bucket form one sequence, in
+order of deadline and arrival, which is cut into groups of whole slices.
+
+A run is cut from its tail, because slices leave it at its head: pieces keep their place, and so
+their keys, while the head is worked off. Near the head pieces have the wanted size; every
+`PIECES_PER_SIZE` pieces further back it doubles, so a run of n slices makes O(log n) groups and a
+million queued requests no more than a few hundred. Doubled pieces are aligned with each other, so
+coming nearer splits one in two and moves no other.
+
+Short pieces of neighbouring runs are put together. A group is named after the last run in it when
+it was formed; names found in the saved queues are kept, so that arrivals join the last group that
+has room instead of renaming it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from qlm_batch.domain.jobs import EngineKind, OnMiss, SloClass
+from qlm_batch.domain.snapshot import GroupPart, RequestGroup, RunView, Snapshot
+
+BATCHES_PER_GROUP = 4.0
+"""δ: running batches in a group; the paper found 4 to cost nothing against smaller ones."""
+DEADLINE_SHARE = 0.25
+"""Largest share of the time left that one group's work may take."""
+PIECES_PER_SIZE = 8
+BUCKETS_PER_WINDOW = 16.0
+MAX_GROUPS = 4096
+"""Beyond this, groups are doubled in size until they fit, unless they differ in kind."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCapacity:
+    """A typical instance for a model: its running batch, and seconds of it a request takes."""
+
+    running_batch: float
+    request_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """The slices of one run in front of `behind` others; `label` keeps while any are left."""
+
+    run: RunView
+    behind: int
+    slices: int
+    requests: int
+    prompt_tokens: int
+    max_tokens: int
+
+    @property
+    def label(self) -> str:
+        return f"{self.run.run_id}.{self.run.generation}.{self.behind}"
+
+
+_Key = tuple[str, EngineKind, SloClass, str, OnMiss, float]
+
+
+def form_groups(
+    snapshot: Snapshot, capacity: Mapping[str, ModelCapacity]
+) -> tuple[RequestGroup, ...]:
+    """Every queued slice in exactly one group, ordered by deadline, arrival and key.
+
+    `capacity` is by model; a model without an entry is served nowhere, and its groups take the
+    largest size. Sizes are powers of two of slices, at least one.
+    """
+    runs = sorted((run for run in snapshot.runs if run.slices > 0), key=_order)
+    known = frozenset(entry.group_key for entry in snapshot.queues)
+    grow = 1
+    while True:
+        groups = list(_all_groups(runs, snapshot.now, capacity, known, grow))
+        if len(groups) <= MAX_GROUPS or grow > max(run.slices for run in runs):
+            break
+        grow *= 2
+    groups.sort(key=lambda group: (group.deadline, group.arrived_at, group.key))
+    return tuple(groups)
+
+
+def deadline_bucket(run: RunView) -> float:
+    """The bucket a run's deadline falls in: its end, on a grid of about 1/16 of its window."""
+    window_s = max(1.0, run.deadline - run.created_at)
+    width = 2.0 ** math.floor(math.log2(window_s / BUCKETS_PER_WINDOW))
+    return math.ceil(run.deadline / width) * width
+
+
+def _key(run: RunView) -> _Key:
+    bucket = deadline_bucket(run)
+    return (run.model, run.kind, run.slo_class, run.tenant, run.on_miss, bucket)
+
+
+def _order(run: RunView) -> tuple[_Key, float, float, int, int]:
+    return (_key(run), run.deadline, run.created_at, run.run_id, run.generation)
+
+
+def _all_groups(
+    runs: Sequence[RunView],
+    now: float,
+    capacity: Mapping[str, ModelCapacity],
+    known: frozenset[str],
+    grow: int,
+) -> Iterator[RequestGroup]:
+    for key, members in groupby(runs, key=_key):
+        own = tuple(members)
+        limit = _limit(own, now, capacity.get(key[0])) * grow
+        pieces = [piece for run in own for piece in _cut(run, limit)]
+        for name, group in _pack(pieces, limit, known):
+            yield _group(name, group)
+
+
+def _limit(runs: Sequence[RunView], now: float, capacity: ModelCapacity | None) -> float:
+    """Requests a group may hold: δ running batches, within a quarter of the time left."""
+    if capacity is None:
+        return math.inf
+    wanted = BATCHES_PER_GROUP * max(1.0, capacity.running_batch)
+    left_s = min(run.deadline for run in runs) - now
+    if left_s > 0.0 and capacity.request_s > 0.0:
+        wanted = min(wanted, DEADLINE_SHARE * left_s / capacity.request_s)
+    # Powers of two: sizes change seldom, and the cuts of one are cuts of the next smaller one.
+    return float(2.0 ** math.floor(math.log2(max(1.0, wanted))))
+
+
+def _cut(run: RunView, limit: float) -> Iterator[_Piece]:
+    """The run's pieces from head to tail."""
+    per_slice = max(1.0, run.requests / run.slices)
+    base = 1
+    while base < run.slices and 2 * base * per_slice <= limit:
+        base *= 2
+    position, size, made = run.slices, base, 0
+    bounds = [run.slices]
+    while position > 0:
+        if made == PIECES_PER_SIZE and position % (2 * size) == 0:
+            size, made = 2 * size, 0
+        made = min(PIECES_PER_SIZE, made + 1)
+        position = (math.ceil(position / size) - 1) * size
+        bounds.append(position)
+    cuts = [run.slices - bound for bound in bounds]
+    for start, end in zip(cuts, cuts[1:], strict=False):
+        yield _Piece(
+            run,
+            run.slices - end,
+            end - start,
+            *(
+                total * end // run.slices - total * start // run.slices
+                for total in (run.requests, run.prompt_tokens, run.max_tokens)
+            ),
+        )
+
+
+def _pack(
+    pieces: Sequence[_Piece], limit: float, known: frozenset[str]
+) -> Iterator[tuple[str, list[_Piece]]]:
+    """Named groups of consecutive pieces: up to each known name, then as many as fit."""
+    groups: list[tuple[str, list[_Piece]]] = []
+    waiting: list[_Piece] = []
+    for piece in pieces:
+        waiting.append(piece)
+        if piece.label in known:
+            # Filled from the back, so that what returned to the queue's head splits off.
+            backwards = list(_fill(waiting[::-1], limit))
+            groups += [(part[0].label, part[::-1]) for part in reversed(backwards)]
+            waiting = []
+    if groups and waiting:
+        name, last = groups[-1]
+        first, *others = _fill([*last, *waiting], limit)
+        if len(first) > len(last):
+            groups[-1] = (name, first)
+            groups += [(part[-1].label, part) for part in others]
+            return iter(groups)
+    groups += [(part[-1].label, part) for part in _fill(waiting, limit)]
+    return iter(groups)
+
+
+def _fill(pieces: Sequence[_Piece], limit: float) -> Iterator[list[_Piece]]:
+    """Consecutive pieces, as many together as stay within `limit` requests, at least one."""
+    part: list[_Piece] = []
+    requests = 0
+    for piece in pieces:
+        if part and requests + piece.requests > limit:
+            yield part
+            part, requests = [], 0
+        part.append(piece)
+        requests += piece.requests
+    if part:
+        yield part
+
+
+def _group(key: str, pieces: Sequence[_Piece]) -> RequestGroup:
+    first = pieces[0].run
+    slices: dict[tuple[int, int], int] = {}
+    for piece in pieces:
+        run = (piece.run.run_id, piece.run.generation)
+        slices[run] = slices.get(run, 0) + piece.slices
+    return RequestGroup(
+        key=key,
+        model=first.model,
+        kind=first.kind,
+        slo_class=first.slo_class,
+        tenant=first.tenant,
+        deadline=min(piece.run.deadline for piece in pieces),
+        arrived_at=min(piece.run.created_at for piece in pieces),
+        parts=tuple(GroupPart(run, generation, n) for (run, generation), n in slices.items()),
+        batches=tuple(dict.fromkeys(piece.run.batch_id for piece in pieces)),
+        requests=sum(piece.requests for piece in pieces),
+        prompt_tokens=sum(piece.prompt_tokens for piece in pieces),
+        max_tokens=sum(piece.max_tokens for piece in pieces),
+        on_miss=first.on_miss,
+    )
