@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 
 from qlm_batch.domain.jobs import EngineKind, OnMiss, SloClass
 from qlm_batch.domain.snapshot import GroupPart, RequestGroup, RunView, Snapshot
@@ -29,6 +29,8 @@ BATCHES_PER_GROUP = 4.0
 DEADLINE_SHARE = 0.25
 """Largest share of the time left that one group's work may take."""
 PIECES_PER_SIZE = 8
+"""Fewest pieces of one size; four per instance, so that a long run can be spread over a fleet."""
+MOST_PIECES_PER_SIZE = 1024
 BUCKETS_PER_WINDOW = 16.0
 MAX_GROUPS = 4096
 """Beyond this, groups are doubled in size until they fit, unless they differ in kind."""
@@ -36,10 +38,14 @@ MAX_GROUPS = 4096
 
 @dataclass(frozen=True, slots=True)
 class ModelCapacity:
-    """A typical instance for a model: its running batch, and seconds of it a request takes."""
+    """A typical instance for a model: its running batch, and seconds of it a request takes.
+
+    `instances` serve the model.
+    """
 
     running_batch: float
     request_s: float
+    instances: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +70,7 @@ _Key = tuple[str, EngineKind, SloClass, str, OnMiss, float]
 def form_groups(
     snapshot: Snapshot, capacity: Mapping[str, ModelCapacity]
 ) -> tuple[RequestGroup, ...]:
-    """Every queued slice in exactly one group, ordered by deadline, arrival and key.
+    """Every queued slice in exactly one group, ordered by deadline and arrival.
 
     `capacity` is by model; a model without an entry is served nowhere, and its groups take the
     largest size. Sizes are powers of two of slices, at least one.
@@ -77,7 +83,8 @@ def form_groups(
         if len(groups) <= MAX_GROUPS or grow > max(run.slices for run in runs):
             break
         grow *= 2
-    groups.sort(key=lambda group: (group.deadline, group.arrived_at, group.key))
+    # Stable, so that a run's groups stay in order from its head to its tail.
+    groups.sort(key=lambda group: (group.deadline, group.arrived_at))
     return tuple(groups)
 
 
@@ -106,8 +113,11 @@ def _all_groups(
 ) -> Iterator[RequestGroup]:
     for key, members in groupby(runs, key=_key):
         own = tuple(members)
-        limit = _limit(own, now, capacity.get(key[0])) * grow
-        pieces = [piece for run in own for piece in _cut(run, limit)]
+        server = capacity.get(key[0])
+        limit = _limit(own, now, server) * grow
+        spread = 4 * server.instances if server else 0
+        per_size = min(MOST_PIECES_PER_SIZE, max(PIECES_PER_SIZE, spread))
+        pieces = [piece for run in own for piece in _cut(run, limit, per_size)]
         for name, group in _pack(pieces, limit, known):
             yield _group(name, group)
 
@@ -124,7 +134,7 @@ def _limit(runs: Sequence[RunView], now: float, capacity: ModelCapacity | None) 
     return float(2.0 ** math.floor(math.log2(max(1.0, wanted))))
 
 
-def _cut(run: RunView, limit: float) -> Iterator[_Piece]:
+def _cut(run: RunView, limit: float, per_size: int) -> Iterator[_Piece]:
     """The run's pieces from head to tail."""
     per_slice = max(1.0, run.requests / run.slices)
     base = 1
@@ -133,13 +143,13 @@ def _cut(run: RunView, limit: float) -> Iterator[_Piece]:
     position, size, made = run.slices, base, 0
     bounds = [run.slices]
     while position > 0:
-        if made == PIECES_PER_SIZE and position % (2 * size) == 0:
+        if made == per_size and position % (2 * size) == 0:
             size, made = 2 * size, 0
-        made = min(PIECES_PER_SIZE, made + 1)
+        made = min(per_size, made + 1)
         position = (math.ceil(position / size) - 1) * size
         bounds.append(position)
     cuts = [run.slices - bound for bound in bounds]
-    for start, end in zip(cuts, cuts[1:], strict=False):
+    for start, end in pairwise(cuts):
         yield _Piece(
             run,
             run.slices - end,

@@ -1,0 +1,363 @@
+"""How long work takes where, and when it will be done: the request-waiting-time estimator.
+
+An instance is a server of a certain throughput for each kind of work. A group occupies it for
+requests / throughput, and its last request leaves a little later, when the longest of its last
+running batch ends. All durations are seconds from the snapshot's `now`, as mean and variance.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qlm_batch.domain.jobs import EngineKind, SloClass
+from qlm_batch.domain.snapshot import (
+    AssignedView,
+    InstanceState,
+    InstanceView,
+    ModelView,
+    RequestGroup,
+    Residency,
+    Snapshot,
+)
+from qlm_batch.scheduling.grouping import ModelCapacity
+from qlm_batch.scheduling.lengths import LengthDistribution
+from qlm_batch.scheduling.profile import Knowledge
+from qlm_batch.scheduling.speed import Speed
+
+VERSION = "flow-1"
+"""Names this estimator in promises."""
+
+Floats = NDArray[np.float64]
+
+SERVING = frozenset({InstanceState.READY, InstanceState.STARTING, InstanceState.SWAPPING})
+"""States in which an instance has, or will shortly have, time to give."""
+
+_EPSILON_S = 1e-6
+_GRID = 1.05
+
+
+@dataclass(frozen=True, slots=True)
+class EstimatorConfig:
+    """`quantile` is the chance with which a placed group must make its deadline.
+
+    `model_error` is the relative standard error of the model itself: unlike the spread of single
+    requests it does not average out along a queue. `start_s`, `wake_s` and `load_s` stand in for
+    times not measured yet: of an instance coming up, a model asleep and a cold one.
+    """
+
+    quantile: float = 0.8
+    model_error: float = 0.1
+    start_s: float = 15.0
+    wake_s: float = 5.0
+    load_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """One kind of work at one instance, saturated: `running` at once, a step each `step_s`.
+
+    `request_s` and `request_var` are what one request adds to the instance's occupation.
+    """
+
+    running: float
+    step_s: float
+    request_s: float
+    request_var: float
+    lengths: LengthDistribution
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Output tokens per second: the paper's Θ."""
+        return self.running / self.step_s
+
+    @property
+    def requests_per_s(self) -> float:
+        """Requests per second."""
+        return 1.0 / self.request_s
+
+    def tail_s(self, requests: float) -> float:
+        """How much later than its occupation a group's last request is expected to end."""
+        last = min(max(1.0, requests), self.running)
+        alone_s = self.lengths.largest_of(last) * self.step_s
+        return max(0.0, alone_s - last * self.request_s)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GroupWork:
+    """A group's occupation (mean, variance) and tail at every instance; inf where not served."""
+
+    mean: Floats
+    var: Floats
+    tail: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """When an instance has absorbed what it was given already, and which models are awake then."""
+
+    mean: float
+    var: float
+    awake: frozenset[str]
+
+
+_Shape = tuple[str, EngineKind, str, int, int]
+
+
+class Estimator:
+    """Estimates for one snapshot. Equal snapshots and settings give equal answers."""
+
+    def __init__(self, snapshot: Snapshot, config: EstimatorConfig | None = None) -> None:
+        self.config = config or EstimatorConfig()
+        self.now = snapshot.now
+        self.instances = snapshot.instances
+        self.knowledge = Knowledge.of(snapshot.profiles)
+        self._ages = _ages(snapshot.instances)
+        self._views = [{model.name: model for model in i.models} for i in snapshot.instances]
+        self._lengths: dict[tuple[str, EngineKind, str], LengthDistribution] = {}
+        self._flows: dict[tuple[_Shape, str, int, int], Flow] = {}
+        self._arrays: dict[_Shape, tuple[Floats, Floats, float]] = {}
+        self._tails: dict[tuple[_Shape, int], Floats] = {}
+
+    # Speed
+
+    def serves(self, instance: int, model: str) -> bool:
+        """Whether this instance (by index) takes work of `model`."""
+        return self.instances[instance].state in SERVING and model in self._views[instance]
+
+    def flow(
+        self, instance: int, model: str, kind: EngineKind, tenant: str, prompt: float, cap: float
+    ) -> Flow:
+        """Saturated work with mean prompts of `prompt` and outputs of at most `cap` tokens.
+
+        The instance must host the model. Time lost to interactive traffic is not in it.
+        """
+        return self._flow(instance, (model, kind, tenant, _grid(prompt), _grid(cap)))
+
+    def _flow(self, instance: int, shape: _Shape) -> Flow:
+        view = self.instances[instance]
+        key = (shape, view.device, view.slots, view.kv_tokens)
+        found = self._flows.get(key)
+        if found is None:
+            model, kind, tenant, prompt, cap = shape
+            lengths = self._length(model, kind, tenant).capped(max(1.0, _ungrid(cap)))
+            speed = self.knowledge.speed(model, view.device)
+            found = _saturated(speed, lengths, _ungrid(prompt), view.slots, view.kv_tokens, kind)
+            self._flows[key] = found
+        return found
+
+    def _length(self, model: str, kind: EngineKind, tenant: str) -> LengthDistribution:
+        key = (model, kind, tenant)
+        if key not in self._lengths:
+            book = self.knowledge.book(model)
+            self._lengths[key] = book.distribution(kind, tenant, self._ages.get(model, ()))
+        return self._lengths[key]
+
+    def running_batch(self, instance: int) -> float:
+        """Requests this instance runs at once with what it was given, limited by slots and KV."""
+        view = self.instances[instance]
+        flows = [
+            self._flow(instance, _shape_of_assigned(own, self._views[instance][own.model]))
+            for own in view.assigned
+            if own.model in self._views[instance] and own.requests > 0
+        ]
+        return min((flow.running for flow in flows), default=float(max(1, view.slots)))
+
+    def capacities(self, snapshot: Snapshot) -> Mapping[str, ModelCapacity]:
+        """For each model that is served, a typical instance as its queued work would find it."""
+        sums: dict[str, tuple[EngineKind, list[int]]] = {}
+        for run in snapshot.runs:
+            _, total = sums.setdefault(run.model, (run.kind, [0, 0, 0]))
+            for i, value in enumerate((run.requests, run.prompt_tokens, run.max_tokens)):
+                total[i] += value
+        capacities: dict[str, ModelCapacity] = {}
+        for model, (kind, (requests, prompt, most)) in sums.items():
+            count = max(1, requests)
+            flows = sorted(
+                (
+                    self.flow(i, model, kind, "", prompt / count, most / count)
+                    for i in range(len(self.instances))
+                    if self.serves(i, model)
+                ),
+                key=lambda flow: flow.running,
+            )
+            if flows:
+                typical = flows[(len(flows) - 1) // 2]
+                capacities[model] = ModelCapacity(typical.running, typical.request_s, len(flows))
+        return capacities
+
+    # Work
+
+    def work(self, group: RequestGroup) -> GroupWork:
+        """What the group would take at each instance, in the snapshot's order."""
+        count = max(1, group.requests)
+        shape = (
+            group.model,
+            group.kind,
+            group.tenant,
+            _grid(group.prompt_tokens / count),
+            _grid(group.max_tokens / count),
+        )
+        if shape not in self._arrays:
+            self._arrays[shape] = self._unit(shape)
+        mean, var, largest = self._arrays[shape]
+        last = int(min(count, math.ceil(largest)))
+        if (shape, last) not in self._tails:
+            self._tails[shape, last] = np.array(
+                [
+                    self._flow(i, shape).tail_s(last) * self._slowdown(i) if ok else np.inf
+                    for i, ok in enumerate(np.isfinite(mean))
+                ]
+            )
+        return GroupWork(mean * count, var * count, self._tails[shape, last])
+
+    def _unit(self, shape: _Shape) -> tuple[Floats, Floats, float]:
+        """Occupation per request everywhere, and the largest running batch."""
+        n = len(self.instances)
+        mean, var, largest = np.full(n, np.inf), np.full(n, np.inf), 1.0
+        for i in range(n):
+            if self.serves(i, shape[0]):
+                flow, slow = self._flow(i, shape), self._slowdown(i)
+                mean[i], var[i] = flow.request_s * slow, flow.request_var * slow**2
+                largest = max(largest, flow.running)
+        return mean, var, largest
+
+    def _slowdown(self, instance: int) -> float:
+        """How much longer everything takes while interactive work is served first."""
+        return 1.0 / (1.0 - min(0.95, max(0.0, self.instances[instance].interactive_share)))
+
+    # The state of an instance
+
+    def ready(self, instance: int) -> Ready:
+        """When new work could begin at an instance that serves, after what it holds already."""
+        view, models = self.instances[instance], self._views[instance]
+        awake = frozenset(m.name for m in view.models if m.residency is Residency.AWAKE)
+        mean, var = 0.0, 0.0
+        if view.state is InstanceState.STARTING:
+            mean += self.config.start_s
+        sole = next(iter(awake)) if len(awake) == 1 else None
+        order = sorted(
+            (own for own in view.assigned if own.requests > 0 and own.model in models),
+            key=lambda own: (own.model not in awake, own.model, own.deadline, own.run_id),
+        )
+        running = [age for age in view.generated if age > 0]
+        for own in order:
+            if own.model not in awake:
+                mean += self.swap_s(instance, own.model)
+                awake = frozenset({own.model})
+            shape = _shape_of_assigned(own, models[own.model])
+            flow, slow = self._flow(instance, shape), self._slowdown(instance)
+            rest = own.requests
+            if own.model == sole:
+                # Their tokens so far are behind them; which run each belongs to is not reported.
+                inside, running = running[:rest], running[rest:]
+                rest -= len(inside)
+                for age in inside:
+                    left, spread = flow.lengths.residual(age)
+                    mean += left * flow.step_s / flow.running * slow
+                    var += spread * (flow.step_s / flow.running * slow) ** 2
+            mean += rest * flow.request_s * slow
+            var += rest * flow.request_var * slow**2
+        return Ready(mean, var, awake)
+
+    def swap_s(self, instance: int, model: str) -> float:
+        """Time to make a hosted model the awake one: what was measured, else what is assumed."""
+        view = self._views[instance][model]
+        if view.wake_s is not None and view.wake_s > 0.0:
+            return view.wake_s
+        cold = view.residency is Residency.COLD
+        return self.config.load_s if cold else self.config.wake_s
+
+    def drain_s(self, instance: int, model: str) -> float:
+        """Time lost while the running batch of `model` empties before another model can run."""
+        shape = (model, EngineKind.GENERATE, "", _grid(256.0), _grid(1024.0))
+        flow = self._flow(instance, shape)
+        return 0.5 * flow.lengths.mean * flow.step_s * self._slowdown(instance)
+
+    # Distributions
+
+    def spread(self, mean: float, var: float) -> float:
+        """Standard deviation of a duration with this mean and variance, the model's error with it."""
+        return math.sqrt(max(0.0, var) + (self.config.model_error * mean) ** 2)
+
+    def quantile(self, mean: float, var: float, level: float) -> float:
+        """The duration not exceeded with probability `level`; never negative."""
+        return max(0.0, mean + NormalDist().inv_cdf(level) * self.spread(mean, var))
+
+    def upper(self, mean: float, var: float, model: str, slo_class: SloClass) -> float:
+        """The 95 % bound shown to users, calibrated where enough outcomes were seen."""
+        factor = self.knowledge.calibration(model).factor(slo_class)
+        if factor is None:
+            return self.quantile(mean, var, 0.95)
+        return max(_EPSILON_S, mean * factor)
+
+    def miss_probability(self, mean: float, var: float, left_s: float) -> float:
+        """The chance that a duration exceeds `left_s`."""
+        if left_s <= 0.0:
+            return 1.0
+        spread = self.spread(mean, var)
+        if spread <= _EPSILON_S:
+            return float(mean > left_s)
+        return 1.0 - NormalDist(mean, spread).cdf(left_s)
+
+
+def _saturated(
+    speed: Speed,
+    lengths: LengthDistribution,
+    prompt: float,
+    slots: int,
+    kv_tokens: int,
+    kind: EngineKind,
+) -> Flow:
+    """The steady state of a full instance: every step one token each, ended ones replaced at once.
+
+    A running request holds its prompt and, by the inspection paradox, E[L²] / 2 E[L] output tokens.
+    """
+    mean = max(1.0, lengths.mean)
+    second = lengths.var + lengths.mean**2
+    held = prompt + (second / (2.0 * mean) if kind is EngineKind.GENERATE else 0.0)
+    running = float(max(1, slots))
+    if kv_tokens > 0:
+        running = max(1.0, min(running, kv_tokens / max(1.0, held)))
+    if not speed.fitted and speed.measured:
+        if speed.tokens > 0.0 and kind is EngineKind.GENERATE:
+            step_s = running * speed.busy_s / speed.tokens
+        else:
+            step_s = running * mean * speed.busy_s / max(1.0, speed.requests)
+    else:
+        step = speed.step_time()
+        seconds = step.seconds(running, running * held, running * prompt / mean)
+        step_s = seconds / speed.efficiency
+    step_s = max(_EPSILON_S, step_s)
+    per_token = step_s / running
+    return Flow(running, step_s, mean * per_token, lengths.var * per_token**2, lengths)
+
+
+def _ages(instances: Sequence[InstanceView]) -> dict[str, list[int]]:
+    """Output tokens so far of running requests, by model, where only one model can be meant."""
+    ages: dict[str, list[int]] = {}
+    for view in instances:
+        awake = [m for m in view.models if m.residency is Residency.AWAKE]
+        if len(awake) == 1 and awake[0].kind is EngineKind.GENERATE:
+            ages.setdefault(awake[0].name, []).extend(view.generated)
+    return ages
+
+
+def _shape_of_assigned(own: AssignedView, model: ModelView) -> _Shape:
+    count = max(1, own.requests)
+    prompt, most = own.prompt_tokens / count, own.max_tokens / count
+    return (own.model, model.kind, own.tenant, _grid(prompt), _grid(most))
+
+
+def _grid(tokens: float) -> int:
+    """Tokens on a 5 % grid, so that groups of one kind of work share their estimates."""
+    return round(math.log(max(1.0, tokens)) / math.log(_GRID))
+
+
+def _ungrid(point: int) -> float:
+    return float(_GRID**point)
