@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
 from pydantic import AliasChoices, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+def default_data_dir() -> Path:
+    """The user's own folder for this service (XDG base directories)."""
+    base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(base) / "qlm-batch"
 
 
 class Settings(BaseSettings):
@@ -22,7 +29,7 @@ class Settings(BaseSettings):
     redis_url: str = Field(
         default="", validation_alias=AliasChoices("redis_url", "REDIS_URL", "QLM_REDIS_URL")
     )
-    data_dir: Path = Path("var")
+    data_dir: Path = Field(default_factory=default_data_dir)
     blob_url: str = ""
     """An fsspec URL (`s3://bucket/prefix`); empty keeps blobs in `data_dir`."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

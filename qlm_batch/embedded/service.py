@@ -166,7 +166,12 @@ class EmbeddedService:
         ]
 
     def _write_state(self) -> None:
-        state = {"url": self.url, "pid": os.getpid(), "key_file": str(self.key_file)}
+        state = {
+            "url": self.url,
+            "pid": os.getpid(),
+            "database_url": self.settings.database_url,
+            "redis_url": self.settings.redis_url,
+        }
         _write_private(self._folders.data / "service.json", json.dumps(state))
 
 

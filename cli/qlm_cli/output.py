@@ -1,0 +1,109 @@
+"""What commands print: Rich on a terminal, plain lines in a pipe, JSON when asked."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+Json = dict[str, Any]
+
+
+class Output:
+    """Where a command's result goes. Results go to standard output, all else to standard error."""
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+        self.console = Console()
+        self.errors = Console(stderr=True)
+
+    @property
+    def live(self) -> bool:
+        """Whether progress may be drawn in place."""
+        return self.errors.is_terminal and not self.as_json
+
+    def result(self, value: Json, text: str) -> None:
+        """The command's result: `value` as JSON, or `text` for people."""
+        if self.as_json:
+            click.echo(json.dumps(value))
+        else:
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def table(self, rows: Iterable[Json], columns: Sequence[str], value: object) -> None:
+        """Rows as a table; in a pipe as tab-separated lines; as JSON `value`."""
+        if self.as_json:
+            click.echo(json.dumps(value))
+            return
+        if not self.console.is_terminal:
+            click.echo("\t".join(columns))
+            for row in rows:
+                click.echo("\t".join(str(row.get(column, "")) for column in columns))
+            return
+        table = Table(*columns, box=None, pad_edge=False, header_style="bold")
+        for row in rows:
+            table.add_row(*(str(row.get(column, "")) for column in columns))
+        self.console.print(table)
+
+    def note(self, text: str) -> None:
+        """Something worth knowing that is not the result."""
+        if not self.as_json:
+            self.errors.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def event(self, value: Json, text: str) -> None:
+        """One step of long work: a JSON line or a plain line."""
+        if self.as_json:
+            click.echo(json.dumps(value))
+            sys.stdout.flush()
+        else:
+            self.note(text)
+
+
+def clock(at: float | None) -> str:
+    """A time of day for people; empty for None."""
+    if at is None:
+        return ""
+    return datetime.fromtimestamp(at, UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def ago(seconds: float) -> str:
+    """A duration for people: `3 s`, `4 min 10 s`, `2 h 5 min`."""
+    seconds = max(0, round(seconds))
+    if seconds < 60:
+        return f"{seconds} s"
+    minutes, rest = divmod(seconds, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+
+
+def eta_text(batch: Json) -> str:
+    """When the batch should be done, as one phrase."""
+    eta = (batch.get("qlm") or {}).get("eta") or {}
+    p50, p95 = eta.get("p50"), eta.get("p95")
+    if batch["status"] not in ("in_progress", "finalizing", "validating"):
+        return ""
+    if p50 is None:
+        return (batch.get("qlm") or {}).get("reason") or "no estimate yet"
+    now = time.time()
+    if p95 is None or p95 - now < 1:
+        return f"done in about {ago(p50 - now)}"
+    return f"done in about {ago(p50 - now)} (95 % sure: {ago(p95 - now)})"
+
+
+def progress_text(batch: Json) -> str:
+    """One line that says how far a batch is."""
+    counts = batch["request_counts"]
+    done = counts["completed"] + counts["failed"]
+    failed = f", {counts['failed']} failed" if counts["failed"] else ""
+    eta = eta_text(batch)
+    return f"{batch['id']}  {batch['status']}  {done}/{counts['total']}{failed}" + (
+        f"  {eta}" if eta else ""
+    )
