@@ -1,0 +1,69 @@
+"""What an engine did since the last report, kept small."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from qlm_batch.domain.engine import EngineStats
+from qlm_batch.domain.snapshot import Observation
+
+MOST_OUTPUTS = 1000
+MOST_STEPS = 200
+
+
+class Meter:
+    """Adds up finished requests, engine steps and busy time of one model."""
+
+    def __init__(self, instance: str, device: str, model: str, now: float) -> None:
+        self._instance, self._device, self._model = instance, device, model
+        self._outputs: deque[tuple[str, int]] = deque(maxlen=MOST_OUTPUTS)
+        self._steps: deque[tuple[int, int, int, float]] = deque(maxlen=MOST_STEPS)
+        self._finished = 0
+        self._finished_tokens = 0
+        self._generated = 0
+        self._generated_before = 0
+        self._busy_s = 0.0
+        self._looked_at = now
+        self._busy = False
+        self.tokens_per_s = 0.0
+
+    def finished(self, tenant: str, output_tokens: int) -> None:
+        """A request of `tenant` ended with an answer."""
+        self._finished += 1
+        self._finished_tokens += output_tokens
+        self._outputs.append((tenant, output_tokens))
+
+    def look(self, stats: EngineStats, busy: bool, now: float) -> None:
+        """Fold in a look at the engine; `busy` says whether it has work now."""
+        if busy or self._busy:
+            self._busy_s += now - self._looked_at
+        self._busy, self._looked_at = busy, now
+        # An engine that restarts its counter has generated at least what it counts now.
+        grown = stats.generated_tokens - self._generated_before
+        self._generated += grown if grown >= 0 else stats.generated_tokens
+        self._generated_before = stats.generated_tokens
+        self._steps.extend(stats.steps)
+
+    def report(self, at: float) -> Observation | None:
+        """What was seen since the last report, dated `at` (Unix time); None when nothing was."""
+        tokens = self._generated or self._finished_tokens
+        self.tokens_per_s = tokens / self._busy_s if self._busy_s else 0.0
+        if not (self._finished or self._steps or tokens):
+            self._busy_s = 0.0
+            return None
+        seen = Observation(
+            instance=self._instance,
+            device=self._device,
+            model=self._model,
+            at=at,
+            outputs=tuple(self._outputs),
+            steps=tuple(self._steps),
+            tokens=tokens,
+            requests=self._finished,
+            seconds=self._busy_s,
+        )
+        self._outputs.clear()
+        self._steps.clear()
+        self._finished = self._finished_tokens = self._generated = 0
+        self._busy_s = 0.0
+        return seen

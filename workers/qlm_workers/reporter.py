@@ -1,0 +1,61 @@
+"""Heartbeats: what an instance tells about itself."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from qlm_batch.domain.ports import Heartbeat
+from qlm_batch.domain.snapshot import InstanceState, Observation
+from qlm_workers.hosts import Host
+from qlm_workers.link import Link
+
+MOST_REPORTS = 64
+"""Observations kept while the store is away; the oldest go first."""
+MOST_GENERATED = 512
+
+
+class Reporter:
+    """Sends heartbeats; observations stay here until one has arrived."""
+
+    def __init__(
+        self, link: Link, hosts: Sequence[Host], *, name: str, boot_id: str, device: str, slots: int
+    ) -> None:
+        self._link = link
+        self._hosts = hosts
+        self._name, self._boot_id, self._device = name, boot_id, device
+        self._slots = slots
+        self._reports: deque[Observation] = deque(maxlen=MOST_REPORTS)
+
+    async def beat(self, state: InstanceState, phase: str) -> bool:
+        """Report once; False when another boot has this name. Raises as the store does."""
+        now = self._link.now()
+        for host in self._hosts:
+            if host.info is not None and (seen := host.meter.report(now)) is not None:
+                self._reports.append(seen)
+        reports = tuple(self._reports)
+        beat = self._heartbeat(state, phase, reports)
+        alive = await self._link.call(self._link.store.heartbeat, beat)
+        for _ in reports:
+            self._reports.popleft()
+        return alive
+
+    def _heartbeat(
+        self, state: InstanceState, phase: str, reports: tuple[Observation, ...]
+    ) -> Heartbeat:
+        infos = [host.info for host in self._hosts if host.info is not None]
+        stats = [host.stats for host in self._hosts if host.stats is not None]
+        return Heartbeat(
+            name=self._name,
+            boot_id=self._boot_id,
+            device=self._device,
+            state=state,
+            models=tuple(host.view() for host in self._hosts),
+            slots=sum(info.slots for info in infos) or self._slots,
+            kv_tokens=sum(info.kv_tokens for info in infos),
+            running=sum(host.inside for host in self._hosts),
+            generated=tuple(n for s in stats for n in s.generated)[:MOST_GENERATED],
+            tokens_per_s=sum(host.meter.tokens_per_s for host in self._hosts),
+            phase=phase,
+            observations=reports,
+        )
