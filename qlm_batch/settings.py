@@ -80,6 +80,9 @@ class Settings(BaseSettings):
     smtp_url: str = ""
     """`smtp://user:password@host:port`, `smtps://…`; empty turns e-mail off."""
     email_from: str = "qlm-batch@localhost"
+    email_allow: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """Addresses and `@domain`s each tenant may announce to, as JSON; `*` is for tenants not named,
+    and without it those may announce to anyone."""
     webhook_allow: tuple[str, ...] = ()
     """Hosts or CIDR ranges allowed as webhook targets although they are not public."""
     webhook_timeout_s: float = 20.0

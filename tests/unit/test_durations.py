@@ -28,7 +28,8 @@ def test_a_duration_is_read_as_seconds(text: str, seconds: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", " ", "h", "24", "-1h", "1h1h", "30m2h", "1h 30m", "1w", "1e9h", "٣h", "1h\x00", "∞"]
+    "text",
+    ["", " ", "h", "24", "-1h", "1h1h", "30m2h", "1h 30m", "1w", "1e9h", "٣h", "1h\x00", "∞"],
 )
 def test_anything_else_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(InvalidInput, match="2h30m") as refused:
