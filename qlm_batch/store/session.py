@@ -1,0 +1,171 @@
+"""Engines and transactions: bounds on time and connections, and what their failures mean."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy import exc
+from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.engine.interfaces import IsolationLevel
+
+from qlm_batch.domain.errors import ConfigurationError, Unavailable
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+RETRIES = 5
+RETRY_AFTER_S = 1.0
+
+_CONFLICTS = frozenset({"40001", "40P01"})
+_AWAY = (
+    "08",  # connection exceptions
+    "25P03",  # ended for idling inside a transaction
+    "53",  # out of connections, memory or disk
+    "55P03",  # a lock was not to be had in time
+    "57",  # shut down, starting up, or a statement that ran too long
+    "58",  # the system under the database failed
+)
+
+
+def normalised(url: str) -> sa.URL:
+    """The URL for SQLAlchemy with psycopg 3, from any of PostgreSQL's usual forms.
+
+    `postgres://` and `postgresql://` are the same; `postgresql:///db?host=/folder` names a socket.
+    Raises ConfigurationError when it is not a PostgreSQL URL.
+    """
+    try:
+        parsed = sa.make_url(url)
+    except exc.ArgumentError:
+        parsed = None
+    if parsed is None or parsed.drivername.partition("+")[0] not in ("postgres", "postgresql"):
+        raise ConfigurationError(
+            "DATABASE_URL must look like postgresql://user:password@host:5432/database"
+            " or postgresql:///database?host=/socket/folder.",
+            param="database_url",
+        )
+    return parsed.set(drivername="postgresql+psycopg")
+
+
+def make_engine(
+    url: str,
+    *,
+    application_name: str = "qlm-batch",
+    pool_size: int = 8,
+    connect_timeout_s: float = 5.0,
+    statement_timeout_s: float = 60.0,
+    idle_in_transaction_s: float = 10.0,
+) -> Engine:
+    """A pool of at most `pool_size` connections; nothing is connected yet.
+
+    A client stopped inside a transaction loses it after `idle_in_transaction_s`, so that its locks
+    do not outlive it by more.
+    """
+    options = {
+        "statement_timeout": int(statement_timeout_s * 1000),
+        "idle_in_transaction_session_timeout": int(idle_in_transaction_s * 1000),
+        "client_connection_check_interval": 5000,
+    }
+    return sa.create_engine(
+        normalised(url),
+        pool_size=pool_size,
+        max_overflow=0,
+        pool_timeout=10.0,
+        pool_pre_ping=False,
+        pool_use_lifo=True,
+        connect_args={
+            "application_name": application_name,
+            "connect_timeout": max(2, round(connect_timeout_s)),
+            "options": " ".join(f"-c {name}={value}" for name, value in options.items()),
+            "keepalives_idle": 10,
+            "tcp_user_timeout": 15_000,
+        },
+    )
+
+
+def sqlstate(error: exc.DBAPIError) -> str:
+    """PostgreSQL's five-character code; empty when the server never answered."""
+    return str(getattr(error.orig, "sqlstate", None) or "")
+
+
+def _meaning(error: exc.SQLAlchemyError) -> Exception:
+    """The domain's error for a failure of the database, or the failure itself."""
+    if isinstance(error, exc.TimeoutError):
+        return Unavailable(
+            "All database connections are busy; try again.", retry_after_s=RETRY_AFTER_S
+        )
+    if not isinstance(error, exc.DBAPIError):
+        return error
+    code = sqlstate(error)
+    if code in ("42P01", "42703", "3F000"):
+        return Unavailable(
+            "The database's tables are missing or old; run `qlm db upgrade`.",
+            code="schema_not_current",
+            retry_after_s=RETRY_AFTER_S,
+        )
+    lost = error.connection_invalidated or (
+        not code and isinstance(error, exc.OperationalError | exc.InterfaceError)
+    )
+    if lost or code in _CONFLICTS or code.startswith(_AWAY):
+        return Unavailable("The database is away; try again.", retry_after_s=RETRY_AFTER_S)
+    return error
+
+
+class Database:
+    """Transactions on one PostgreSQL database; safe to share between threads."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._snapshots = engine.execution_options(isolation_level="REPEATABLE READ")
+
+    @contextlib.contextmanager
+    def transaction(self, isolation: IsolationLevel | None = None) -> Iterator[Connection]:
+        """One transaction, committed when the block ends and rolled back when it raises.
+
+        Raises Unavailable when the database is away, out of room, or in conflict.
+        """
+        engine = self._snapshots if isolation == "REPEATABLE READ" else self.engine
+        try:
+            with engine.begin() as connection:
+                yield connection
+        except exc.SQLAlchemyError as error:
+            raise _meaning(error) from error
+
+    def run(
+        self, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """`work` in one transaction, repeated when it lost a deadlock or a serialization race."""
+        for trial in range(RETRIES):
+            try:
+                with self.transaction() as connection:
+                    return work(connection, *args, **kwargs)
+            except Unavailable as error:
+                if trial + 1 == RETRIES or not _in_conflict(error.__cause__):
+                    raise
+                # Spread, so that two that met do not meet again.
+                time.sleep(random.uniform(0.0, 0.02) * (trial + 1))  # noqa: S311
+        raise AssertionError("unreachable")
+
+    def read(
+        self, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """`work` on one consistent view of everything."""
+        with self.transaction("REPEATABLE READ") as connection:
+            return work(connection, *args, **kwargs)
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self.engine.dispose()
+
+
+def _in_conflict(cause: BaseException | None) -> bool:
+    return isinstance(cause, exc.DBAPIError) and sqlstate(cause) in _CONFLICTS
+
+
+def driver_cursor(connection: Connection) -> Any:
+    """A psycopg cursor inside the connection's transaction, for COPY."""
+    return connection.connection.cursor()
