@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from qlm_workers.guardian import Guard
+
+# A worker whose child forks a grandchild; both would sleep on for minutes.
+WORKER = """
+import os, subprocess, sys, time
+from pathlib import Path
+from qlm_workers.guardian import Guard
+spared = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+guard = Guard()
+child = subprocess.Popen([sys.executable, "-c",
+    "import os, time; pid = os.fork(); "
+    "open(os.environ['NOTE'], 'a').write(f'{os.getpid()}\\\\n') ; time.sleep(300)"])
+Path(os.environ["SPARED"]).write_text(f"{spared.pid} {guard.pid}")
+time.sleep(300)
+"""
+
+
+def wait_until(condition: Callable[[], bool], what: str, within_s: float = 20) -> None:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not in {within_s} s: {what}"
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+@pytest.fixture
+def dead_worker(tmp_path: Path) -> Iterator[tuple[list[int], int, int]]:
+    """The engine processes, the spared child and the guardian of a worker just SIGKILLed."""
+    note, spared_note = tmp_path / "pids", tmp_path / "spared"
+    worker = subprocess.Popen(
+        [sys.executable, "-c", WORKER],
+        env=os.environ | {"NOTE": str(note), "SPARED": str(spared_note)},
+    )
+    wait_until(lambda: note.exists() and len(note.read_text().split()) == 2, "children started")
+    wait_until(lambda: spared_note.exists() and len(spared_note.read_text().split()) == 2, "spared")
+    spared, guardian = map(int, spared_note.read_text().split())
+    engine = [int(pid) for pid in note.read_text().split()]
+    # The guardian looks at once, so the tree is known when it has idled after that look.
+    wait_until(lambda: psutil.Process(guardian).cpu_times().user > 0.02, "guardian up")
+    wait_until(lambda: psutil.Process(guardian).status() == psutil.STATUS_SLEEPING, "guardian idle")
+    worker.send_signal(signal.SIGKILL)
+    worker.wait()
+    yield engine, spared, guardian
+    for pid in (*engine, spared, guardian):
+        if psutil.pid_exists(pid):
+            psutil.Process(pid).kill()
+
+
+def test_a_killed_worker_leaves_no_engine_process(
+    dead_worker: tuple[list[int], int, int],
+) -> None:
+    engine, _, guardian = dead_worker
+    wait_until(lambda: not any(map(alive, engine)), "engine processes gone")
+    wait_until(lambda: not alive(guardian), "guardian gone")
+
+
+def test_what_ran_before_the_guard_stood_is_left_alone(
+    dead_worker: tuple[list[int], int, int],
+) -> None:
+    engine, spared, guardian = dead_worker
+    wait_until(lambda: not alive(guardian), "guardian gone")
+    assert alive(spared)
+    assert not any(map(alive, engine))
+
+
+def test_a_released_guard_ends_nothing() -> None:
+    guard = Guard()
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+    guard.release()
+    guard.release()
+    assert child.poll() is None
+    child.kill()
+    child.wait()
+
+
+def test_ending_children_spares_the_guardian_and_what_ran_before() -> None:
+    before = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+    guard = Guard()
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+    guard.end_children()
+    assert not alive(child.pid)
+    assert before.poll() is None
+    assert alive(guard.pid)
+    guard.release()
+    before.kill()
+    before.wait()

@@ -1,0 +1,74 @@
+"""What the three engines share: reading a request body and shaping an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from qlm_batch.domain.bodies import MAX_N, refuse_body
+from qlm_batch.domain.engine import EngineAnswer, EngineRequest
+from qlm_batch.domain.errors import QlmError
+from qlm_batch.domain.jobs import EngineKind, Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Door:
+    """What one engine lets in: bodies for `model` and `kind`, within bounds."""
+
+    model: str
+    kind: EngineKind
+    max_n: int = MAX_N
+    media_domains: Collection[str] = ()
+
+    def read(self, request: EngineRequest) -> dict[str, Any] | EngineAnswer:
+        """The parsed body, or the 4xx answer that refuses it."""
+        try:
+            body = orjson.loads(request.body)
+        except orjson.JSONDecodeError as error:
+            return error_answer(400, f"The body is not valid JSON: {error}", code="invalid_json")
+        if not isinstance(body, dict):
+            return error_answer(400, "The body must be a JSON object.", code="invalid_json")
+        refusal = refuse_body(
+            body,
+            endpoint=request.endpoint,
+            model=self.model,
+            kind=self.kind,
+            max_n=self.max_n,
+            media_domains=self.media_domains,
+        )
+        return body if refusal is None else refusal_answer(refusal)
+
+
+def refusal_answer(error: QlmError) -> EngineAnswer:
+    """An error of ours as an OpenAI answer."""
+    return EngineAnswer(error.status, orjson.dumps({"error": dict(error.body())}).decode())
+
+
+def error_answer(
+    status: int,
+    message: str,
+    *,
+    type_: str = "invalid_request_error",
+    param: str | None = None,
+    code: str | int | None = None,
+) -> EngineAnswer:
+    """An answer with OpenAI's error body."""
+    error = {"message": message, "type": type_, "param": param, "code": code}
+    return EngineAnswer(status, orjson.dumps({"error": error}).decode())
+
+
+def usage_of(usage: object) -> Usage:
+    """The token counts in the `usage` object of an OpenAI response; absent ones are 0."""
+    if not isinstance(usage, dict):
+        return Usage()
+    prompt = usage.get("prompt_tokens_details") or {}
+    completion = usage.get("completion_tokens_details") or {}
+    return Usage(
+        input_tokens=usage.get("prompt_tokens") or 0,
+        cached_tokens=prompt.get("cached_tokens") or 0,
+        output_tokens=usage.get("completion_tokens") or 0,
+        reasoning_tokens=completion.get("reasoning_tokens") or 0,
+    )

@@ -1,0 +1,41 @@
+"""Which engine serves a model: chosen by the settings, imported only when chosen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qlm_batch.domain.engine import Engine
+from qlm_batch.domain.jobs import EngineKind
+from qlm_batch.models import resolve_model
+from qlm_batch.settings import Settings
+
+
+def names_a_folder(model: str) -> bool:
+    """Whether `model` is meant as a path, not as the id of a shipped or a Hugging Face model."""
+    return resolve_model(model) == model and (
+        model.startswith(("/", "./", "../", "~")) or Path(model).is_dir()
+    )
+
+
+def served_name(model: str) -> str:
+    """The name requests use: the name given, or for a folder the folder's own."""
+    if not names_a_folder(model):
+        return model
+    return Path(model).expanduser().resolve().name
+
+
+def make_engine(settings: Settings, model: str, kind: EngineKind) -> Engine:
+    """An engine for `model` (an id, a folder or a shipped model's name), not started yet."""
+    name = served_name(model)
+    if settings.engine == "openai":
+        from qlm_workers.openai_engine import OpenAIEngine
+
+        return OpenAIEngine.from_settings(settings, name, kind)
+    if settings.engine == "simulated":
+        from qlm_workers.simulated_engine import SimulatedEngine
+
+        return SimulatedEngine.from_settings(settings, name, kind)
+    from qlm_workers.vllm_engine import VllmEngine
+
+    path = str(Path(model).expanduser()) if names_a_folder(model) else resolve_model(model)
+    return VllmEngine(settings, name, path, kind)

