@@ -1,0 +1,108 @@
+"""The outermost layer: request ids, size bounds, timings, and the last word on errors."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+from collections.abc import Callable
+
+import structlog
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from qlm_batch.api.errors import internal_error
+
+MAX_BODY_BYTES = 1024**2
+RATE_HEADERS = "rate_headers"
+"""Key of the request's state under which the limiter leaves headers for the response."""
+
+_SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_UPLOADS = frozenset({("POST", "/v1/files")})
+_CLIENT_GONE = 499
+
+log = structlog.get_logger(__name__)
+
+Observe = Callable[[str, str, int, float], None]
+"""Told of each request: method, route template, status, seconds."""
+
+
+class Edge:
+    """Wraps the application.
+
+    Every response carries `x-request-id`: the client's own when it is sane, else a new one. Bodies
+    other than uploads are bounded by MAX_BODY_BYTES. What no handler knew becomes a 500 that says
+    nothing about the inside, and is logged under the request id.
+    """
+
+    def __init__(self, app: ASGIApp, observe: Observe) -> None:
+        self._app = app
+        self._observe = observe
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        request_id = _request_id(headers.get("x-request-id"))
+        state = scope.setdefault("state", {})
+        status = 0
+        begun = time.perf_counter()
+
+        async def tagged(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                out = MutableHeaders(scope=message)
+                out["x-request-id"] = request_id
+                for name, value in state.get(RATE_HEADERS, {}).items():
+                    out[name] = value
+            await send(message)
+
+        if (scope["method"], scope["path"]) not in _UPLOADS:
+            receive = _bounded(receive, headers)
+        try:
+            with structlog.contextvars.bound_contextvars(request_id=request_id):
+                try:
+                    await self._app(scope, receive, tagged)
+                except ClientDisconnect:
+                    status = _CLIENT_GONE
+                except Exception:
+                    log.exception("request failed", method=scope["method"], path=scope["path"])
+                    if status:
+                        raise
+                    await internal_error()(scope, receive, tagged)
+        finally:
+            route = getattr(scope.get("route"), "path", "unknown")
+            self._observe(scope["method"], route, status, time.perf_counter() - begun)
+
+
+def _request_id(offered: str | None) -> str:
+    if offered is not None and _SANE_ID.fullmatch(offered):
+        return offered
+    return "req_" + secrets.token_hex(12)
+
+
+def _bounded(receive: Receive, headers: Headers) -> Receive:
+    declared = headers.get("content-length", "0")
+    taken = int(declared) if declared.isdecimal() and len(declared) < 20 else 0
+    refusal = HTTPException(413, f"The request body is larger than {MAX_BODY_BYTES} bytes.")
+    if taken > MAX_BODY_BYTES:
+
+        async def refuse() -> Message:
+            raise refusal
+
+        return refuse
+    taken = 0
+
+    async def counted() -> Message:
+        nonlocal taken
+        message = await receive()
+        taken += len(message.get("body", b""))
+        if taken > MAX_BODY_BYTES:
+            raise refusal
+        return message
+
+    return counted

@@ -1,0 +1,124 @@
+"""Every error as OpenAI's envelope: one place, all four keys."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from qlm_batch.domain.errors import InvalidInput, QlmError
+
+RETRY_AFTER_S = 5.0
+_SHOWN = 100
+_PREFIXES = ("Value error, ", "Assertion failed, ")
+
+
+def install(app: FastAPI) -> None:
+    """Render each kind of error that routing, validation or an endpoint raises."""
+
+    @app.exception_handler(QlmError)
+    async def told(request: Request, error: QlmError) -> JSONResponse:
+        if error.status == 500:
+            raise error
+        return render(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def refused(request: Request, error: RequestValidationError) -> JSONResponse:
+        return render(validation_error(error.errors()))
+
+    @app.exception_handler(HTTPException)
+    async def plain(request: Request, error: HTTPException) -> JSONResponse:
+        return envelope(error.status_code, _http_body(request, error), error.headers or {})
+
+
+def render(error: QlmError) -> JSONResponse:
+    """The response for an error that may be told to the caller."""
+    headers = {}
+    retry_after = error.retry_after_s
+    if retry_after is None and error.status == 503:
+        retry_after = RETRY_AFTER_S
+    if retry_after is not None:
+        headers["retry-after"] = str(max(1, math.ceil(retry_after)))
+    if error.permanent:
+        headers["x-should-retry"] = "false"
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return envelope(error.status, error.body(), headers)
+
+
+def envelope(
+    status: int, body: Mapping[str, str | None], headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    """A response whose body is OpenAI's error envelope."""
+    return JSONResponse({"error": dict(body)}, status_code=status, headers=dict(headers or {}))
+
+
+def internal_error() -> JSONResponse:
+    """The response for a fault of the service itself; it tells nothing about the inside."""
+    return envelope(
+        500,
+        {
+            "message": "The service failed to answer. Try again; "
+            "if it goes on, give the x-request-id of this response to whoever runs it.",
+            "type": "server_error",
+            "param": None,
+            "code": "internal_error",
+        },
+    )
+
+
+def validation_error(problems: Sequence[Mapping[str, Any]]) -> InvalidInput:
+    """The first of FastAPI's findings about a request, naming the field and what it should be."""
+    problem = problems[0]
+    where, kind = problem["loc"], str(problem["type"])
+    if kind == "json_invalid":
+        return InvalidInput(
+            f"The request body is not valid JSON: {problem['ctx']['error']} "
+            f"at character {where[-1]}.",
+            code="invalid_json",
+        )
+    param = ".".join(str(part) for part in where[1:])[:_SHOWN] or None
+    if param is None:
+        return InvalidInput(
+            "This request needs a JSON object as its body, with the header "
+            "'content-type: application/json'.",
+            code="invalid_body",
+        )
+    if kind == "missing":
+        return InvalidInput(
+            f"Missing required parameter: '{param}'.",
+            code="missing_required_parameter",
+            param=param,
+        )
+    if kind == "extra_forbidden":
+        return InvalidInput(f"Unknown parameter: '{param}'.", code="unknown_parameter", param=param)
+    message = str(problem["msg"])
+    for prefix in _PREFIXES:
+        message = message.removeprefix(prefix)
+    return InvalidInput(
+        f"Invalid value for '{param}': {message[:1].lower()}{message[1:]}.",
+        code="invalid_value",
+        param=param,
+    )
+
+
+def _http_body(request: Request, error: HTTPException) -> Mapping[str, str | None]:
+    path = request.url.path[:_SHOWN]
+    message, code = str(error.detail), None
+    if error.status_code == 404:
+        message = f"There is nothing at {request.method} {path}. The documentation is at /docs."
+        code = "unknown_url"
+    elif error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "another method")
+        message = f"{request.method} is not allowed at {path}; use {allowed}."
+        code = "method_not_allowed"
+    elif error.status_code == 400:
+        message, code = "The request body could not be read as JSON.", "invalid_json"
+    kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
+    return {"message": message, "type": kind, "param": None, "code": code}

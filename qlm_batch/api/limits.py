@@ -1,0 +1,71 @@
+"""Limits per key: requests a minute, counted in this process, and queued work."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from qlm_batch.domain.errors import TooMany
+from qlm_batch.domain.jobs import ApiKey
+from qlm_batch.domain.ports import Store
+
+REQUESTS_PER_MINUTE = "requests_per_minute"
+QUEUED_REQUESTS = "queued_requests"
+QUEUED_RETRY_S = 30.0
+_MINUTE_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """What is left of a limit: `wait_s` until the next request when none is, else 0."""
+
+    limit: int
+    remaining: int
+    reset_s: float
+    wait_s: float
+
+    def headers(self) -> dict[str, str]:
+        """OpenAI's rate-limit headers."""
+        return {
+            "x-ratelimit-limit-requests": str(self.limit),
+            "x-ratelimit-remaining-requests": str(self.remaining),
+            "x-ratelimit-reset-requests": f"{math.ceil(self.reset_s)}s",
+        }
+
+
+class RateLimiter:
+    """A token bucket per key, full at first, refilled evenly over a minute."""
+
+    def __init__(self) -> None:
+        self._buckets: dict[str, tuple[float, float]] = {}
+
+    def take(self, key_id: str, per_minute: int, now: float) -> Allowance:
+        """Spend one request of `key_id` at `now`; nothing is spent where none is left."""
+        rate = per_minute / _MINUTE_S
+        level, seen = self._buckets.get(key_id, (float(per_minute), now))
+        level = min(float(per_minute), level + (now - seen) * rate)
+        granted = level >= 1
+        if granted:
+            level -= 1
+        self._buckets[key_id] = (level, now)
+        return Allowance(
+            limit=per_minute,
+            remaining=int(level),
+            reset_s=(per_minute - level) / rate if rate else _MINUTE_S,
+            wait_s=0.0 if granted else (1 - level) / rate if rate else _MINUTE_S,
+        )
+
+
+def check_queued(store: Store, key: ApiKey) -> None:
+    """Raise TooMany while the key's tenant has its limit of queued requests open."""
+    limit = key.limits.get(QUEUED_REQUESTS)
+    if limit is None:
+        return
+    queued = store.queue_totals(key.tenant).requests
+    if queued >= limit:
+        raise TooMany(
+            f"{queued} requests are queued and this key allows {limit}. "
+            "Wait until some are done, or cancel a batch.",
+            code="queued_requests_exceeded",
+            retry_after_s=QUEUED_RETRY_S,
+        )

@@ -1,0 +1,91 @@
+"""Prometheus metrics: the queue, the fleet and this process's requests; nothing per job."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from prometheus_client import (
+    GCCollector,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    generate_latest,
+)
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector, CollectorRegistry
+
+from qlm_batch.domain.errors import Unavailable
+from qlm_batch.domain.ports import Store
+from qlm_batch.domain.snapshot import InstanceState
+
+_BUCKETS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60, 600)
+
+
+class Metrics:
+    """The metrics of one application."""
+
+    def __init__(self, store: Store) -> None:
+        self._registry = CollectorRegistry()
+        for collector in (ProcessCollector, PlatformCollector, GCCollector):
+            collector(registry=self._registry)
+        self._registry.register(_Service(store))
+        self._requests = Histogram(
+            "qlm_http_request_seconds",
+            "Time to answer, by method, route and status.",
+            ("method", "route", "status"),
+            buckets=_BUCKETS,
+            registry=self._registry,
+        )
+
+    def observe(self, method: str, route: str, status: int, seconds: float) -> None:
+        """Count one request."""
+        known = method if method in ("GET", "POST", "DELETE") else "other"
+        self._requests.labels(known, route, str(status)).observe(seconds)
+
+    def text(self) -> bytes:
+        """All metrics in Prometheus' text format; the store is asked now."""
+        return generate_latest(self._registry)
+
+
+class _Service(Collector):
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def describe(self) -> list[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        up = GaugeMetricFamily("qlm_database_up", "Whether the database answers.")
+        try:
+            totals, instances = self._store.queue_totals(), self._store.instances()
+        except Unavailable:
+            up.add_metric((), 0)
+            yield up
+            return
+        up.add_metric((), 1)
+        yield up
+        for name, value in (
+            ("batches", totals.batches),
+            ("slices", totals.slices),
+            ("requests", totals.requests),
+        ):
+            yield GaugeMetricFamily(f"qlm_queue_{name}", f"Open {name}.", value=value)
+        states = Counter(instance.state for instance in instances)
+        by_state = GaugeMetricFamily("qlm_instances", "Instances by state.", labels=["state"])
+        for state in InstanceState:
+            by_state.add_metric([state.value], states[state])
+        yield by_state
+        running = GaugeMetricFamily(
+            "qlm_instance_running", "Requests inside the engine.", labels=["instance"]
+        )
+        rate = GaugeMetricFamily(
+            "qlm_instance_tokens_per_second", "Output tokens a second.", labels=["instance"]
+        )
+        for instance in instances:
+            if instance.state is not InstanceState.LOST:
+                running.add_metric([instance.name], instance.running)
+                rate.add_metric([instance.name], instance.tokens_per_s)
+        yield running
+        yield rate

@@ -1,0 +1,58 @@
+"""Runs the application on a port until it is told to stop."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import uvicorn
+from fastapi import FastAPI
+
+from qlm_batch.settings import Settings
+
+GRACE_S = 20
+
+
+def run_api(app: FastAPI, settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT, finish the requests under way, and return.
+
+    Requests that take longer than GRACE_S to finish are cut off. A second SIGINT ends at once.
+    """
+    api_server(app, settings).run()
+
+
+def api_server(app: FastAPI, settings: Settings) -> uvicorn.Server:
+    """The configured server; setting `should_exit` stops it from another thread."""
+    return _Server(
+        uvicorn.Config(
+            app,
+            host=settings.host,
+            port=settings.port,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            ws="none",
+            timeout_graceful_shutdown=GRACE_S,
+        )
+    )
+
+
+class _Server(uvicorn.Server):
+    """Returns after a signal; uvicorn's own raises it again, which would skip what comes after."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {
+            number: signal.signal(number, self.handle_exit)
+            for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

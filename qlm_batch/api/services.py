@@ -1,0 +1,18 @@
+"""What the routes work with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qlm_batch.domain.ports import BlobStore, Dispatcher, Store
+from qlm_batch.settings import Settings
+
+
+@dataclass(frozen=True)
+class ApiServices:
+    """The parts behind the routes. Without a `dispatcher`, cancels reach workers a little later."""
+
+    store: Store
+    blobs: BlobStore
+    settings: Settings
+    dispatcher: Dispatcher | None = None
