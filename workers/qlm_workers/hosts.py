@@ -17,7 +17,7 @@ _EMBED = "embed:"
 
 
 def parse_model(spec: str) -> tuple[str, EngineKind]:
-    """A model as written in the settings: `NAME`, or `embed:NAME` for an embedding model."""
+    """Model and kind of an entry of `Settings.models`: `embed:NAME` embeds, `NAME` generates."""
     if spec.startswith(_EMBED):
         return spec.removeprefix(_EMBED), EngineKind.EMBED
     return spec, EngineKind.GENERATE

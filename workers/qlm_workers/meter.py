@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 
 from qlm_batch.domain.engine import EngineStats
@@ -14,7 +15,7 @@ MOST_STEPS = 200
 class Meter:
     """Adds up finished requests, engine steps and busy time of one model."""
 
-    def __init__(self, instance: str, device: str, model: str, now: float) -> None:
+    def __init__(self, instance: str, device: str, model: str) -> None:
         self._instance, self._device, self._model = instance, device, model
         self._outputs: deque[tuple[str, int]] = deque(maxlen=MOST_OUTPUTS)
         self._steps: deque[tuple[int, int, int, float]] = deque(maxlen=MOST_STEPS)
@@ -23,7 +24,7 @@ class Meter:
         self._generated = 0
         self._generated_before = 0
         self._busy_s = 0.0
-        self._looked_at = now
+        self._looked_at = time.monotonic()
         self._busy = False
         self.tokens_per_s = 0.0
 

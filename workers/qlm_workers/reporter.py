@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Sequence
 
@@ -28,10 +29,18 @@ class Reporter:
         self._reports: deque[Observation] = deque(maxlen=MOST_REPORTS)
 
     async def beat(self, state: InstanceState, phase: str) -> bool:
-        """Report once; False when another boot has this name. Raises as the store does."""
+        """Report once; False when another boot has this name.
+
+        Raises as the store does, and EngineDead.
+        """
         now = self._link.now()
+        mono = time.monotonic()
         for host in self._hosts:
-            if host.info is not None and (seen := host.meter.report(now)) is not None:
+            if host.info is None:
+                continue
+            # Without a fresh look the tokens of requests that just finished would count twice.
+            host.look(mono)
+            if (seen := host.meter.report(now)) is not None:
                 self._reports.append(seen)
         reports = tuple(self._reports)
         beat = self._heartbeat(state, phase, reports)

@@ -394,6 +394,9 @@ class Runner:
                     log.error("a newer boot took this instance's name")
                     self.end(Exit.REPLACED)
                 failures = 0
+            except EngineDead:
+                # The watch sees it too, and knows which engine it was.
+                wait_s = WATCH_S
             except Exception as error:  # noqa: BLE001 - no fault of the store may end the work
                 failures += 1
                 self._link.failed("heartbeat", error, failures)

@@ -1,0 +1,497 @@
+"""The runner, against a ledger and an engine steered by hand."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from worker_fakes import NOW, FakeEngine, FakeStore, dead, good, make_slice
+
+from qlm_batch.domain.engine import EngineAnswer, EngineRequest
+from qlm_batch.domain.errors import ConfigurationError, Unavailable
+from qlm_batch.domain.jobs import ClaimedSlice, EngineKind
+from qlm_batch.domain.ledger import Directive, ReleaseReason
+from qlm_batch.domain.ports import Heartbeat
+from qlm_batch.domain.snapshot import InstanceState, Residency
+from qlm_batch.scheduling import agent
+from qlm_batch.settings import Settings
+from qlm_workers import runner as runner_module
+from qlm_workers.exits import Exit
+from qlm_workers.hosts import Host
+from qlm_workers.meter import Meter
+from qlm_workers.runner import Runner
+
+DEFAULTS: dict[str, Any] = {
+    "flush_s": 0.005,
+    "poll_s": 0.02,
+    "heartbeat_s": 0.02,
+    "stall_s": 30.0,
+    "lease_s": 30.0,
+    "models": ("m",),
+}
+
+
+class Rig:
+    """A runner at work."""
+
+    def __init__(self, store: FakeStore, *engines: FakeEngine, **changes: Any) -> None:
+        self.store = store
+        self.engines = engines
+        settings = Settings(**DEFAULTS | changes)
+        names = ["m", "other"]
+        hosts = [
+            Host(name, EngineKind.GENERATE, engine, Meter("gpu-0", "cpu", name))
+            for name, engine in zip(names, engines, strict=False)
+        ]
+        self.runner = Runner(store, hosts, settings, boot_id="boot", device="cpu")
+        self.task = asyncio.create_task(self.runner.run())
+
+    async def ended(self) -> Exit:
+        async with asyncio.timeout(10):
+            return await self.task
+
+
+@asynccontextmanager
+async def working(store: FakeStore, *engines: FakeEngine, **changes: Any) -> AsyncIterator[Rig]:
+    """A runner at work, ended afterwards."""
+    rig = Rig(store, *engines, **changes)
+    try:
+        yield rig
+    finally:
+        store.away = False
+        rig.runner.end(Exit.OK)
+        await rig.ended()
+
+
+async def until(condition: Callable[[], object], seconds: float = 5.0) -> None:
+    """Wait until the condition holds; fail when it does not in time."""
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110 - the condition may be anything
+            await asyncio.sleep(0.002)
+
+
+def hold_until(gate: asyncio.Event, engine: FakeEngine) -> None:
+    """Let every request wait at the engine's door."""
+    plain = engine.answer
+
+    async def answer(request: EngineRequest) -> EngineAnswer:
+        await gate.wait()
+        return await plain(request)
+
+    engine.answer = answer  # type: ignore[method-assign]
+
+
+def positions(*slices: ClaimedSlice) -> set[int]:
+    return {r.position for s in slices for r in s.requests}
+
+
+def hang(_: EngineRequest) -> None:
+    return None
+
+
+async def test_every_request_of_every_slice_gets_one_row_and_the_slices_are_closed() -> None:
+    slices = [make_slice(n, 7) for n in range(1, 31)]
+    store = FakeStore(*slices)
+    async with working(store, FakeEngine()):
+        await until(lambda: store.completed == {s.slice_id for s in slices})
+    counts = Counter(row.position for row in store.rows)
+    assert set(counts) == positions(*slices)
+    assert set(counts.values()) == {1}
+    assert not store.released
+
+
+async def test_rows_carry_ids_usage_times_and_the_fence() -> None:
+    store = FakeStore(make_slice(1, 1, epoch=9))
+    async with working(store, FakeEngine()):
+        await until(lambda: store.rows)
+    (row,) = store.rows
+    assert row.request_id.startswith("req_")
+    assert (row.epoch, row.generation, row.status_code, row.usage.output_tokens) == (9, 1, 200, 3)
+    assert row.started_at is not None
+    assert NOW <= row.started_at <= NOW + 60
+    assert row.duration_s is not None
+
+
+async def test_the_engine_gets_the_deadline_as_priority_and_the_tenant_as_salt() -> None:
+    store = FakeStore(make_slice(1, 1))
+    engine = FakeEngine()
+    async with working(store, engine):
+        await until(lambda: engine.requests)
+    (request,) = engine.requests
+    assert request.priority == agent.engine_priority(NOW + 3600)
+    assert request.cache_salt
+    assert request.cache_salt != "t"
+
+
+async def test_no_more_is_claimed_and_fed_than_the_rules_allow() -> None:
+    store = FakeStore(*(make_slice(n, 2) for n in range(1, 200)))
+    engine = FakeEngine(hang, slots=8)
+    async with working(store, engine):
+        await until(lambda: engine.running == agent.concurrency_cap(8))
+        polls = len(store.beats)
+        await until(lambda: len(store.beats) >= polls + 3)
+        assert engine.most_running == agent.concurrency_cap(8)
+        assert sum(2 for _ in range(200 - 1 - len(store._waiting))) <= 2 * 8
+
+
+async def test_a_hint_is_acted_on_at_once_and_one_for_another_boot_is_not() -> None:
+    store = FakeStore()
+    async with working(store, FakeEngine(), poll_s=60.0) as rig:
+        await until(lambda: store.claims)
+        store.put(make_slice(1))
+        before = len(store.claims)
+        rig.runner.wake("an older boot")
+        beats = len(store.beats)
+        await until(lambda: len(store.beats) >= beats + 3)
+        assert len(store.claims) == before
+        rig.runner.wake("boot")
+        await until(lambda: store.completed == {1}, 1.0)
+
+
+async def test_without_any_hint_assigned_slices_are_found_by_polling() -> None:
+    store = FakeStore()
+    async with working(store, FakeEngine()):
+        await until(lambda: store.claims)
+        store.put(make_slice(1))
+        await until(lambda: store.completed == {1})
+
+
+@pytest.mark.parametrize("order", [Directive.CLOSED, Directive.LOST])
+async def test_a_closed_or_lost_slice_stops_inside_the_engine_and_is_let_go(
+    order: Directive,
+) -> None:
+    store = FakeStore(make_slice(1))
+    engine = FakeEngine(hang)
+    async with working(store, engine) as rig:
+        await until(lambda: engine.running == 4)
+        store.orders[1] = order
+        rig.runner.review()
+        await until(lambda: engine.running == 0)
+        store.put(make_slice(2))
+        engine.respond = lambda _: good()
+        await until(lambda: store.completed == {2})
+    assert 1 not in store.released
+
+
+async def test_a_preempted_slice_keeps_its_finished_lines_and_gives_back_the_rest() -> None:
+    done = iter([good(), good()])
+    store = FakeStore(make_slice(1, 4))
+    engine = FakeEngine(lambda _: next(done, None))
+    async with working(store, engine) as rig:
+        await until(lambda: len(store.rows) == 2)
+        store.orders[1] = Directive.PREEMPT
+        rig.runner.review()
+        await until(lambda: store.released)
+        assert store.released == {1: ReleaseReason.PREEMPTED}
+        assert engine.running == 0
+    assert len(store.rows) == 2
+
+
+async def test_a_line_past_its_deadline_ends_with_batch_expired_even_while_it_runs() -> None:
+    store = FakeStore(make_slice(1, 3, expires_at=NOW + 0.3))
+    engine = FakeEngine(hang)
+    async with working(store, engine):
+        await until(lambda: engine.running == 3)
+        await until(lambda: store.completed == {1})
+        assert engine.running == 0
+    assert {row.error_code for row in store.rows} == {"batch_expired"}
+    assert all(row.error_message for row in store.rows)
+
+
+async def test_a_line_already_past_its_own_deadline_never_reaches_the_engine() -> None:
+    store = FakeStore(make_slice(1, 3, deadline=NOW - 1))
+    engine = FakeEngine()
+    async with working(store, engine):
+        await until(lambda: store.completed == {1})
+    assert not engine.requests
+    assert len(store.positions(ok=False)) == 3
+
+
+async def test_a_batch_that_finishes_late_is_served_after_its_deadline() -> None:
+    store = FakeStore(make_slice(1, 3, expires_at=None, deadline=NOW - 1))
+    async with working(store, FakeEngine()):
+        await until(lambda: store.completed == {1})
+    assert len(store.positions()) == 3
+
+
+async def test_an_engines_death_blames_only_what_was_inside() -> None:
+    store = FakeStore(make_slice(1, 10), make_slice(2, 6))
+    engine, gate = FakeEngine(dead, slots=8), asyncio.Event()
+    hold_until(gate, engine)
+    rig = Rig(store, engine)
+    await until(lambda: rig.runner._table.in_hand == 16)
+    gate.set()
+    assert await rig.ended() is Exit.ENGINE_DIED
+    assert store.released == {1: ReleaseReason.ENGINE_DIED, 2: ReleaseReason.SHUTDOWN}
+    assert engine.stopped
+
+
+async def test_slices_of_a_healthy_neighbour_are_not_blamed_for_a_death() -> None:
+    store = FakeStore(make_slice(1, 4, model="m"), make_slice(2, 4, model="other"))
+    first, second = FakeEngine(hang), FakeEngine(hang)
+    rig = Rig(store, first, second)
+    await until(lambda: first.running == 4 and second.running == 4)
+    first.respond = dead
+    store.put(make_slice(3, 1, model="m"))
+    assert await rig.ended() is Exit.ENGINE_DIED
+    assert store.released[1] is ReleaseReason.ENGINE_DIED
+    assert store.released[2] is ReleaseReason.SHUTDOWN
+
+
+async def test_results_made_before_a_death_are_stored() -> None:
+    answers = iter([good(), good()])
+    store = FakeStore(make_slice(1, 3))
+    engine = FakeEngine(lambda r: next(answers, None) or dead(r))
+    rig = Rig(store, engine, flush_s=60.0)
+    assert await rig.ended() is Exit.ENGINE_DIED
+    assert len(store.positions()) == 2
+
+
+async def test_a_passing_fault_is_retried_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent, "RETRY_DELAYS_S", (0.001, 0.001))
+    said: list[EngineAnswer | Exception] = [EngineAnswer(503, "{}"), RuntimeError("x"), good()]
+    store = FakeStore(make_slice(1, 1))
+    async with working(store, FakeEngine(lambda _: said.pop(0))):
+        await until(lambda: store.completed == {1})
+    assert store.positions() == {100}
+
+
+async def test_a_lasting_fault_becomes_the_lines_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent, "RETRY_DELAYS_S", (0.001, 0.001))
+    store = FakeStore(make_slice(1, 1), make_slice(2, 1), make_slice(3, 1))
+    said = {0: EngineAnswer(500, '{"error":{}}'), 1: TimeoutError("60 s"), 2: RuntimeError("bad")}
+    engine = FakeEngine(lambda r: said[r.priority % 3])
+    async with working(store, engine):
+        await until(lambda: store.completed == {1, 2, 3})
+    assert not store.positions()
+    assert len(engine.requests) == 9
+
+
+async def test_a_bad_request_is_an_error_row_and_not_retried() -> None:
+    store = FakeStore(make_slice(1, 1))
+    engine = FakeEngine(lambda _: EngineAnswer(400, '{"error":{}}'))
+    async with working(store, engine):
+        await until(lambda: store.completed == {1})
+    assert len(engine.requests) == 1
+    assert store.rows[0].status_code == 400
+
+
+async def test_a_slice_of_an_unknown_model_is_given_back_as_unsuitable() -> None:
+    store = FakeStore(make_slice(1, model="nobody"), make_slice(2))
+    async with working(store, FakeEngine()):
+        await until(lambda: store.completed == {2} and store.released)
+    assert store.released == {1: ReleaseReason.UNSUITABLE}
+
+
+async def test_a_suspect_slice_runs_alone() -> None:
+    store = FakeStore(make_slice(1), make_slice(2, suspect=True), make_slice(3))
+    engine = FakeEngine(slots=64)
+    gate = asyncio.Event()
+    alone: list[int] = []
+
+    async def answer(request: EngineRequest) -> EngineAnswer:
+        alone.append(len(rig.runner._table.leases))
+        if len(alone) > 4:
+            await gate.wait()
+        return good()
+
+    engine.answer = answer  # type: ignore[method-assign]
+    async with working(store, engine) as rig:
+        await until(lambda: len(alone) == 8)
+        assert len(rig.runner._table.leases) == 1
+        gate.set()
+        await until(lambda: store.completed == {1, 2, 3})
+
+
+async def test_an_outage_of_the_store_loses_nothing() -> None:
+    slices = [make_slice(n, 5) for n in range(1, 9)]
+    store = FakeStore(*slices)
+    engine, gate = FakeEngine(), asyncio.Event()
+    hold_until(gate, engine)
+    async with working(store, engine) as rig:
+        await until(lambda: rig.runner._table.in_hand >= 15)
+        store.away = True
+        gate.set()
+        await until(lambda: rig.runner._table.in_hand == 0)
+        assert not store.rows
+        store.away = False
+        await until(lambda: store.completed == {s.slice_id for s in slices})
+    assert {row.position for row in store.rows} == positions(*slices)
+
+
+async def test_too_many_unsent_rows_stop_the_claiming(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner_module, "MOST_BUFFERED_ROWS", 10)
+    store = FakeStore(*(make_slice(n, 5) for n in range(1, 50)))
+
+    def no_flush(*_: Any, **__: Any) -> Any:
+        raise OSError("disk full")
+
+    flush, store.flush = store.flush, no_flush  # type: ignore[method-assign]
+    async with working(store, FakeEngine(slots=4)) as rig:
+        await until(lambda: rig.runner._table.buffered > 10)
+        claims = len(store.claims)
+        beats = len(store.beats)
+        await until(lambda: len(store.beats) >= beats + 3)
+        assert len(store.claims) == claims
+        store.flush = flush  # type: ignore[method-assign]
+        await until(lambda: len(store.completed) == 49)
+
+
+async def test_leases_are_renewed_while_the_engine_works() -> None:
+    store = FakeStore(make_slice(1))
+    engine = FakeEngine(hang)
+    async with working(store, engine, lease_s=0.08):
+        await until(lambda: store.renewals.get(1, 0) >= 3)
+
+
+async def test_a_hung_engine_ends_the_worker_and_its_leases_are_left_to_run_out() -> None:
+    store = FakeStore(make_slice(1))
+    engine = FakeEngine(hang)
+    rig = Rig(store, engine, stall_s=0.2)
+    assert await rig.ended() is Exit.ENGINE_HUNG
+    assert engine.stopped
+    assert not store.released
+    assert not store.retired
+
+
+async def test_a_slow_engine_that_still_steps_is_not_taken_for_hung() -> None:
+    store = FakeStore(make_slice(1))
+    engine = FakeEngine(hang)
+    async with working(store, engine, stall_s=0.3) as rig:
+        await until(lambda: engine.running == 4)
+        for _ in range(5):
+            before = len(store.beats)
+            await until(lambda before=before: len(store.beats) >= before + 5)
+            engine.step += 1
+        assert not rig.task.done()
+
+
+async def test_an_idle_engine_is_never_taken_for_hung() -> None:
+    store = FakeStore()
+    async with working(store, FakeEngine(), stall_s=0.01) as rig:
+        await until(lambda: len(store.beats) >= 15)
+        assert not rig.task.done()
+
+
+async def test_a_newer_boot_makes_this_one_drop_everything() -> None:
+    store = FakeStore(make_slice(1))
+    engine = FakeEngine(hang)
+    rig = Rig(store, engine)
+    await until(lambda: engine.running == 4)
+    store.replaced = True
+    assert await rig.ended() is Exit.REPLACED
+    assert not store.released
+    assert not store.retired
+    assert engine.stopped
+    assert engine.running == 0
+
+
+async def test_a_draining_worker_finishes_what_runs_and_claims_nothing() -> None:
+    store = FakeStore(make_slice(1))
+    engine, gate = FakeEngine(), asyncio.Event()
+    hold_until(gate, engine)
+    rig = Rig(store, engine)
+    await until(lambda: rig.runner._table.in_hand == 4)
+    rig.runner.drain(60.0)
+    store.put(make_slice(2))
+    await until(lambda: store.beats[-1].state is InstanceState.DRAINING)
+    gate.set()
+    assert await rig.ended() is Exit.OK
+    assert store.completed == {1}
+    assert not store.released
+    assert store.retired
+
+
+async def test_a_drain_that_takes_too_long_gives_the_rest_back() -> None:
+    store = FakeStore(make_slice(1))
+    engine = FakeEngine(hang)
+    rig = Rig(store, engine)
+    await until(lambda: engine.running == 4)
+    rig.runner.drain(0.1)
+    assert await rig.ended() is Exit.OK
+    assert store.released == {1: ReleaseReason.SHUTDOWN}
+    assert len(engine.aborted) == 4
+
+
+async def test_results_are_stored_at_the_end_even_if_the_store_was_away_a_moment() -> None:
+    answers = iter([good(), good(), good()])
+    store = FakeStore(make_slice(1, 4))
+    engine = FakeEngine(lambda _: next(answers, None))
+    rig = Rig(store, engine, flush_s=60.0)
+    await until(lambda: engine.step == 3)
+    store.away = True
+    rig.runner.end(Exit.OK)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert not rig.task.done()
+    store.away = False
+    assert await rig.ended() is Exit.OK
+    assert len(store.positions()) == 3
+    assert store.released == {1: ReleaseReason.SHUTDOWN}
+
+
+async def test_heartbeats_tell_of_the_start_and_then_of_the_engine() -> None:
+    store = FakeStore()
+    engine = FakeEngine()
+    engine.may_start.clear()
+    async with working(store, engine):
+        await until(lambda: store.beats)
+        first = store.beats[0]
+        assert (first.state, first.phase) == (InstanceState.STARTING, "loading m")
+        assert first.models[0].residency is Residency.COLD
+        engine.may_start.set()
+        await until(lambda: store.beats[-1].state is InstanceState.READY)
+        last = store.beats[-1]
+        assert (last.slots, last.kv_tokens, last.phase) == (8, 4096, "")
+        assert last.models[0].residency is Residency.AWAKE
+        assert last.models[0].max_model_len == 2048
+
+
+async def test_observations_arrive_once_also_after_failed_heartbeats() -> None:
+    store = FakeStore(*(make_slice(n, 5) for n in range(1, 5)))
+    failing = iter([True] * 3)
+    heartbeat = store.heartbeat
+
+    def sometimes(beat: Heartbeat) -> bool:
+        if beat.observations and next(failing, False):
+            raise Unavailable("the database is away")
+        return heartbeat(beat)
+
+    store.heartbeat = sometimes  # type: ignore[method-assign]
+    async with working(store, FakeEngine()):
+        await until(lambda: len(store.rows) == 20)
+        beats = len(store.beats)
+        await until(lambda: len(store.beats) >= beats + 5)
+    seen = [o for beat in store.beats for o in beat.observations]
+    assert sum(o.requests for o in seen) == 20
+    assert [pair for o in seen for pair in o.outputs] == [("t", 3)] * 20
+    assert sum(o.tokens for o in seen) == 60
+
+
+async def test_a_model_that_cannot_run_ends_the_worker_for_good() -> None:
+    engine = FakeEngine()
+    engine.start_error = ConfigurationError("no such model; name one that exists")
+    rig = Rig(FakeStore(), engine)
+    assert await rig.ended() is Exit.MISCONFIGURED
+
+
+async def test_a_start_that_takes_too_long_ends_the_worker() -> None:
+    engine = FakeEngine()
+    engine.may_start.clear()
+    rig = Rig(FakeStore(), engine, start_timeout_s=0.05)
+    assert await rig.ended() is Exit.ENGINE_DIED
+    assert engine.stopped
+
+
+async def test_a_worker_told_to_stop_while_it_starts_ends_at_once() -> None:
+    engine = FakeEngine()
+    engine.may_start.clear()
+    store = FakeStore()
+    rig = Rig(store, engine)
+    await until(lambda: store.beats)
+    rig.runner.drain(60.0)
+    assert await rig.ended() is Exit.OK
