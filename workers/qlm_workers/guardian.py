@@ -106,11 +106,18 @@ def _children_of(pid: int) -> set[int]:
 def _descendants(process: psutil.Process, spared: set[int]) -> list[psutil.Process]:
     found: list[psutil.Process] = []
     for child in process.children():
-        if child.pid not in spared:
+        if child.pid not in spared and not _is_tracker(child):
             found.append(child)
             with contextlib.suppress(psutil.NoSuchProcess):
                 found += child.children(recursive=True)
     return found
+
+
+def _is_tracker(process: psutil.Process) -> bool:
+    """Python's own cleaner of shared memory: it ignores SIGTERM and leaves when its parents did."""
+    with contextlib.suppress(psutil.Error):
+        return any("resource_tracker" in word for word in process.cmdline())
+    return False
 
 
 def _kill(processes: Iterable[psutil.Process]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 from argparse import Namespace
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
@@ -14,6 +15,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 from starlette.datastructures import State
+from vllm.v1.metrics.loggers import StatLoggerBase
 
 from qlm_batch.domain.errors import ConfigurationError
 from qlm_batch.domain.jobs import CHAT, COMPLETIONS, EMBEDDINGS, EngineKind
@@ -34,7 +36,6 @@ def _first(*places: str) -> Any:
 AsyncEngineArgs = _first("vllm.engine.arg_utils:AsyncEngineArgs")
 AsyncLLM = _first("vllm.v1.engine.async_llm:AsyncLLM")
 EngineDeadError = _first("vllm.v1.engine.exceptions:EngineDeadError")
-_StatLogger = _first("vllm.v1.metrics.loggers:StatLoggerBase")
 _platform = _first("vllm.platforms:current_platform")
 _make_arg_parser = _first(
     "vllm.entrypoints.launchers.cli_args:make_arg_parser",
@@ -63,7 +64,7 @@ _REQUESTS = {
 }
 
 
-class StepLog(_StatLogger):  # type: ignore[misc]
+class StepLog(StatLoggerBase):  # type: ignore[misc]
     """What the engine told about its steps since the start.
 
     `first_token_s` holds the ids of requests whose time to first token is wanted; the engine fills
@@ -144,10 +145,10 @@ class Serving:
         self._handlers: dict[str, Callable[[Any], Awaitable[Any]]] = {}
         self._requests: dict[str, TypeAdapter[Any]] = {}
         if kind is EngineKind.EMBED:
-            embedding = getattr(state, "serving_embedding", None) or getattr(
+            embedding: Any = getattr(state, "serving_embedding", None) or getattr(
                 state, "openai_serving_embedding", None
             )
-            self._errors = embedding
+            self._errors: Any = embedding
             self._add(EMBEDDINGS, getattr(embedding, "create_embedding", embedding))
         else:
             self._errors = state.openai_serving_chat
@@ -205,6 +206,14 @@ def generated_per_request(engine: Any) -> tuple[int, ...]:
 def fail_all(engine: Any) -> None:
     """Make every request inside raise EngineDeadError."""
     engine.output_processor.propagate_error(EngineDeadError())
+
+
+def shut_down(engine: Any, patience_s: float) -> None:
+    """End the engine's processes; blocks, and kills what is left after `patience_s`."""
+    if "timeout" in inspect.signature(engine.shutdown).parameters:
+        engine.shutdown(timeout=patience_s)
+    else:
+        engine.shutdown()
 
 
 def kv_bytes_per_token(engine_args: Mapping[str, object]) -> int | None:

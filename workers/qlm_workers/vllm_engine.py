@@ -28,6 +28,9 @@ CPU_KV_BYTES = 1024**3
 """Key-value cache on a host processor unless the settings say otherwise; vLLM would take nearly
 all memory."""
 
+STOP_S = 2.0
+"""How long an engine may take to leave by itself; nothing it holds is worth more waiting."""
+
 _ANSWER_IDS = {CHAT: "chatcmpl-{}", COMPLETIONS: "cmpl-{}-0"}
 """How vLLM's layer names a request inside the engine."""
 
@@ -102,7 +105,7 @@ class VllmEngine:
             return _schema_answer(error)
         except self._api.EngineDeadError as error:
             raise EngineDead(f"The engine of '{self._name}' stopped.") from error
-        except Exception as error:  # noqa: BLE001  vLLM raises many; its layer knows their answers
+        except Exception as error:
             if self._engine is None or self._engine.errored:
                 raise EngineDead(f"The engine of '{self._name}' stopped.") from error
             response = self._serving.error(error)
@@ -134,9 +137,9 @@ class VllmEngine:
         engine, self._engine, self._serving = self._engine, None, None
         guard, self._guard = self._guard, None
         if engine is not None:
-            self._api.fail_all(engine)
             with contextlib.suppress(Exception):
-                await asyncio.to_thread(engine.shutdown)
+                self._api.fail_all(engine)
+                await asyncio.to_thread(self._api.shut_down, engine, STOP_S)
         if guard is not None:
             await asyncio.to_thread(guard.end_children)
             await asyncio.to_thread(guard.release)

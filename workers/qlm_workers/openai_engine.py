@@ -1,0 +1,249 @@
+"""A server that already runs and speaks OpenAI's HTTP API, as an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import random
+import time
+from typing import Any, Self
+
+import httpx
+import orjson
+
+from qlm_batch.domain.engine import EngineAnswer, EngineInfo, EngineRequest, EngineStats
+from qlm_batch.domain.errors import ConfigurationError, EngineDead
+from qlm_batch.domain.jobs import EngineKind
+from qlm_batch.settings import Settings
+from qlm_workers.answers import Door, error_answer, usage_of
+from qlm_workers.openai_probe import ServerFacts, metric_sum, probe
+from qlm_workers.slots import PrioritySlots
+
+AWAY = frozenset({502, 503, 504})
+_FIRST_PAUSE_S = 0.25
+_LONGEST_PAUSE_S = 15.0
+_LOOK_S = 5.0
+_PROGRESS = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
+
+
+class OpenAIEngine:
+    """One model on a server at `url` (with or without `/v1`), at most `slots` requests at a time.
+
+    A busy (429) or absent server is asked again with growing pauses, or when it says in
+    `Retry-After`; when it was away for `give_up_s` without an answer, the engine counts as dead.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        kind: EngineKind = EngineKind.GENERATE,
+        *,
+        api_key: str = "",
+        slots: int = 32,
+        max_model_len: int | None = None,
+        give_up_s: float = 120.0,
+        start_timeout_s: float = 900.0,
+        max_n: int = 16,
+        media_domains: tuple[str, ...] = (),
+    ) -> None:
+        self._url = url.rstrip("/").removesuffix("/v1")
+        self._model = model
+        self._kind = kind
+        self._api_key = api_key
+        self._slot_count = slots
+        self._max_model_len = max_model_len
+        self._give_up_s = give_up_s
+        self._start_timeout_s = start_timeout_s
+        self._door = Door(model, kind, max_n, media_domains)
+        self._slots = PrioritySlots(slots)
+        self._client: httpx.AsyncClient | None = None
+        self._facts: ServerFacts | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self._calls: set[asyncio.Task[httpx.Response]] = set()
+        self._seen_at = 0.0
+        self._steps = 0
+        self._generated = 0
+        self._progress: float | None = None
+
+    @classmethod
+    def from_settings(cls, settings: Settings, model: str, kind: EngineKind) -> Self:
+        """As the settings say. Raises ConfigurationError without an engine URL."""
+        if not settings.engine_url:
+            raise ConfigurationError(
+                "The engine 'openai' needs the address of its server: set QLM_ENGINE_URL or "
+                "pass --url.",
+                param="engine_url",
+            )
+        domains = settings.engine_args.get("allowed_media_domains", ())
+        return cls(
+            settings.engine_url,
+            model,
+            kind,
+            api_key=settings.engine_api_key,
+            slots=settings.slots,
+            max_model_len=settings.max_model_len,
+            give_up_s=settings.stall_s,
+            start_timeout_s=settings.start_timeout_s,
+            max_n=settings.max_n,
+            media_domains=tuple(domains) if isinstance(domains, list | tuple) else (),
+        )
+
+    @property
+    def facts(self) -> ServerFacts | None:
+        """What the probe at start learned about the server, None before."""
+        return self._facts
+
+    async def start(self) -> EngineInfo:
+        """Learn what the server can do, waiting for it to come up."""
+        headers = {"content-type": "application/json"}
+        if self._api_key:
+            headers["authorization"] = f"Bearer {self._api_key}"
+        self._client = httpx.AsyncClient(
+            base_url=self._url,
+            headers=headers,
+            # An answer takes as long as it takes; the watch notices a server that hangs.
+            timeout=httpx.Timeout(None, connect=10.0, write=60.0),
+            limits=httpx.Limits(
+                max_connections=self._slot_count + 4,
+                max_keepalive_connections=self._slot_count + 4,
+            ),
+        )
+        try:
+            self._facts = await probe(self._client, self._model, self._kind, self._start_timeout_s)
+        except BaseException:
+            await self.stop()
+            raise
+        self._seen_at = time.monotonic()
+        self._watch = asyncio.create_task(self._look())
+        length = self._facts.max_model_len or self._max_model_len or 8192
+        return EngineInfo(
+            model=self._model,
+            kind=self._kind,
+            max_model_len=length,
+            slots=self._slot_count,
+            kv_tokens=self._facts.kv_tokens or self._slot_count * length,
+            supports=self._facts.supports,
+        )
+
+    async def answer(self, request: EngineRequest) -> EngineAnswer:
+        """Serve one request to its end; cancelling the call hangs up on the server."""
+        if self._client is None:
+            raise EngineDead(f"The engine at {self._url} is not running.")
+        body = self._door.read(request)
+        if isinstance(body, EngineAnswer):
+            return body
+        if self._facts is not None and self._facts.takes_priority:
+            body["priority"] = request.priority
+            if request.cache_salt:
+                body["cache_salt"] = request.cache_salt
+        began = time.perf_counter()
+        async with self._slots.place(request.priority):
+            response = await self._post(request, orjson.dumps(body))
+        duration_s = time.perf_counter() - began
+        return self._shape(response, duration_s)
+
+    def stats(self) -> EngineStats:
+        """What this client has under way. Raises EngineDead when it stopped."""
+        if self._client is None:
+            raise EngineDead(f"The engine at {self._url} is not running.")
+        return EngineStats(
+            step=self._steps,
+            running=self._slots.taken,
+            waiting=self._slots.waiting,
+            kv_usage=0.0,
+            generated_tokens=self._generated,
+        )
+
+    async def stop(self) -> None:
+        """Hang up; the server goes on. Safe to call twice."""
+        client, self._client = self._client, None
+        tasks = [*self._calls] + ([self._watch] if self._watch else [])
+        self._watch = None
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if client is not None:
+            await client.aclose()
+
+    async def _post(self, request: EngineRequest, content: bytes) -> httpx.Response:
+        """The first answer that is not a plea to come back later."""
+        began = time.monotonic()
+        pause_s = _FIRST_PAUSE_S
+        while True:
+            response = await self._post_once(request, content)
+            now = time.monotonic()
+            if response is not None and response.status_code not in AWAY:
+                self._seen_at = now
+                if response.status_code != 429:
+                    self._steps += 1
+                    return response
+            elif now - max(self._seen_at, began) > self._give_up_s:
+                raise EngineDead(
+                    f"The engine at {self._url} has not answered for {self._give_up_s:.0f} s."
+                )
+            asked_s = None if response is None else _retry_after_s(response)
+            # Spread, so that all slots do not come back in one moment.
+            spread = random.uniform(0.5, 1.0)  # noqa: S311
+            await asyncio.sleep(asked_s if asked_s is not None else pause_s * spread)
+            pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
+
+    async def _post_once(self, request: EngineRequest, content: bytes) -> httpx.Response | None:
+        """One try; None when the server could not be reached."""
+        if self._client is None:
+            raise EngineDead(f"The engine at {self._url} was stopped.")
+        headers = {"x-request-id": request.request_id}
+        call = asyncio.ensure_future(
+            self._client.post(request.endpoint, content=content, headers=headers)
+        )
+        self._calls.add(call)
+        try:
+            return await call
+        except httpx.TransportError:
+            return None
+        except asyncio.CancelledError:
+            if self._client is None and call.cancelled():
+                raise EngineDead(f"The engine at {self._url} was stopped.") from None
+            raise
+        finally:
+            self._calls.discard(call)
+
+    async def _look(self) -> None:
+        """Move the step counter while the server makes progress, also during long answers."""
+        while self._client is not None:
+            await asyncio.sleep(_LOOK_S)
+            with contextlib.suppress(httpx.HTTPError):
+                response = await self._client.get("/metrics", timeout=_LOOK_S)
+                if response.status_code == 200:
+                    progress = metric_sum(response.text, _PROGRESS)
+                    if progress is not None:
+                        self._steps += progress != self._progress
+                        self._progress = progress
+                        continue
+                alive = await self._client.get("/v1/models", timeout=_LOOK_S)
+                self._steps += alive.status_code == 200
+
+    def _shape(self, response: httpx.Response, duration_s: float) -> EngineAnswer:
+        try:
+            parsed: Any = orjson.loads(response.content)
+        except json.JSONDecodeError:
+            parsed = None
+        if not isinstance(parsed, dict):
+            status = response.status_code if response.status_code >= 400 else 502
+            return error_answer(
+                status,
+                f"The engine answered {response.status_code} without a JSON object.",
+                type_="server_error" if status >= 500 else "invalid_request_error",
+            )
+        usage = usage_of(parsed.get("usage"))
+        self._generated += usage.output_tokens
+        return EngineAnswer(response.status_code, response.text, usage, None, duration_s)
+
+
+def _retry_after_s(response: httpx.Response) -> float | None:
+    """Seconds the server asks to wait, at most a minute; None when it does not say."""
+    for name, scale in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
+        with contextlib.suppress(KeyError, ValueError):
+            return min(60.0, max(0.0, float(response.headers[name]) * scale))
+    return None

@@ -1,0 +1,165 @@
+"""What an OpenAI-compatible server is and can do, learned by asking it."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import httpx
+
+from qlm_batch.domain.engine import Lso
+from qlm_batch.domain.errors import ConfigurationError
+from qlm_batch.domain.jobs import CHAT, COMPLETIONS, EMBEDDINGS, EngineKind
+
+_PAUSE_S = 1.0
+_ASK_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class ServerFacts:
+    """What the probe learned; None or False where the server does not tell.
+
+    `takes_priority`: a body's `priority` is accepted (vLLM; it orders work there when the server
+    runs with `--scheduling-policy priority` and is without effect otherwise).
+    """
+
+    is_vllm: bool
+    takes_priority: bool
+    max_model_len: int | None
+    kv_tokens: int | None
+    supports: frozenset[Lso]
+
+    def describe(self) -> str:
+        """One line for people: the operations this engine supports and those it does not."""
+        words = [f"{lso.value}: {'yes' if lso in self.supports else 'no'}" for lso in Lso]
+        return f"{'vLLM' if self.is_vllm else 'OpenAI-compatible'} server; " + ", ".join(words)
+
+
+async def probe(
+    client: httpx.AsyncClient, model: str, kind: EngineKind, patience_s: float
+) -> ServerFacts:
+    """Ask until the server is up, for at most `patience_s`.
+
+    Raises ConfigurationError when it stays away, refuses the key, does not serve the model, or
+    serves it for another kind of work.
+    """
+    card = await _model_card(client, model, patience_s)
+    is_vllm = card.get("owned_by") == "vllm"
+    await _check_kind(client, model, kind)
+    takes_priority = is_vllm and await _accepts(client, model, kind, priority=1)
+    # Pulling in order and moving work elsewhere need nothing but the client's own queue.
+    supports = {Lso.PULL, Lso.BALANCE}
+    if is_vllm and await _status(client, "/is_sleeping") == 200:
+        supports.add(Lso.SWAP)
+    length = card.get("max_model_len")
+    return ServerFacts(
+        is_vllm=is_vllm,
+        takes_priority=takes_priority,
+        max_model_len=length if isinstance(length, int) else None,
+        kv_tokens=await _kv_tokens(client),
+        supports=frozenset(supports),
+    )
+
+
+def metric_sum(text: str, names: Collection[str]) -> float | None:
+    """The sum of Prometheus samples with these names; None when there is none."""
+    found = [
+        float(line.rsplit(" ", 1)[1])
+        for line in text.splitlines()
+        if line.startswith(tuple(names)) and re.split(r"[{ ]", line, maxsplit=1)[0] in names
+    ]
+    return sum(found) if found else None
+
+
+async def _model_card(
+    client: httpx.AsyncClient, model: str, patience_s: float
+) -> dict[str, object]:
+    deadline = time.monotonic() + patience_s
+    while True:
+        problem = "did not answer"
+        try:
+            response = await client.get("/v1/models", timeout=_ASK_S)
+            if response.status_code in (401, 403):
+                raise ConfigurationError(
+                    f"The engine at {client.base_url} refuses the key; set QLM_ENGINE_API_KEY.",
+                    param="engine_api_key",
+                )
+            if response.status_code == 200:
+                cards = {card["id"]: card for card in response.json()["data"]}
+                break
+            problem = f"answered {response.status_code} to /v1/models"
+        except httpx.HTTPError as error:
+            problem = f"could not be asked ({type(error).__name__})"
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigurationError(
+                f"{client.base_url} does not list models as OpenAI's API does; "
+                "check QLM_ENGINE_URL.",
+                param="engine_url",
+            ) from error
+        if time.monotonic() + _PAUSE_S > deadline:
+            raise ConfigurationError(
+                f"The engine at {client.base_url} {problem} within {patience_s:.0f} s; "
+                "check QLM_ENGINE_URL and that the server runs.",
+                param="engine_url",
+            )
+        await asyncio.sleep(_PAUSE_S)
+    if model not in cards:
+        raise ConfigurationError(
+            f"The engine at {client.base_url} serves {', '.join(cards) or 'no model'}, not "
+            f"'{model}'; give one of its names as the model.",
+            param="models",
+        )
+    return dict(cards[model])
+
+
+async def _check_kind(client: httpx.AsyncClient, model: str, kind: EngineKind) -> None:
+    if not await _accepts(client, model, kind):
+        other = "an embedding" if kind is EngineKind.GENERATE else "a generating"
+        hint = f"embed:{model}" if kind is EngineKind.GENERATE else model
+        raise ConfigurationError(
+            f"The engine at {client.base_url} does not answer requests to '{model}' for "
+            f"{kind.value}; if it is {other} model, name it '{hint}'.",
+            param="models",
+        )
+
+
+async def _accepts(
+    client: httpx.AsyncClient, model: str, kind: EngineKind, **fields: object
+) -> bool:
+    body: dict[str, object] = {"model": model, **fields}
+    if kind is EngineKind.EMBED:
+        return await _status(client, EMBEDDINGS, body | {"input": "a"}) == 200
+    if await _status(client, COMPLETIONS, body | {"prompt": "a", "max_tokens": 1}) == 200:
+        return True
+    messages = [{"role": "user", "content": "a"}]
+    return await _status(client, CHAT, body | {"messages": messages, "max_tokens": 1}) == 200
+
+
+async def _status(
+    client: httpx.AsyncClient, path: str, body: dict[str, object] | None = None
+) -> int | None:
+    try:
+        if body is None:
+            response = await client.get(path, timeout=_ASK_S)
+        else:
+            response = await client.post(path, json=body, timeout=_ASK_S)
+    except httpx.HTTPError:
+        return None
+    return response.status_code
+
+
+async def _kv_tokens(client: httpx.AsyncClient) -> int | None:
+    try:
+        response = await client.get("/metrics", timeout=_ASK_S)
+    except httpx.HTTPError:
+        return None
+    for line in response.text.splitlines():
+        if line.startswith("vllm:cache_config_info{"):
+            labels = dict(re.findall(r'(\w+)="([^"]*)"', line))
+            blocks, size = labels.get("num_gpu_blocks", ""), labels.get("block_size", "")
+            if blocks.isdigit() and size.isdigit():
+                return int(blocks) * int(size)
+    return None

@@ -1,0 +1,140 @@
+"""What a simulated engine answers: lengths, words and vectors that are a function of a number."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from random import Random
+from typing import Any
+
+import orjson
+
+from qlm_batch.domain.engine import EngineRequest
+from qlm_batch.domain.jobs import CHAT, EMBEDDINGS, Usage
+
+CHARS_PER_TOKEN = 4
+LIKELY_OUTPUT = 128
+"""Median output length where a request sets no limit, as in ShareGPT."""
+EMBEDDING_SIZE = 16
+
+_LENGTH = 1 << 16
+_WORDS = (
+    *("batch", "window", "queue", "slice", "lease", "deadline", "token", "engine", "model"),
+    *("prompt", "answer", "group", "order", "plan", "worker", "device", "memory", "prefix"),
+    *("block", "step", "request", "result", "file", "line", "tenant", "budget", "wait"),
+)
+
+
+class BadBody(Exception):
+    """A body no engine would take; `param` is the field."""
+
+    def __init__(self, param: str, message: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+def sizes(endpoint: str, body: Mapping[str, Any], max_model_len: int) -> tuple[int, int]:
+    """Prompt tokens, and the most output tokens of one choice. Raises BadBody."""
+    name = {CHAT: "messages", EMBEDDINGS: "input"}.get(endpoint, "prompt")
+    prompt = body.get(name)
+    if not prompt or not isinstance(prompt, list if endpoint == CHAT else list | str):
+        raise BadBody(name, f"'{name}' is missing, empty or of the wrong type.")
+    tokens = max(1, _chars(prompt) // CHARS_PER_TOKEN)
+    room = max_model_len - tokens
+    if room < (0 if endpoint == EMBEDDINGS else 1):
+        raise BadBody(
+            name,
+            f"The prompt has {tokens} tokens; this model's context length is {max_model_len}.",
+        )
+    if endpoint == EMBEDDINGS:
+        return tokens, 0
+    asked = body.get("max_completion_tokens") or body.get("max_tokens")
+    if asked is not None and (not isinstance(asked, int) or asked < 1):
+        raise BadBody("max_tokens", "'max_tokens' must be a positive integer.")
+    return tokens, min(asked or room, room)
+
+
+def output_length(key: int, limit: int, ignore_eos: bool) -> int:
+    """Output tokens that `key` draws, at most `limit`."""
+    if ignore_eos or limit == 0:
+        return limit
+    uniform = (key % 9973 + 0.5) / 9973
+    # Log-normal, by the logistic approximation of the normal quantile.
+    spread = math.log(uniform / (1 - uniform)) / 1.702
+    return max(1, min(limit, round(LIKELY_OUTPUT * math.exp(spread))))
+
+
+def response_body(
+    request: EngineRequest, body: Mapping[str, Any], key: int, usage: Usage, stopped: bool
+) -> str:
+    """The JSON text of an OpenAI response; `stopped` by itself rather than by its limit."""
+    shown = {"prompt_tokens": usage.input_tokens, "total_tokens": usage.total_tokens}
+    common: dict[str, object] = {"model": body["model"], "created": int(time.time())}
+    if request.endpoint == EMBEDDINGS:
+        inputs = body["input"]
+        count = len(inputs) if isinstance(inputs, list) and not isinstance(inputs[0], int) else 1
+        common |= {
+            "object": "list",
+            "data": [
+                {"object": "embedding", "index": index, "embedding": embedding(key + index)}
+                for index in range(count)
+            ],
+        }
+        return orjson.dumps(common | {"usage": shown}).decode()
+    n = body.get("n") or 1
+    each = usage.output_tokens // n
+    ending = {"logprobs": None, "finish_reason": "stop" if stopped else "length"}
+    texts = [answer_text(key + index, each) for index in range(n)]
+    if request.endpoint == CHAT:
+        common |= {"id": f"chatcmpl-{request.request_id}", "object": "chat.completion"}
+        common["choices"] = [
+            {"index": index, "message": {"role": "assistant", "content": text}, **ending}
+            for index, text in enumerate(texts)
+        ]
+    else:
+        common |= {"id": f"cmpl-{request.request_id}", "object": "text_completion"}
+        common["choices"] = [
+            {"index": index, "text": text, **ending} for index, text in enumerate(texts)
+        ]
+    return orjson.dumps(
+        common | {"usage": shown | {"completion_tokens": usage.output_tokens}}
+    ).decode()
+
+
+def _text() -> tuple[str, list[int]]:
+    draw = Random(0)  # noqa: S311
+    words = [draw.choice(_WORDS) for _ in range(_LENGTH)]
+    starts, at = [], 0
+    for word in words:
+        starts.append(at)
+        at += len(word) + 1
+    return " ".join(words) + " ", starts
+
+
+_TEXT, _STARTS = _text()
+
+
+def answer_text(key: int, tokens: int) -> str:
+    """`tokens` words, cut from one long text at a place that `key` names."""
+    tokens = min(tokens, _LENGTH - 1)
+    first = key % (_LENGTH - tokens)
+    return _TEXT[_STARTS[first] : _STARTS[first + tokens] - 1] if tokens else ""
+
+
+def embedding(key: int) -> list[float]:
+    """A vector of length 1 that `key` names."""
+    draw = Random(key)  # noqa: S311
+    values = [draw.gauss(0, 1) for _ in range(EMBEDDING_SIZE)]
+    norm = sum(value * value for value in values) ** 0.5
+    return [round(value / norm, 6) for value in values]
+
+
+def _chars(value: object) -> int:
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, list):
+        return sum(map(_chars, value))
+    if isinstance(value, dict):
+        return _chars(value.get("content") or value.get("text") or "")
+    return CHARS_PER_TOKEN

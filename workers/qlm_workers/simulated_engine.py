@@ -1,0 +1,274 @@
+"""A seeded engine without a model: it takes the time a device would take, or none at all."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Self
+
+from qlm_batch.domain.engine import EngineAnswer, EngineInfo, EngineRequest, EngineStats, Lso
+from qlm_batch.domain.errors import ConfigurationError, EngineDead
+from qlm_batch.domain.jobs import EngineKind, Usage
+from qlm_batch.settings import Settings
+from qlm_workers.answers import Door, error_answer
+from qlm_workers.simulated_answers import BadBody, output_length, response_body, sizes
+from qlm_workers.step_times import DEFAULT_DEVICE, DEVICES, StepTimes
+
+
+def _never(_: EngineRequest) -> bool:
+    return False
+
+
+@dataclass(frozen=True, slots=True)
+class Faults:
+    """What goes wrong, for tests: requests that kill the engine, fail with 500, or never end."""
+
+    poison: Callable[[EngineRequest], bool] = _never
+    fails: Callable[[EngineRequest], bool] = _never
+    hangs: Callable[[EngineRequest], bool] = _never
+    error_rate: float = 0.0
+    """Share of requests in [0, 1] that fail with 500, chosen by the seed."""
+
+
+@dataclass(slots=True)
+class _Sequence:
+    prompt_tokens: int
+    output_tokens: int
+    done: asyncio.Future[float]
+    hangs: bool
+    prefilled: int = 0
+    generated: int = 0
+    first_token_at: float | None = None
+
+
+class SimulatedEngine:
+    """Answers are a function of the seed and the body. A step admits the waiting by priority,
+    shares `max_num_batched_tokens` among prefills and gives every running sequence a token.
+
+    `time_scale` stretches the modelled time: 1 is the device's own, 0 answers at once and then
+    neither queues nor steps.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        kind: EngineKind = EngineKind.GENERATE,
+        *,
+        slots: int = 32,
+        max_model_len: int = 8192,
+        kv_tokens: int = 66_144,
+        max_num_batched_tokens: int = 2048,
+        step_times: StepTimes = DEVICES[DEFAULT_DEVICE],
+        time_scale: float = 1.0,
+        seed: int = 0,
+        faults: Faults = Faults(),
+        max_n: int = 16,
+    ) -> None:
+        self._info = EngineInfo(
+            model, kind, max_model_len, slots, kv_tokens, frozenset({Lso.PULL, Lso.BALANCE})
+        )
+        self._door = Door(model, kind, max_n)
+        self._batched_tokens = max_num_batched_tokens
+        self._step_times = step_times
+        self._time_scale = time_scale
+        self._seed = seed
+        self._faults = faults
+        self._faulty = faults != Faults()
+        self._alive = False
+        self._loop: asyncio.Task[None] | None = None
+        self._work = asyncio.Event()
+        self._waiting: list[tuple[int, int, _Sequence]] = []
+        self._arrivals = itertools.count()
+        self._running: list[_Sequence] = []
+        self._hanging: set[asyncio.Future[float]] = set()
+        self._steps = 0
+        self._generated = 0
+        self._rows: deque[tuple[int, int, int, float]] = deque(maxlen=4096)
+
+    @classmethod
+    def from_settings(cls, settings: Settings, model: str, kind: EngineKind) -> Self:
+        """As the settings say; `engine_args` may hold `device` (a key of DEVICES) and `seed`."""
+        device = settings.engine_args.get("device", DEFAULT_DEVICE)
+        if device not in DEVICES:
+            raise ConfigurationError(
+                f"'{device}' is no simulated device; QLM_ENGINE_ARGS may name one of "
+                f"{', '.join(DEVICES)}.",
+                param="device",
+            )
+        seed = settings.engine_args.get("seed", 0)
+        return cls(
+            model,
+            kind,
+            slots=settings.slots,
+            max_model_len=settings.max_model_len or 8192,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            step_times=DEVICES[str(device)],
+            time_scale=settings.simulated_time_scale,
+            seed=seed if isinstance(seed, int) else 0,
+            max_n=settings.max_n,
+        )
+
+    async def start(self) -> EngineInfo:
+        """Be ready at once."""
+        self._alive = True
+        if self._time_scale > 0:
+            self._loop = asyncio.create_task(self._run())
+        return self._info
+
+    async def answer(self, request: EngineRequest) -> EngineAnswer:
+        """Serve one request to its end."""
+        if not self._alive:
+            raise EngineDead(f"The simulated engine of '{self._info.model}' is not running.")
+        body = self._door.read(request)
+        if isinstance(body, EngineAnswer):
+            return body
+        key = zlib.crc32(request.body.encode(), self._seed)
+        try:
+            prompt_tokens, limit = sizes(request.endpoint, body, self._info.max_model_len)
+        except BadBody as error:
+            return error_answer(400, str(error), param=error.param, code="invalid_value")
+        hangs = False
+        if self._faulty:
+            if self._faults.poison(request):
+                self._die()
+                raise EngineDead("A poisonous request killed the simulated engine.")
+            if self._faults.fails(request) or key % 10_000 < self._faults.error_rate * 10_000:
+                return error_answer(500, "Simulated failure.", type_="server_error")
+            hangs = self._faults.hangs(request)
+        output_tokens = output_length(key, limit, body.get("ignore_eos") is True)
+        first_token_s = 0.0
+        began = time.perf_counter()
+        if hangs or self._time_scale > 0:
+            first_token_s = (
+                await self._serve(request.priority, prompt_tokens, output_tokens, hangs) - began
+            )
+        else:
+            self._steps += 1
+            self._generated += output_tokens
+        n = body.get("n") or 1
+        usage = Usage(input_tokens=prompt_tokens, output_tokens=output_tokens * n)
+        return EngineAnswer(
+            200,
+            response_body(request, body, key, usage, output_tokens < limit),
+            usage,
+            first_token_s,
+            time.perf_counter() - began,
+        )
+
+    def stats(self) -> EngineStats:
+        """What the engine is doing now. Raises EngineDead when it stopped."""
+        if not self._alive:
+            raise EngineDead(f"The simulated engine of '{self._info.model}' is not running.")
+        rows = tuple(self._rows)
+        self._rows.clear()
+        return EngineStats(
+            step=self._steps,
+            running=len(self._running) + len(self._hanging),
+            waiting=len(self._waiting),
+            kv_usage=self._kv() / self._info.kv_tokens,
+            generated_tokens=self._generated,
+            steps=rows,
+            generated=tuple(sequence.generated for sequence in self._running),
+        )
+
+    async def stop(self) -> None:
+        """End everything; safe to call twice."""
+        self._die()
+        if self._loop is not None:
+            await asyncio.gather(self._loop, return_exceptions=True)
+            self._loop = None
+
+    def _die(self) -> None:
+        self._alive = False
+        if self._loop is not None:
+            self._loop.cancel()
+        sequences = [*self._running, *(sequence for *_, sequence in self._waiting)]
+        for done in (*(sequence.done for sequence in sequences), *self._hanging):
+            if not done.done():
+                done.set_exception(EngineDead("The simulated engine stopped."))
+        self._running.clear()
+        self._waiting.clear()
+        self._hanging.clear()
+
+    async def _serve(
+        self, priority: int, prompt_tokens: int, output_tokens: int, hangs: bool
+    ) -> float:
+        done: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+        sequence = _Sequence(prompt_tokens, output_tokens, done, hangs)
+        if self._time_scale > 0:
+            heapq.heappush(self._waiting, (priority, next(self._arrivals), sequence))
+            self._work.set()
+        else:
+            self._hanging.add(done)
+        try:
+            return await done
+        finally:
+            self._hanging.discard(done)
+            if done.cancelled():
+                self._running = [other for other in self._running if other is not sequence]
+                self._waiting = [entry for entry in self._waiting if entry[2] is not sequence]
+                heapq.heapify(self._waiting)
+
+    async def _run(self) -> None:
+        began = time.perf_counter()
+        modelled = 0.0
+        while True:
+            if not self._running and not self._waiting:
+                self._work.clear()
+                await self._work.wait()
+                began, modelled = time.perf_counter(), 0.0
+            step_s = self._step_times.seconds(*self._step_load())
+            modelled += step_s * self._time_scale
+            # One sleep may stand for many short steps: timers are no finer than this.
+            ahead = modelled - (time.perf_counter() - began)
+            await asyncio.sleep(ahead if ahead > 1e-3 else 0)
+            self._finish_step(time.perf_counter(), step_s)
+
+    def _step_load(self) -> tuple[int, int, int]:
+        budget = self._batched_tokens - len(self._running)
+        prefill = 0
+        while self._waiting and len(self._running) < self._info.slots:
+            sequence = self._waiting[0][2]
+            if self._running and self._kv() + sequence.prompt_tokens > self._info.kv_tokens:
+                break
+            heapq.heappop(self._waiting)
+            self._running.append(sequence)
+        for sequence in self._running:
+            if (todo := sequence.prompt_tokens - sequence.prefilled) > 0:
+                taken = min(todo, max(budget, 1))
+                sequence.prefilled += taken
+                budget -= taken
+                prefill += taken
+                if budget <= 0:
+                    break
+        load = (len(self._running), self._kv(), prefill)
+        self._rows.append((*load, self._step_times.seconds(*load)))
+        return load
+
+    def _finish_step(self, now: float, step_s: float) -> None:
+        if not self._running:
+            return
+        self._steps += any(not sequence.hangs for sequence in self._running)
+        still = []
+        for sequence in self._running:
+            if sequence.prefilled >= sequence.prompt_tokens and not sequence.hangs:
+                if sequence.first_token_at is None:
+                    sequence.first_token_at = now
+                if sequence.generated < sequence.output_tokens:
+                    sequence.generated += 1
+                    self._generated += 1
+                if sequence.generated >= sequence.output_tokens:
+                    if not sequence.done.done():
+                        sequence.done.set_result(sequence.first_token_at)
+                    continue
+            still.append(sequence)
+        self._running = still
+
+    def _kv(self) -> int:
+        return sum(sequence.prefilled + sequence.generated for sequence in self._running)
