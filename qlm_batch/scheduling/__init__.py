@@ -1,0 +1,1 @@
+"""Who runs what, where and when: pure functions of a snapshot, a seed and a budget of moves."""

@@ -158,16 +158,6 @@ class Estimator:
             self._lengths[key] = book.distribution(kind, tenant, self._ages.get(model, ()))
         return self._lengths[key]
 
-    def running_batch(self, instance: int) -> float:
-        """Requests this instance runs at once with what it was given, limited by slots and KV."""
-        view = self.instances[instance]
-        flows = [
-            self._flow(instance, _shape_of_assigned(own, self._views[instance][own.model]))
-            for own in view.assigned
-            if own.model in self._views[instance] and own.requests > 0
-        ]
-        return min((flow.running for flow in flows), default=float(max(1, view.slots)))
-
     def capacities(self, snapshot: Snapshot) -> Mapping[str, ModelCapacity]:
         """For each model that is served, a typical instance as its queued work would find it."""
         sums: dict[str, tuple[EngineKind, list[int]]] = {}
@@ -196,13 +186,7 @@ class Estimator:
     def work(self, group: RequestGroup) -> GroupWork:
         """What the group would take at each instance, in the snapshot's order."""
         count = max(1, group.requests)
-        shape = (
-            group.model,
-            group.kind,
-            group.tenant,
-            _grid(group.prompt_tokens / count),
-            _grid(group.max_tokens / count),
-        )
+        shape = _shape_of_group(group)
         if shape not in self._arrays:
             self._arrays[shape] = self._unit(shape)
         mean, var, largest = self._arrays[shape]
@@ -265,6 +249,15 @@ class Estimator:
             var += rest * flow.request_var * slow**2
         return Ready(mean, var, awake)
 
+    def tail_s(self, instance: int, own: AssignedView) -> float:
+        """How much later than its occupation the last of an instance's own work ends."""
+        shape = _shape_of_assigned(own, self._views[instance][own.model])
+        return self._flow(instance, shape).tail_s(own.requests) * self._slowdown(instance)
+
+    def flow_of(self, instance: int, group: RequestGroup) -> Flow:
+        """The group's kind of work at an instance that hosts its model."""
+        return self._flow(instance, _shape_of_group(group))
+
     def swap_s(self, instance: int, model: str) -> float:
         """Time to make a hosted model the awake one: what was measured, else what is assumed."""
         view = self._views[instance][model]
@@ -282,7 +275,7 @@ class Estimator:
     # Distributions
 
     def spread(self, mean: float, var: float) -> float:
-        """Standard deviation of a duration with this mean and variance, the model's error with it."""
+        """Standard deviation of a duration of this mean and variance, with the model's error."""
         return math.sqrt(max(0.0, var) + (self.config.model_error * mean) ** 2)
 
     def quantile(self, mean: float, var: float, level: float) -> float:
@@ -346,6 +339,12 @@ def _ages(instances: Sequence[InstanceView]) -> dict[str, list[int]]:
         if len(awake) == 1 and awake[0].kind is EngineKind.GENERATE:
             ages.setdefault(awake[0].name, []).extend(view.generated)
     return ages
+
+
+def _shape_of_group(group: RequestGroup) -> _Shape:
+    count = max(1, group.requests)
+    prompt, most = group.prompt_tokens / count, group.max_tokens / count
+    return (group.model, group.kind, group.tenant, _grid(prompt), _grid(most))
 
 
 def _shape_of_assigned(own: AssignedView, model: ModelView) -> _Shape:

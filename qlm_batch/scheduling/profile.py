@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from qlm_batch.domain.jobs import SloClass
 from qlm_batch.domain.snapshot import Observation, Profile
 from qlm_batch.scheduling.calibration import Calibration
 from qlm_batch.scheduling.lengths import LengthBook
@@ -86,6 +87,14 @@ class Knowledge:
                     seen.tokens, seen.requests, seen.seconds, seen.steps
                 )
         return replace(self, books=books, speeds=speeds)
+
+    def waited(self, outcomes: Iterable[tuple[str, SloClass, float, float]]) -> Knowledge:
+        """What is known after these waits: (model, class, predicted seconds, actual seconds)."""
+        calibrations = dict(self.calibrations)
+        for model, slo_class, predicted_s, actual_s in outcomes:
+            before = calibrations.get(model, Calibration())
+            calibrations[model] = before.after(slo_class, predicted_s, actual_s)
+        return replace(self, calibrations=calibrations)
 
 
 def fold(profiles: Sequence[Profile], observations: Sequence[Observation]) -> tuple[Profile, ...]:

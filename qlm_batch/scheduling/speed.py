@@ -199,13 +199,17 @@ class Speed:
         gram, moment = _floats(data.get("gram")), _floats(data.get("moment"))
         if len(gram) != 16 or len(moment) != 4:
             return Speed(prior)
-        return Speed(
-            prior,
-            gram,
-            moment,
-            *(float(data.get(name, 0.0)) for name in ("steps", "tokens", "requests", "busy_s")),
-            efficiency=float(data.get("efficiency", 1.0)),
+        steps, tokens, requests, busy_s, efficiency = (
+            float(data.get(name, default))
+            for name, default in (
+                ("steps", 0.0),
+                ("tokens", 0.0),
+                ("requests", 0.0),
+                ("busy_s", 0.0),
+                ("efficiency", 1.0),
+            )
         )
+        return Speed(prior, gram, moment, steps, tokens, requests, busy_s, efficiency)
 
 
 def _floats(data: object) -> tuple[float, ...]:

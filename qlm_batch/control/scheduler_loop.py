@@ -1,0 +1,260 @@
+"""The scheduler: one pass plans the queue on a snapshot and hands out what is due next.
+
+Everything that lasts is in the store. What is kept between passes only spares work: a new leader
+starts without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import structlog
+
+from qlm_batch.control.leadership import Leadership
+from qlm_batch.control.story import Story
+from qlm_batch.control.unserved import Unserved, UnservedConfig
+from qlm_batch.domain.errors import NotLeader, Unavailable
+from qlm_batch.domain.messages import Assigned
+from qlm_batch.domain.ports import Dispatcher, Planning
+from qlm_batch.domain.snapshot import Plan, RequestGroup, Snapshot
+from qlm_batch.scheduling.dispatching import DispatchConfig, recalls, top_up
+from qlm_batch.scheduling.estimator import Estimator, EstimatorConfig
+from qlm_batch.scheduling.forecasts import Forecasts
+from qlm_batch.scheduling.grouping import form_groups
+from qlm_batch.scheduling.policies import Policy
+from qlm_batch.scheduling.problem import Problem
+from qlm_batch.scheduling.profile import Knowledge, fold
+from qlm_batch.scheduling.promises import with_estimates
+from qlm_batch.scheduling.replanning import Incumbent, ReplanConfig, carried_on, fleet_signature
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Leadership lasts `term_s`; a pass is made every `tick_s`; estimates are saved `refresh_s`.
+
+    A plan may take about `plan_ms`, which at `moves_per_ms` bounds its search: a fixed rate, so
+    that equal snapshots give equal plans on any machine. `observations` is the most taken a pass.
+    """
+
+    holder: str
+    term_s: float = 10.0
+    tick_s: float = 0.5
+    refresh_s: float = 2.0
+    plan_ms: float = 100.0
+    moves_per_ms: float = 2.0
+    seed: int = 0
+    observations: int = 1000
+    replan: ReplanConfig = field(default_factory=ReplanConfig)
+    dispatch: DispatchConfig = field(default_factory=DispatchConfig)
+    estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
+    unserved: UnservedConfig = field(default_factory=UnservedConfig)
+
+    @property
+    def moves(self) -> int:
+        """The search budget of one plan."""
+        return int(self.plan_ms * self.moves_per_ms)
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """What a pass did; true when there is more to do at once.
+
+    `epoch` is None for a standby. `replanned` says why a new plan was made, empty when the old one
+    stood. `assigned` counts slices per instance, `failed` slices of models nobody serves.
+    """
+
+    epoch: int | None = None
+    replanned: str = ""
+    groups: int = 0
+    assigned: Mapping[str, int] = field(default_factory=dict)
+    recalled: tuple[str, ...] = ()
+    failed: int = 0
+    more: bool = False
+
+    def __bool__(self) -> bool:
+        return self.more
+
+
+class SchedulerLoop:
+    """A service that plans and dispatches while it leads, and waits while another does."""
+
+    def __init__(
+        self,
+        store: Planning,
+        dispatcher: Dispatcher,
+        policy: Policy,
+        config: SchedulerConfig,
+        leadership: Leadership | None = None,
+    ) -> None:
+        self._store = store
+        self._dispatcher = dispatcher
+        self._policy = policy
+        self._config = config
+        self._leadership = leadership or Leadership()
+        self._forget()
+
+    @property
+    def name(self) -> str:
+        """As in the log."""
+        return "scheduler"
+
+    @property
+    def idle_s(self) -> float:
+        """Time between passes."""
+        return self._config.tick_s
+
+    def run_once(self) -> Tick:
+        """One pass: see `tick`."""
+        return self.tick()
+
+    def tick(self) -> Tick:
+        """Lead if possible; then learn, plan where needed, save and dispatch."""
+        epoch = self._store.lead(self._config.holder, self._config.term_s)
+        if epoch is None:
+            self._step_down()
+            return Tick()
+        if self._leadership.epoch != epoch:
+            self._forget()
+            self._leadership.lead(epoch)
+            log.info("leading", epoch=epoch, holder=self._config.holder)
+        try:
+            return self._lead(epoch)
+        except NotLeader:
+            self._step_down()
+            return Tick()
+
+    def close(self) -> None:
+        """Give leadership up, so that a standby takes over at once."""
+        if self._leadership.epoch is not None:
+            self._step_down()
+            self._store.resign(self._config.holder)
+
+    def _forget(self) -> None:
+        self._incumbent: Incumbent | None = None
+        self._saved_at = float("-inf")
+        self._story: Story | None = None
+        self._unserved = Unserved(self._config.unserved)
+        self._forecasts = Forecasts()
+
+    def _step_down(self) -> None:
+        if self._leadership.epoch is not None:
+            log.info("not_leading", holder=self._config.holder)
+        self._leadership.step_down()
+        self._forget()
+
+    def _lead(self, epoch: int) -> Tick:
+        snapshot, full = self._learn(epoch)
+        failed, more = self._fail_unserved(epoch, snapshot)
+        if failed:
+            # What was closed must not be planned; the next pass sees the queue without it.
+            return Tick(epoch, failed=failed, more=True)
+        estimator = Estimator(snapshot, self._config.estimator)
+        groups = form_groups(snapshot, estimator.capacities(snapshot))
+        plan, why = self._plan(snapshot, groups, estimator)
+        plan = with_estimates(plan, snapshot, estimator)
+        self._forecasts = self._forecasts.planned(plan)
+        self._save(epoch, plan, snapshot, changed=bool(why))
+        recalled = tuple(recalls(snapshot, plan, self._config.dispatch))
+        for instance in recalled:
+            self._store.unassign(epoch, instance)
+        assigned = self._dispatch(epoch, snapshot, plan, estimator, recalled)
+        return Tick(
+            epoch, why, len(groups), assigned, recalled, more=full or bool(recalled) or more
+        )
+
+    def _learn(self, epoch: int) -> tuple[Snapshot, bool]:
+        """The snapshot with what was newly observed; whether more observations wait."""
+        seen = self._store.take_observations(epoch, self._config.observations)
+        snapshot = self._store.snapshot()
+        outcomes = self._forecasts.outcomes
+        if not seen and not outcomes:
+            return snapshot, False
+        profiles = fold(snapshot.profiles, seen)
+        if outcomes:
+            profiles = Knowledge.of(profiles).waited(outcomes).profiles()
+            self._forecasts = self._forecasts.told()
+        changed = [profile for profile in profiles if profile not in snapshot.profiles]
+        self._store.save_profiles(epoch, changed)
+        return replace(snapshot, profiles=profiles), len(seen) >= self._config.observations
+
+    def _fail_unserved(self, epoch: int, snapshot: Snapshot) -> tuple[int, bool]:
+        """Slices failed because nobody serves their model, and whether some are left."""
+        failed, more = 0, False
+        for model, message in self._unserved.due(snapshot):
+            limit = self._config.unserved.slices_per_pass
+            closed = self._store.fail_unservable(epoch, model, message, limit=limit)
+            failed += closed
+            more = more or closed >= limit
+            log.warning("model_not_served", model=model, slices=closed)
+        return failed, more
+
+    def _plan(
+        self, snapshot: Snapshot, groups: Sequence[RequestGroup], estimator: Estimator
+    ) -> tuple[Plan, str]:
+        """The plan in force and why it is a new one, or an empty word."""
+        why = "the first plan"
+        if self._incumbent is not None:
+            problem = Problem(snapshot, groups, estimator)
+            kept, why = carried_on(problem, snapshot, self._incumbent, self._config.replan)
+            if kept is not None:
+                return kept, ""
+        moves = self._config.moves
+        plan = self._policy.plan(snapshot, groups, estimator, moves, self._config.seed)
+        self._incumbent = Incumbent(plan, snapshot.now, fleet_signature(snapshot))
+        if groups:
+            log.info(
+                "planned",
+                why=why,
+                policy=self._policy.name,
+                groups=len(groups),
+                instances=len(snapshot.instances),
+                plan_ms=self._config.plan_ms,
+                moves=moves,
+                shed=sum(placed.shed for queue in plan.queues for placed in queue.groups),
+                unplaced=len(plan.unplaced),
+            )
+        return plan, why
+
+    def _save(self, epoch: int, plan: Plan, snapshot: Snapshot, *, changed: bool) -> None:
+        if self._story is None:
+            self._story = Story.resumed(snapshot)
+        stale = snapshot.now - self._saved_at >= self._config.refresh_s
+        new = any(batch_id in plan.estimates for batch_id in snapshot.unpromised)
+        if not (changed or stale or new):
+            return
+        decisions, story = self._story.told(plan, snapshot)
+        self._store.save_plan(epoch, plan, decisions)
+        # Only now: had the write failed, the decisions would have to be told again.
+        self._story, self._saved_at = story, snapshot.now
+
+    def _dispatch(
+        self,
+        epoch: int,
+        snapshot: Snapshot,
+        plan: Plan,
+        estimator: Estimator,
+        recalled: Sequence[str],
+    ) -> Mapping[str, int]:
+        """Assign what is due and hint at it; slices per instance."""
+        assignments = [
+            assignment
+            for assignment in top_up(snapshot, plan, estimator, self._config.dispatch)
+            if assignment.instance not in recalled
+        ]
+        if not assignments:
+            return {}
+        assigned = self._store.assign(epoch, assignments)
+        self._forecasts = self._forecasts.started(
+            (assignment.group_key for assignment in assignments), snapshot.now
+        )
+        boots = {view.name: view.boot_id for view in snapshot.instances}
+        for instance, slices in assigned.items():
+            if slices:
+                try:
+                    self._dispatcher.assigned(Assigned(instance, boots[instance]))
+                except Unavailable as error:
+                    log.warning("hint_lost", instance=instance, error=error.message)
+        return assigned

@@ -1,0 +1,126 @@
+"""Just-in-time dispatch: how much of its virtual queue an instance is handed, and what is recalled.
+
+An instance gets enough to keep its batch full until the next pass, and no more, so that a change
+of order bites within seconds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from qlm_batch.domain.snapshot import (
+    Assignment,
+    InstanceState,
+    InstanceView,
+    Plan,
+    PlannedGroup,
+    Residency,
+    Snapshot,
+)
+from qlm_batch.scheduling.estimator import Estimator
+
+
+@dataclass(frozen=True, slots=True)
+class DispatchConfig:
+    """`fill` running batches are handed out, or one and what ends within `ahead_s` if more.
+
+    Unclaimed work is recalled for a group with less than `urgency` of its time to the deadline.
+    """
+
+    fill: float = 1.75
+    ahead_s: float = 3.0
+    urgency: float = 0.5
+
+
+def top_up(
+    snapshot: Snapshot, plan: Plan, estimator: Estimator, config: DispatchConfig | None = None
+) -> list[Assignment]:
+    """What to assign now, in order: each ready instance filled from the head of its queue.
+
+    A group of a model that is not awake waits until its instance has nothing left of others; its
+    arrival is what makes the instance swap. Nothing behind it is assigned before it. Plans may name
+    groups whose slices are gone; the store assigns what there is.
+    """
+    settings = config or DispatchConfig()
+    index = {view.name: i for i, view in enumerate(snapshot.instances)}
+    queued: dict[tuple[int, int], int] = {
+        (run.run_id, run.generation): run.slices for run in snapshot.runs
+    }
+    assignments: list[Assignment] = []
+    for queue in plan.queues:
+        i = index.get(queue.instance, -1)
+        if i >= 0 and snapshot.instances[i].state is InstanceState.READY:
+            view = snapshot.instances[i]
+            assignments += _fill(view, i, queue.groups, queued, estimator, settings)
+    return assignments
+
+
+def _fill(
+    view: InstanceView,
+    index: int,
+    groups: tuple[PlannedGroup, ...],
+    queued: dict[tuple[int, int], int],
+    estimator: Estimator,
+    config: DispatchConfig,
+) -> list[Assignment]:
+    awake = {model.name for model in view.models if model.residency is Residency.AWAKE}
+    hosted = {model.name for model in view.models}
+    held: dict[str, int] = {}
+    for own in view.assigned:
+        held[own.model] = held.get(own.model, 0) + own.requests
+    assignments: list[Assignment] = []
+    for placed in groups:
+        group = placed.group
+        if group.model not in hosted:
+            continue
+        others = {model for model, count in held.items() if count and model != group.model}
+        # Awake side by side, models have engines of their own; else only one may hold work.
+        if others - awake or (others and group.model not in awake):
+            break
+        flow = estimator.flow_of(index, group)
+        target = max(config.fill * flow.running, flow.running + config.ahead_s / flow.request_s)
+        per_slice = max(1.0, group.requests / max(1, group.slices))
+        for part in group.parts:
+            room = target - held.get(group.model, 0)
+            run = (part.run_id, part.generation)
+            slices = min(part.slices, queued.get(run, 0), math.ceil(max(0.0, room) / per_slice))
+            if slices > 0:
+                queued[run] -= slices
+                held[group.model] = held.get(group.model, 0) + math.ceil(slices * per_slice)
+                assignments.append(Assignment(view.name, *run, slices, group.key))
+    return assignments
+
+
+def recalls(snapshot: Snapshot, plan: Plan, config: DispatchConfig | None = None) -> list[str]:
+    """Instances whose assigned but unclaimed slices should be taken back.
+
+    Those that are draining, and those whose queue now starts with something much more urgent that
+    would have to wait behind it.
+    """
+    settings = config or DispatchConfig()
+    heads: Mapping[str, PlannedGroup] = {
+        queue.instance: queue.groups[0] for queue in plan.queues if queue.groups
+    }
+    names = []
+    for view in snapshot.instances:
+        unclaimed = [own for own in view.assigned if own.slices > own.leased_slices]
+        if not unclaimed:
+            continue
+        if view.state is InstanceState.DRAINING:
+            names.append(view.name)
+            continue
+        head = heads.get(view.name)
+        if head is None or head.shed or view.state is InstanceState.LOST:
+            continue
+        head_s = head.group.deadline - snapshot.now
+        waiting_s = min(own.deadline for own in unclaimed) - snapshot.now
+        if 0.0 < head_s < settings.urgency * waiting_s and _presses(head, snapshot.now):
+            names.append(view.name)
+    return names
+
+
+def _presses(head: PlannedGroup, now: float) -> bool:
+    """Whether the time to spare is less than the wait it would be spared."""
+    return head.group.deadline - head.finish_mean < 2.0 * (head.start - now)

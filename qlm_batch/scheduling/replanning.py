@@ -1,0 +1,68 @@
+"""When the plan stands, and when a new one is needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qlm_batch.domain.snapshot import InstanceState, Plan, Snapshot
+from qlm_batch.scheduling.policies.base import standing, to_plan
+from qlm_batch.scheduling.problem import Problem
+
+
+@dataclass(frozen=True, slots=True)
+class ReplanConfig:
+    """A plan stands for at most `every_s`; an idle instance replaces it after `least_s`."""
+
+    every_s: float = 5.0
+    least_s: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Incumbent:
+    """The plan in force: made at `made_at`, for a fleet with this signature."""
+
+    plan: Plan
+    made_at: float
+    fleet: tuple[tuple[str, ...], ...]
+
+
+def fleet_signature(snapshot: Snapshot) -> tuple[tuple[str, ...], ...]:
+    """What makes two fleets the same for planning: names, boots, states and models."""
+    return tuple(
+        (view.name, view.boot_id, view.state.value, *sorted(model.name for model in view.models))
+        for view in snapshot.instances
+    )
+
+
+def carried_on(
+    problem: Problem, snapshot: Snapshot, incumbent: Incumbent, config: ReplanConfig
+) -> tuple[Plan | None, str]:
+    """The incumbent's order with today's groups and times, or None and why it must go."""
+    age_s = snapshot.now - incumbent.made_at
+    if fleet_signature(snapshot) != incumbent.fleet:
+        return None, "the fleet changed"
+    if not 0.0 <= age_s < config.every_s:
+        return None, "the plan is old"
+    kept = standing(problem, incumbent.plan)
+    if kept is None:
+        return None, "work came"
+    queues, shed = kept
+    for i, queue in enumerate(queues):
+        for g, done in zip(queue, problem.walk(i, queue).done, strict=True):
+            if done > problem.due[g]:
+                return None, "a deadline is in danger"
+    if age_s >= config.least_s and _idle_beside_work(problem, queues):
+        return None, "an instance became free"
+    return to_plan(problem, queues, shed, incumbent.plan.policy), ""
+
+
+def _idle_beside_work(problem: Problem, queues: list[list[int]]) -> bool:
+    """Whether an instance has nothing while a group it serves waits behind another."""
+    waiting = {problem.model[g] for queue in queues for g in queue[1:]}
+    return any(
+        not queue
+        and view.state is InstanceState.READY
+        and not view.assigned
+        and any(problem.serves[i, k] for k in waiting)
+        for i, (view, queue) in enumerate(zip(problem.instances, queues, strict=True))
+    )

@@ -1,0 +1,57 @@
+"""Who is let go when not everything can be on time, and what becomes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from qlm_batch.scheduling.problem import CLASS_RANK, START, Problem, Queues
+
+_HOPELESS_S = 1e-9
+
+
+def worth(problem: Problem, group: int) -> tuple[int, float]:
+    """Sorts first what is let go last: by class, then by weight per second of work."""
+    per_second = problem.weight[group] / max(_HOPELESS_S, problem.least[group])
+    return (CLASS_RANK[problem.groups[group].slo_class], -per_second)
+
+
+def tail_order(problem: Problem, shed: Iterable[int]) -> list[int]:
+    """Groups let go in the order in which they are still tried, the most worthy first."""
+    return sorted(shed, key=lambda g: (*worth(problem, g), problem.due[g], g))
+
+
+def append_tail(problem: Problem, queues: Queues, shed: Iterable[int]) -> None:
+    """Put groups let go behind all others, each where it would end soonest.
+
+    Groups that nobody serves are left out.
+    """
+    ends = []
+    for i, queue in enumerate(queues):
+        walk = problem.walk(i, queue)
+        ends.append(walk.ends[-1] if queue else float(problem.ready[i]))
+    last = [problem.model[queue[-1]] if queue else START for queue in queues]
+    for g in tail_order(problem, shed):
+        if not problem.placeable(g):
+            continue
+        k = problem.model[g]
+        options = [
+            (end + float(problem.setup[i, last[i], k]) + float(problem.mean[g, i]), i)
+            for i, end in enumerate(ends)
+            if problem.serves[i, k]
+        ]
+        end, best = min(options)
+        ends[best], last[best] = end, k
+        queues[best].append(g)
+
+
+def why_shed(problem: Problem, group: int) -> str:
+    """The reason recorded for a group that was let go."""
+    left_s, needs_s = problem.due[group], problem.least[group]
+    if left_s <= 0.0:
+        return f"its deadline passed {-left_s:.0f} s ago"
+    if needs_s > left_s:
+        return f"needs {needs_s:.0f} s on an idle instance, {left_s:.0f} s are left"
+    return (
+        f"needs {needs_s:.0f} s, {left_s:.0f} s are left, and what is planned before it is due "
+        "sooner or worth more per second"
+    )
