@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 
 from qlm_batch.api.auth import Parts
 from qlm_batch.api.errors import RETRY_AFTER_S
@@ -24,7 +24,9 @@ async def healthz() -> Health:
     return Health()
 
 
-@router.get("/readyz", operation_id="ready", responses={503: {"model": NotReady}})
+@router.get(
+    "/readyz", operation_id="ready", response_model=Health, responses={503: {"model": NotReady}}
+)
 def readyz(parts: Parts) -> Response:
     """Whether uploads and batches are taken now, and if not, why."""
     reasons = _reasons(parts)
@@ -38,7 +40,7 @@ def readyz(parts: Parts) -> Response:
     )
 
 
-@router.get("/metrics", operation_id="metrics", response_class=Response)
+@router.get("/metrics", operation_id="metrics", response_class=PlainTextResponse)
 def metrics(request: Request) -> Response:
     """Metrics in Prometheus' text format."""
     collected: Metrics = request.app.state.metrics

@@ -25,8 +25,9 @@ _MEANINGS = {
     503: "A part of the service is away; `retry-after` says when to try again.",
 }
 
-ID_PATTERN = "^[A-Za-z0-9_.-]{1,128}$"
-ObjectId = Annotated[str, Path(description="The object's id.", max_length=128)]
+_MAX_ID = 128
+
+ObjectId = Annotated[str, Path(description="The object's id.")]
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -51,6 +52,6 @@ async def streamed(chunks: Generator[bytes, None, None], first: bytes) -> AsyncI
 
 def known_shape(object_id: str, kind: str) -> str:
     """`object_id` when it could be one; NotFound otherwise, without asking the database."""
-    if len(object_id) > 128 or not object_id.isascii() or not object_id.isprintable():
+    if len(object_id) > _MAX_ID or not object_id.isascii() or not object_id.isprintable():
         raise NotFound(f"No {kind} found with that id.", code=f"{kind}_not_found")
     return object_id

@@ -5,9 +5,9 @@ Fields that may be null are always there. Times are whole seconds since the Unix
 
 from __future__ import annotations
 
-from typing import Annotated, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Item = TypeVar("Item")
 
@@ -263,7 +263,7 @@ class DecisionObject(BaseModel):
     at: float
     group: str | None
     instance: str | None
-    detail: dict[str, JsonValue]
+    detail: dict[str, Any]
 
 
 class ModelExtras(BaseModel):
