@@ -1,0 +1,1 @@
+"""qlm-batch: LLM batch jobs with deadlines beside interactive traffic on the same engines."""

@@ -1,0 +1,1 @@
+"""The REST API, compatible with OpenAI's Files and Batches."""

@@ -1,0 +1,1 @@
+"""Completion events on their way out: signed webhooks and e-mail."""

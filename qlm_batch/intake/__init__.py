@@ -1,0 +1,1 @@
+"""Files in: lines parsed and checked. Files out: outcomes rendered."""
