@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
+import ssl
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,6 +66,12 @@ def signed_headers(
     }
 
 
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    """Shared by all attempts: reading the certificates of the authorities takes a while."""
+    return httpx.create_ssl_context(trust_env=False)
+
+
 async def _post(
     target: Target, body: bytes, event_id: str, secrets: Sequence[str], config: WebhookConfig
 ) -> Outcome:
@@ -74,7 +82,7 @@ async def _post(
         "accept-encoding": "identity",
     }
     client = httpx.AsyncClient(
-        trust_env=False, follow_redirects=False, timeout=config.timeout_s, cookies=None
+        verify=_tls(), trust_env=False, follow_redirects=False, timeout=config.timeout_s
     )
     async with asyncio.timeout(config.timeout_s), client:
         for address in target.addresses[:-1]:
