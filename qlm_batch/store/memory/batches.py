@@ -1,0 +1,152 @@
+"""Batches of the in-memory store, as their owners see them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from qlm_batch.domain.errors import Conflict, Unprocessable
+from qlm_batch.domain.jobs import Batch, BatchSpec, BatchState, OnMiss, SliceState
+from qlm_batch.domain.ports import Page, QueueTotals
+from qlm_batch.domain.snapshot import Decision
+from qlm_batch.domain.transitions import CANCELLABLE, TERMINAL
+from qlm_batch.store.memory.files import no_such_file, page_of
+from qlm_batch.store.memory.state import BatchData, Facet, RunData, change, locked
+from qlm_batch.store.memory.work import add, close, new_slice
+
+
+class MemoryBatches(Facet):
+    """BatchStore in memory."""
+
+    @locked
+    def create_batch(self, batch_id: str, spec: BatchSpec) -> Batch:
+        """Accept a batch in state `validating`."""
+        state = self.state
+        key = None if spec.idempotency_key is None else (spec.tenant, spec.idempotency_key)
+        if key in state.idempotent:
+            first = state.batches[state.idempotent[key]].shown()
+            if first.spec.fingerprint != spec.fingerprint:
+                raise Unprocessable(
+                    f"The idempotency key '{spec.idempotency_key}' was used for a different batch,"
+                    f" '{first.id}'; send a new key.",
+                    code="idempotency_key_reused",
+                    param="idempotency_key",
+                )
+            return first
+        if state.live_file(spec.tenant, spec.input_file_id) is None:
+            raise no_such_file(spec.input_file_id)
+        now = state.clock()
+        view = Batch(
+            id=batch_id,
+            spec=spec,
+            state=BatchState.VALIDATING,
+            generation=1,
+            created_at=now,
+            deadline=now + spec.window_s,
+        )
+        state.batches[batch_id] = state.unfinished[batch_id] = BatchData(view)
+        if key is not None:
+            state.idempotent[key] = batch_id
+        return view
+
+    @locked
+    def batch(self, tenant: str, batch_id: str) -> Batch:
+        """The batch with live counts (rows in open slices included) and its newest estimate."""
+        return self.state.batch_of(tenant, batch_id).shown()
+
+    @locked
+    def list_batches(
+        self, tenant: str, *, after: str | None = None, limit: int = 20
+    ) -> Page[Batch]:
+        """A page of the tenant's batches, newest first."""
+        own = {
+            batch_id: batch.shown()
+            for batch_id, batch in reversed(self.state.batches.items())
+            if batch.view.spec.tenant == tenant
+        }
+        return page_of(own, "batch", after, limit)
+
+    @locked
+    def cancel_batch(self, tenant: str, batch_id: str) -> Batch:
+        """Close every open slice as cancelled and turn the batch `cancelling`."""
+        batch = self.state.batch_of(tenant, batch_id)
+        if batch.view.state is BatchState.CANCELLING:
+            return batch.shown()
+        if batch.view.state not in CANCELLABLE:
+            raise Conflict(
+                f"Cannot cancel a batch with status '{batch.view.state.value}'.", param="batch_id"
+            )
+        batch.claim_holder = None
+        change(batch, state=BatchState.CANCELLING, cancelling_at=self.state.clock())
+        for slice_id in sorted(batch.open):
+            close(self.state, self.state.slices[slice_id], SliceState.CANCELLED)
+        return batch.shown()
+
+    @locked
+    def retry_batch(self, tenant: str, batch_id: str, window_s: float | None = None) -> Batch:
+        """Start the next generation over the lines without a success."""
+        batch = self.state.batch_of(tenant, batch_id)
+        view = batch.view
+        if view.state not in TERMINAL or view.state is BatchState.FAILED:
+            raise Conflict(
+                f"Cannot retry a batch with status '{view.state.value}'.", param="batch_id"
+            )
+        if batch.completed == view.counts.total:
+            raise Conflict(f"Batch '{batch_id}' has no failed lines to retry.", param="batch_id")
+        now = self.state.clock()
+        batch.failed, batch.missed, batch.claim_holder = 0, False, None
+        batch.view = replace(
+            view,
+            state=BatchState.IN_PROGRESS,
+            generation=view.generation + 1,
+            deadline=now + (view.spec.window_s if window_s is None else window_s),
+            in_progress_at=now,
+            finalizing_at=None,
+            completed_at=None,
+            expired_at=None,
+            cancelling_at=None,
+            cancelled_at=None,
+            output_file_id=None,
+            error_file_id=None,
+            estimate=None,
+            promise=None,
+        )
+        self.state.unfinished[batch_id] = batch
+        self._slice_failed_lines(batch)
+        return batch.shown()
+
+    def _slice_failed_lines(self, batch: BatchData) -> None:
+        # A line's own deadline belonged to the first attempt; a retry has the new window alone.
+        view = batch.view
+        expires = view.deadline if view.spec.on_miss is OnMiss.EXPIRE else None
+        for run in batch.runs:
+            for lo, hi in _failed_ranges(run, batch.slice_requests):
+                part = new_slice(self.state, run, view.generation, lo, hi, expires, view.deadline)
+                add(self.state, batch, part)
+
+    @locked
+    def decisions(self, tenant: str, batch_id: str, limit: int = 1000) -> Sequence[Decision]:
+        """The batch's story, oldest first."""
+        self.state.batch_of(tenant, batch_id)
+        return tuple(self.state.decisions.get(batch_id, ())[:limit])
+
+    @locked
+    def queue_totals(self, tenant: str | None = None) -> QueueTotals:
+        """Open work of one tenant, or of all."""
+        own = [
+            batch
+            for batch in self.state.unfinished.values()
+            if tenant in (None, batch.view.spec.tenant)
+        ]
+        return QueueTotals(
+            batches=len(own),
+            slices=sum(len(batch.open) for batch in own),
+            requests=sum(batch.shown().counts.open for batch in own if batch.open),
+        )
+
+
+def _failed_ranges(run: RunData, size: int) -> Iterator[tuple[int, int]]:
+    failed = [p for p in range(len(run.lines)) if p not in run.successes]
+    for start in range(0, len(failed), size):
+        chunk = failed[start : start + size]
+        yield chunk[0], chunk[-1] + 1

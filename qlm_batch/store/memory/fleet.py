@@ -1,0 +1,55 @@
+"""Instances of the in-memory store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from qlm_batch.domain.ports import Heartbeat
+from qlm_batch.domain.snapshot import InstanceView
+from qlm_batch.store.memory.planning import instance_views
+from qlm_batch.store.memory.state import Facet, InstanceData, locked
+from qlm_batch.store.memory.work import lose, requeue
+
+
+class MemoryInstances(Facet):
+    """InstanceStore in memory."""
+
+    @locked
+    def heartbeat(self, beat: Heartbeat) -> bool:
+        """Report life."""
+        known = self.state.instances.get(beat.name)
+        past: set[str] = set()
+        if known is not None:
+            if beat.boot_id in known.past_boots:
+                return False
+            past = known.past_boots
+            if known.beat.boot_id != beat.boot_id:
+                past = past | {known.beat.boot_id}
+                self._requeue_assigned(beat.name)
+                lose(self.state, list(self.state.leased[beat.name].values()))
+        self.state.observations.extend(beat.observations)
+        self.state.instances[beat.name] = InstanceData(
+            replace(beat, observations=()), self.state.clock(), past
+        )
+        return True
+
+    def _requeue_assigned(self, name: str) -> None:
+        for part in list(self.state.assigned[name].values()):
+            requeue(self.state, part)
+
+    @locked
+    def retire(self, name: str, boot_id: str) -> None:
+        """Leave in good order: nothing may be held any more."""
+        known = self.state.instances.get(name)
+        if known is None or known.beat.boot_id != boot_id:
+            return
+        known.retired = True
+        self._requeue_assigned(name)
+        for part in list(self.state.leased[name].values()):
+            requeue(self.state, part)
+
+    @locked
+    def instances(self) -> Sequence[InstanceView]:
+        """All instances seen lately, lost ones included."""
+        return instance_views(self.state)
