@@ -20,7 +20,7 @@ from qlm_batch.store.session import Database, make_engine
 
 __all__ = ["METADATA", "current", "downgrade", "folder", "head", "is_current", "upgrade"]
 
-_DECLARED = (tables.METADATA, fleet_tables.METADATA)
+_DECLARED = (tables, fleet_tables)
 _LOCK = 0x716C6D
 """Held while migrating: two processes that start together must not both run one."""
 

@@ -1,0 +1,198 @@
+"""Storing rows of results and closing what they complete, under the locks of their slices."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy.engine import Connection
+
+from qlm_batch.domain.jobs import ResultRow, Usage
+from qlm_batch.store.closing import settle
+from qlm_batch.store.copying import NULL, copy_rows, escaped
+from qlm_batch.store.sql import sql
+
+EXPIRED_LINE = "batch_expired"
+
+_LOCK = sql(
+    """
+    SELECT s.id, s.run_id, s.batch_id, s.generation, s.lo, s.hi, s.state, s.epoch, s.instance,
+           s.attempts, s.fruitful, s.preempt, s.lease_until, s.remaining,
+           s.completed + s.failed AS stored,
+           {now} AS now
+    FROM slice s WHERE s.id = ANY(CAST(:ids AS bigint[]))
+    ORDER BY s.id FOR NO KEY UPDATE
+    """
+)
+_STORED = sql(
+    """
+    SELECT x.run_id, x.position, s.generation
+    FROM slice s
+    JOIN result x ON x.run_id = s.run_id AND x.position >= s.lo AND x.position < s.hi
+                 AND (x.generation = s.generation OR x.ok)
+    WHERE s.id = ANY(CAST(:ids AS bigint[]))
+    """
+)
+_COLUMNS = (
+    "run_id, position, generation, ok, request_id, status_code, body, error_code, error_message,"
+    " input_tokens, cached_tokens, output_tokens, reasoning_tokens, instance, epoch, started_at,"
+    " first_token_s, duration_s, stored_at"
+)
+_COUNT = sql(
+    """
+    UPDATE slice s
+    SET prompt_tokens = s.prompt_tokens * (s.remaining - d.rows) / s.remaining,
+        max_tokens = s.max_tokens * (s.remaining - d.rows) / s.remaining,
+        unbounded = s.unbounded * (s.remaining - d.rows) / s.remaining,
+        remaining = s.remaining - d.rows,
+        completed = s.completed + d.completed,
+        failed = s.failed + d.rows - d.completed,
+        input_tokens = s.input_tokens + d.input_tokens,
+        cached_tokens = s.cached_tokens + d.cached_tokens,
+        output_tokens = s.output_tokens + d.output_tokens,
+        reasoning_tokens = s.reasoning_tokens + d.reasoning_tokens,
+        fruitful = s.fruitful OR d.fruitful,
+        missed = s.missed OR (d.missed AND b.deadline <= {now}),
+        state = CASE WHEN s.remaining = d.rows THEN 'done' ELSE s.state END,
+        lease_until = CASE WHEN s.remaining = d.rows THEN NULL ELSE s.lease_until END
+    FROM unnest(
+        CAST(:ids AS bigint[]), CAST(:rows AS bigint[]), CAST(:completed AS bigint[]),
+        CAST(:input_tokens AS bigint[]), CAST(:cached_tokens AS bigint[]),
+        CAST(:output_tokens AS bigint[]), CAST(:reasoning_tokens AS bigint[]),
+        CAST(:fruitful AS boolean[]), CAST(:missed AS boolean[])
+    ) AS d(id, rows, completed, input_tokens, cached_tokens, output_tokens, reasoning_tokens,
+           fruitful, missed), batch b
+    WHERE s.id = d.id AND b.id = s.batch_id
+    RETURNING s.id, s.remaining
+    """
+)
+
+
+@dataclass(slots=True)
+class _Sum:
+    rows: int = 0
+    completed: int = 0
+    usage: Usage = field(default_factory=Usage)
+    fruitful: bool = False
+    missed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """How many rows were new, which slices they closed, and how many batches that settled."""
+
+    written: int
+    closed: Collection[int]
+    settled: int
+
+
+def lock_slices(connection: Connection, ids: Collection[int]) -> dict[int, Any]:
+    """The slices as they are, locked in the order of their ids until the transaction ends."""
+    rows = connection.execute(_LOCK, {"ids": sorted(ids)})
+    return {row.id: row for row in rows}
+
+
+def is_open(row: Any) -> bool:
+    """Whether a slice takes results."""
+    return row.state in ("queued", "assigned", "leased")
+
+
+def store_rows(
+    connection: Connection, slices: dict[int, Any], rows: Sequence[ResultRow], instance: str | None
+) -> Stored:
+    """Store rows of locked, open slices; a line that has its row already keeps it.
+
+    The locks leave one writer per slice, so looking first and copying after cannot collide.
+    """
+    if not rows:
+        return Stored(0, (), 0)
+    # Rows of an earlier generation count too, so only slices of the first can be known empty.
+    used = {
+        row.slice_id
+        for row in rows
+        if slices[row.slice_id].stored
+        or slices[row.slice_id].remaining < slices[row.slice_id].hi - slices[row.slice_id].lo
+    }
+    taken: set[tuple[int, int, int]] = set()
+    if used:
+        taken.update(tuple(key) for key in connection.execute(_STORED, {"ids": list(used)}))
+    fresh: list[ResultRow] = []
+    sums: dict[int, _Sum] = {}
+    for row in rows:
+        key = (row.run_id, row.position, row.generation)
+        if key in taken:
+            continue
+        taken.add(key)
+        fresh.append(row)
+        entry = sums.setdefault(row.slice_id, _Sum())
+        entry.rows += 1
+        entry.completed += row.ok
+        entry.usage += row.usage
+        entry.fruitful |= row.epoch == slices[row.slice_id].epoch
+        entry.missed |= row.error_code == EXPIRED_LINE
+    if not fresh:
+        return Stored(0, (), 0)
+    now = next(iter(slices.values())).now
+    copy_rows(connection, "result", _COLUMNS, _formatted(fresh, instance, now))
+    closed = _count(connection, sums)
+    return Stored(len(fresh), closed, settle(connection, closed))
+
+
+def _count(connection: Connection, sums: dict[int, _Sum]) -> list[int]:
+    entries = list(sums.values())
+    counted = connection.execute(
+        _COUNT,
+        {
+            "ids": list(sums),
+            "rows": [entry.rows for entry in entries],
+            "completed": [entry.completed for entry in entries],
+            "input_tokens": [entry.usage.input_tokens for entry in entries],
+            "cached_tokens": [entry.usage.cached_tokens for entry in entries],
+            "output_tokens": [entry.usage.output_tokens for entry in entries],
+            "reasoning_tokens": [entry.usage.reasoning_tokens for entry in entries],
+            "fruitful": [entry.fruitful for entry in entries],
+            "missed": [entry.missed for entry in entries],
+        },
+    )
+    return sorted(row.id for row in counted if row.remaining == 0)
+
+
+def _formatted(rows: Sequence[ResultRow], instance: str | None, now: float) -> Iterator[str]:
+    holder, stored_at = _text(instance), repr(now)
+    for row in rows:
+        usage = row.usage
+        yield (
+            f"{row.run_id}\t{row.position}\t{row.generation}\t{'t' if row.ok else 'f'}"
+            f"\t{escaped(row.request_id)}\t{_or_null(row.status_code)}\t{_text(row.body)}"
+            f"\t{_text(row.error_code)}\t{_text(row.error_message)}"
+            f"\t{usage.input_tokens}\t{usage.cached_tokens}\t{usage.output_tokens}"
+            f"\t{usage.reasoning_tokens}\t{holder}\t{row.epoch}\t{_or_null(row.started_at)}"
+            f"\t{_or_null(row.first_token_s)}\t{_or_null(row.duration_s)}\t{stored_at}\n"
+        )
+
+
+def _or_null(value: float | None) -> str:
+    return NULL if value is None else repr(value)
+
+
+def _text(value: str | None) -> str:
+    return NULL if value is None else escaped(value)
+
+
+_LEFT = sql(
+    """
+    SELECT s.id, r.position FROM slice s
+    JOIN request r ON r.run_id = s.run_id AND r.position >= s.lo AND r.position < s.hi
+    WHERE s.id = ANY(CAST(:ids AS bigint[]))
+      AND NOT EXISTS (SELECT FROM result x
+                      WHERE x.run_id = r.run_id AND x.position = r.position
+                        AND (x.generation = s.generation OR x.ok))
+    ORDER BY s.id, r.position
+    """
+)
+
+
+def positions_left(connection: Connection, ids: Collection[int]) -> Sequence[tuple[int, int]]:
+    """Slice and position of every line that still needs a row in its slice's generation."""
+    return [(row.id, row.position) for row in connection.execute(_LEFT, {"ids": list(ids)})]
