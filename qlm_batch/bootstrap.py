@@ -4,13 +4,30 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
+import socket
+import threading
+from collections.abc import Sequence
 
+from qlm_batch.control.callback_service import CallbackConfig, CallbackService
+from qlm_batch.control.clock import SystemClock
+from qlm_batch.control.export_service import ExportConfig, ExportService
+from qlm_batch.control.intake_service import IntakeConfig, IntakeService
+from qlm_batch.control.leadership import Leadership
+from qlm_batch.control.lifecycle import Service
+from qlm_batch.control.reaper import Reaper, ReaperConfig
+from qlm_batch.control.retention import RetentionConfig, RetentionService
+from qlm_batch.control.scheduler_loop import SchedulerConfig, SchedulerLoop
+from qlm_batch.dispatch.dispatcher import CeleryDispatcher
 from qlm_batch.domain.errors import ConfigurationError
+from qlm_batch.domain.ports import BlobStore, Dispatcher
+from qlm_batch.intake.blobs import make_blobs
+from qlm_batch.scheduling.policies import policy
 from qlm_batch.settings import Settings
 from qlm_batch.store.postgres import PostgresStore
 
 
-def open_store(settings: Settings) -> PostgresStore:
+def open_store(settings: Settings, *, pool_size: int = 8) -> PostgresStore:
     """The Postgres store; ConfigurationError when no database is named."""
     if not settings.database_url:
         raise ConfigurationError(
@@ -20,7 +37,52 @@ def open_store(settings: Settings) -> PostgresStore:
         settings.database_url,
         secret_key=encryption_key(settings),
         instance_silent_s=settings.instance_silent_s,
+        pool_size=pool_size,
     )
+
+
+def open_blobs(settings: Settings) -> BlobStore:
+    """Where the bytes of files are."""
+    return make_blobs(settings)
+
+
+def open_dispatcher(settings: Settings) -> Dispatcher:
+    """Hints over Celery; ConfigurationError when no broker is named."""
+    if not settings.redis_url:
+        raise ConfigurationError(
+            "no broker: set REDIS_URL, or use `qlm up`, which starts one of its own"
+        )
+    return CeleryDispatcher(settings.redis_url)
+
+
+def scheduler_services(settings: Settings, stop: threading.Event) -> Sequence[Service]:
+    """The scheduler loop and the reaper of one process; they lead or stand by together."""
+    store, leadership = open_store(settings), Leadership()
+    loop = SchedulerLoop(
+        store,
+        open_dispatcher(settings),
+        policy(settings.policy),
+        SchedulerConfig(holder=holder(), term_s=settings.leader_term_s, tick_s=settings.tick_s),
+        leadership,
+    )
+    reaper = Reaper(store, SystemClock(stop), leadership, ReaperConfig(lease_s=settings.lease_s))
+    return (loop, reaper)
+
+
+def file_services(settings: Settings, stop: threading.Event) -> Sequence[Service]:
+    """Intake, export and retention."""
+    store, blobs, name = open_store(settings), open_blobs(settings), holder()
+    scratch = (settings.data_dir / "spool", settings.data_dir / "scratch")
+    return (
+        IntakeService(store, blobs, IntakeConfig.of(settings, name)),
+        ExportService(store, blobs, ExportConfig.of(settings, name)),
+        RetentionService(store, blobs, RetentionConfig(scratch=scratch)),
+    )
+
+
+def callback_services(settings: Settings, stop: threading.Event) -> Sequence[Service]:
+    """Delivery of webhooks and e-mails."""
+    return (CallbackService(open_store(settings), CallbackConfig.of(settings, holder())),)
 
 
 def encryption_key(settings: Settings) -> bytes:
@@ -28,3 +90,8 @@ def encryption_key(settings: Settings) -> bytes:
     if not settings.secret_key:
         raise ConfigurationError("no secret key: set QLM_SECRET_KEY to a long random text")
     return base64.urlsafe_b64encode(hashlib.sha256(settings.secret_key.encode()).digest())
+
+
+def holder() -> str:
+    """A name for this process in leases, unique among living processes."""
+    return f"{socket.gethostname()}-{os.getpid()}-{os.urandom(3).hex()}"

@@ -20,7 +20,6 @@ from qlm_batch.settings import Settings
 def api() -> None:
     """Run the REST API."""
     from qlm_batch.api.app import create_app, run_api
-
     from qlm_batch.api.services import ApiServices
 
     settings = _settings()

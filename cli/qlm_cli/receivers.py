@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -55,7 +56,7 @@ class Receivers:
     def smtp_url(self) -> str:
         """Where to send mail."""
         server = self._smtp.server
-        if server is None:
+        if not isinstance(server, asyncio.Server):
             raise RuntimeError("the SMTP sink is not running")
         port = server.sockets[0].getsockname()[1]
         return f"smtp://127.0.0.1:{port}"
