@@ -70,6 +70,7 @@ class Access:
         request: Request,
         credentials: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)],
     ) -> ApiKey:
+        """The caller's key. Raises Unauthenticated, TooMany or Forbidden, in this order."""
         if credentials is None:
             raise Unauthenticated(
                 "Send an API key in the header 'Authorization: Bearer KEY'. "

@@ -42,6 +42,7 @@ class Edge:
         self._observe = observe
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one ASGI call."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

@@ -11,7 +11,7 @@ from qlm_batch.domain.errors import InvalidInput
 from qlm_batch.domain.jobs import Callbacks
 from qlm_batch.settings import Settings
 
-_WEBHOOK, _EMAIL = "callbacks.webhook", "callbacks.email"
+_EMAIL = "callbacks.email"
 
 
 def checked_callbacks(asked: CallbacksIn | None, tenant: str, settings: Settings) -> Callbacks:
@@ -19,10 +19,7 @@ def checked_callbacks(asked: CallbacksIn | None, tenant: str, settings: Settings
     if asked is None:
         return Callbacks()
     if asked.webhook is not None:
-        try:
-            check_webhook_url(asked.webhook, settings.webhook_allow)
-        except InvalidInput as error:
-            raise InvalidInput(error.message, code=error.code, param=_WEBHOOK) from error
+        check_webhook_url(asked.webhook, settings.webhook_allow)
     if asked.email is not None:
         check_email(asked.email, tenant, settings)
     return Callbacks(webhook=asked.webhook, email=asked.email)

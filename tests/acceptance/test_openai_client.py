@@ -8,9 +8,9 @@ from pathlib import Path
 
 import openai
 import pytest
-from api_support import CHAT, MODEL, Site, input_file, make_site, says_yes
 
 from qlm_batch.domain.jobs import ClaimedRequest
+from tests.api_support import CHAT, MODEL, Site, input_file, make_site, says_yes
 
 
 @pytest.fixture
