@@ -231,22 +231,22 @@ class SimulatedEngine:
             self._finish_step(time.perf_counter(), step_s)
 
     def _step_load(self) -> tuple[int, int, int]:
-        budget = self._batched_tokens - len(self._running)
-        prefill = 0
         while self._waiting and len(self._running) < self._info.slots:
             sequence = self._waiting[0][2]
             if self._running and self._kv() + sequence.prompt_tokens > self._info.kv_tokens:
                 break
             heapq.heappop(self._waiting)
             self._running.append(sequence)
-        for sequence in self._running:
-            if (todo := sequence.prompt_tokens - sequence.prefilled) > 0:
-                taken = min(todo, max(budget, 1))
-                sequence.prefilled += taken
-                budget -= taken
-                prefill += taken
-                if budget <= 0:
-                    break
+        prefilling = [
+            sequence for sequence in self._running if sequence.prefilled < sequence.prompt_tokens
+        ]
+        # A decoding sequence takes one token of the step's budget.
+        budget = self._batched_tokens - (len(self._running) - len(prefilling))
+        prefill = 0
+        for sequence in prefilling:
+            taken = min(sequence.prompt_tokens - sequence.prefilled, budget - prefill)
+            sequence.prefilled += max(0, taken)
+            prefill += max(0, taken)
         load = (len(self._running), self._kv(), prefill)
         self._rows.append((*load, self._step_times.seconds(*load)))
         return load

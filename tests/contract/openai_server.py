@@ -1,0 +1,107 @@
+"""A real HTTP server that speaks OpenAI's API over a simulated engine."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+
+import orjson
+import uvicorn
+from fastapi import FastAPI, Request, Response
+
+from qlm_batch.domain.engine import EngineRequest
+from qlm_workers.simulated_engine import SimulatedEngine
+
+
+@dataclass
+class Server:
+    """`url` of the running server. `next_answers` are (status, headers) given before real ones."""
+
+    engine: SimulatedEngine
+    model: str
+    max_model_len: int
+    owned_by: str = "vllm"
+    key: str = ""
+    next_answers: deque[tuple[int, dict[str, str]]] = field(default_factory=deque)
+    bodies: list[dict[str, object]] = field(default_factory=list)
+    url: str = ""
+
+
+@contextmanager
+def serving(server: Server) -> Iterator[Server]:
+    """Serve on a free port of the loopback, in a thread of its own."""
+    uvicorn_server = uvicorn.Server(
+        uvicorn.Config(_app(server), host="127.0.0.1", port=0, log_level="error")
+    )
+    thread = threading.Thread(target=uvicorn_server.run, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 20
+    while not uvicorn_server.started:
+        assert time.monotonic() < deadline, "the HTTP server did not start"
+        time.sleep(0.01)
+    port = uvicorn_server.servers[0].sockets[0].getsockname()[1]
+    server.url = f"http://127.0.0.1:{port}"
+    try:
+        yield server
+    finally:
+        uvicorn_server.should_exit = True
+        uvicorn_server.force_exit = True
+        thread.join(20)
+
+
+def _app(server: Server) -> FastAPI:
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await server.engine.start()
+        yield
+        await server.engine.stop()
+
+    app = FastAPI(lifespan=lifespan)
+
+    @app.get("/v1/models")
+    async def models(request: Request) -> Response:
+        if server.key and request.headers.get("authorization") != f"Bearer {server.key}":
+            return Response(status_code=401)
+        card = {
+            "id": server.model,
+            "object": "model",
+            "owned_by": server.owned_by,
+            "max_model_len": server.max_model_len,
+        }
+        return Response(orjson.dumps({"object": "list", "data": [card]}))
+
+    @app.post("/v1/{rest:path}")
+    async def post(request: Request, rest: str) -> Response:
+        text = await request.body()
+        if server.next_answers:
+            status, headers = server.next_answers.popleft()
+            return Response(b'{"error":{"message":"busy"}}', status, headers)
+        body = orjson.loads(text)
+        server.bodies.append(dict(body))
+        priority = body.pop("priority", 0)
+        salt = body.pop("cache_salt", "")
+        request_id = request.headers.get("x-request-id", "none")
+        inner = EngineRequest(
+            request_id, f"/v1/{rest}", orjson.dumps(body).decode(), priority, salt
+        )
+        answer = asyncio.ensure_future(server.engine.answer(inner))
+        gone = asyncio.ensure_future(_disconnected(request))
+        await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+        gone.cancel()
+        if not answer.done():
+            answer.cancel()
+            return Response(status_code=499)
+        result = answer.result()
+        return Response(result.body, result.status_code, media_type="application/json")
+
+    return app
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

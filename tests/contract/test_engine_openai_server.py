@@ -1,0 +1,165 @@
+"""What the engine over HTTP does about servers that are busy, away, or not what was expected."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+
+from qlm_batch.domain.engine import EngineRequest, Lso
+from qlm_batch.domain.errors import ConfigurationError, EngineDead
+from qlm_batch.domain.jobs import CHAT, EngineKind
+from qlm_batch.settings import Settings
+from qlm_workers.engines import make_engine
+from qlm_workers.openai_engine import OpenAIEngine
+from qlm_workers.openai_probe import metric_sum
+from qlm_workers.simulated_engine import SimulatedEngine
+from tests.contract.openai_server import Server, serving
+from tests.contract.waiting import until
+
+MODEL = "some/model"
+
+
+def chat() -> EngineRequest:
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
+    return EngineRequest("r1", CHAT, json.dumps(body), 7, "tenant-a")
+
+
+@pytest.fixture
+def server() -> Server:
+    """A server that answers at once, not started yet."""
+    return Server(SimulatedEngine(MODEL, time_scale=0), MODEL, 4096)
+
+
+@pytest_asyncio.fixture
+async def engine(server: Server) -> AsyncIterator[OpenAIEngine]:
+    """An engine connected to the running server."""
+    with serving(server):
+        engine = OpenAIEngine(server.url, MODEL, give_up_s=0.2, slots=4)
+        await engine.start()
+        yield engine
+        await engine.stop()
+
+
+@pytest.mark.parametrize("status", [429, 502, 503, 504])
+async def test_a_busy_server_is_asked_again(
+    server: Server, engine: OpenAIEngine, status: int
+) -> None:
+    server.next_answers.append((status, {"retry-after": "0"}))
+    assert (await engine.answer(chat())).status_code == 200
+    assert not server.next_answers
+
+
+async def test_a_server_that_says_no_is_not_asked_again(
+    server: Server, engine: OpenAIEngine
+) -> None:
+    server.next_answers.extend([(400, {}), (503, {})])
+    assert (await engine.answer(chat())).status_code == 400
+    assert len(server.next_answers) == 1
+
+
+async def test_a_server_that_broke_is_not_asked_again(server: Server, engine: OpenAIEngine) -> None:
+    server.next_answers.append((500, {}))
+    assert (await engine.answer(chat())).status_code == 500
+
+
+async def test_a_server_that_stays_busy_is_not_dead(server: Server, engine: OpenAIEngine) -> None:
+    server.next_answers.extend([(429, {"retry-after-ms": "100"})] * 4)
+    assert (await engine.answer(chat())).status_code == 200
+
+
+async def test_a_server_that_stays_away_is_dead(server: Server, engine: OpenAIEngine) -> None:
+    server.next_answers.extend([(503, {"retry-after-ms": "50"})] * 100)
+    with pytest.raises(EngineDead, match="has not answered"):
+        await engine.answer(chat())
+
+
+async def test_a_server_that_went_down_is_dead(server: Server) -> None:
+    with serving(server):
+        engine = OpenAIEngine(server.url, MODEL, give_up_s=0.2)
+        await engine.start()
+    with pytest.raises(EngineDead):
+        await engine.answer(chat())
+    await engine.stop()
+
+
+async def test_vllm_gets_priority_and_cache_salt(server: Server, engine: OpenAIEngine) -> None:
+    await engine.answer(chat())
+    assert (server.bodies[-1]["priority"], server.bodies[-1]["cache_salt"]) == (7, "tenant-a")
+
+
+async def test_another_server_gets_the_body_as_it_is(server: Server) -> None:
+    server.owned_by = "someone"
+    with serving(server):
+        engine = OpenAIEngine(server.url, MODEL)
+        await engine.start()
+        await engine.answer(chat())
+        await engine.stop()
+    assert server.bodies[-1] == json.loads(chat().body)
+
+
+async def test_the_probe_tells_which_operations_are_supported(engine: OpenAIEngine) -> None:
+    assert engine.facts is not None
+    assert engine.facts.supports == {Lso.PULL, Lso.BALANCE}
+    assert "evict: no" in engine.facts.describe()
+
+
+async def test_an_address_with_its_version_works_too(server: Server) -> None:
+    with serving(server):
+        engine = OpenAIEngine(f"{server.url}/v1/", MODEL)
+        assert (await engine.start()).max_model_len == 4096
+        await engine.stop()
+
+
+async def test_a_model_the_server_does_not_have_is_named(server: Server) -> None:
+    problem = "serves some/model, not 'other'"
+    with serving(server), pytest.raises(ConfigurationError, match=problem):
+        await OpenAIEngine(server.url, "other").start()
+
+
+async def test_a_model_of_the_other_kind_is_refused_at_start(server: Server) -> None:
+    with serving(server), pytest.raises(ConfigurationError, match="for embed"):
+        await OpenAIEngine(server.url, MODEL, EngineKind.EMBED).start()
+
+
+async def test_a_wrong_key_is_told_apart(server: Server) -> None:
+    server.key = "good"
+    with serving(server):
+        with pytest.raises(ConfigurationError, match="QLM_ENGINE_API_KEY"):
+            await OpenAIEngine(server.url, MODEL, api_key="bad").start()
+        engine = OpenAIEngine(server.url, MODEL, api_key="good")
+        await engine.start()
+        await engine.stop()
+
+
+async def test_an_absent_server_is_given_up_after_the_start_time() -> None:
+    with pytest.raises(ConfigurationError, match="QLM_ENGINE_URL"):
+        await OpenAIEngine("http://127.0.0.1:9", MODEL, start_timeout_s=0.1).start()
+
+
+def test_an_engine_without_an_address_cannot_be_made() -> None:
+    with pytest.raises(ConfigurationError, match="QLM_ENGINE_URL"):
+        make_engine(Settings(engine="openai"), MODEL, EngineKind.GENERATE)
+
+
+async def test_cancelling_while_waiting_for_a_place_gives_nothing_away(server: Server) -> None:
+    server.engine = SimulatedEngine(MODEL, time_scale=1)
+    with serving(server):
+        engine = OpenAIEngine(server.url, MODEL, slots=1)
+        await engine.start()
+        first, second = (asyncio.create_task(engine.answer(chat())) for _ in range(2))
+        await until(lambda: engine.stats().waiting == 1, "the second waits")
+        second.cancel()
+        assert (await first).status_code == 200
+        assert (await engine.answer(chat())).status_code == 200
+        assert (engine.stats().running, engine.stats().waiting) == (0, 0)
+        await engine.stop()
+
+
+def test_metrics_are_summed_over_labels_and_told_from_longer_names() -> None:
+    text = '# HELP x y\nx{a="1"} 2.0\nx{a="2"} 3\nx_total 9\n'
+    assert metric_sum(text, ("x",)) == 5.0
+    assert metric_sum(text, ("y",)) is None
