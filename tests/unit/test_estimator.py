@@ -1,0 +1,183 @@
+"""The waiting-time estimator."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from qlm_batch.domain.jobs import EngineKind
+from qlm_batch.domain.snapshot import (
+    InstanceState,
+    Observation,
+    Profile,
+    Residency,
+    Snapshot,
+)
+from qlm_batch.scheduling.estimator import Estimator, Flow
+from qlm_batch.scheduling.grouping import form_groups
+from qlm_batch.scheduling.policies import policy
+from qlm_batch.scheduling.profile import fold
+from qlm_batch.scheduling.promises import with_estimates
+from tests.unit.planning_cases import assigned, group, instance, run_view, snapshot
+
+STEP_S = 0.02
+
+
+def learned(length: int = 100) -> tuple[Profile, ...]:
+    """A device with steps of 20 ms whatever is in them, and outputs of one length."""
+    return fold(
+        (),
+        [
+            Observation(
+                "i", "A100", "m", 0.0, (("t", length),) * 2000, ((32, 8000, 0, STEP_S),) * 2000
+            )
+        ],
+    )
+
+
+def known(situation: Snapshot) -> Estimator:
+    return Estimator(replace(situation, profiles=learned()))
+
+
+def flow(estimator: Estimator, prompt: float = 100.0, cap: float = 1000.0) -> Flow:
+    return estimator.flow(0, "m", EngineKind.GENERATE, "t", prompt, cap)
+
+
+def test_throughput_is_the_running_batch_over_the_step_time() -> None:
+    found = flow(known(snapshot(instances=[instance("i")])))
+    assert found.running == 32
+    assert found.tokens_per_s == pytest.approx(32 / STEP_S, rel=0.25)
+
+
+def test_key_value_memory_limits_the_running_batch() -> None:
+    small = instance("i", kv_tokens=1500)
+    assert flow(known(snapshot(instances=[small]))).running < 12
+
+
+def test_a_limit_on_output_tokens_makes_requests_short() -> None:
+    estimator = known(snapshot(instances=[instance("i")]))
+    assert flow(estimator, cap=10).request_s < 0.2 * flow(estimator).request_s
+
+
+def test_measured_throughput_stands_in_for_steps() -> None:
+    seen = Observation("i", "A100", "m", 0.0, (("t", 100),) * 2000, (), 64_000, 640, 100.0)
+    situation = replace(snapshot(instances=[instance("i")]), profiles=fold((), [seen]))
+    assert flow(Estimator(situation)).tokens_per_s == pytest.approx(640, rel=0.01)
+
+
+def test_interactive_work_served_first_slows_batch_work() -> None:
+    alone = known(snapshot(instances=[instance("i")]))
+    shared = known(snapshot(instances=[replace(instance("i"), interactive_share=0.5)]))
+    asked = group("g", deadline=100.0, requests=100)
+    assert shared.work(asked).mean[0] == pytest.approx(2 * alone.work(asked).mean[0])
+
+
+def test_twice_the_requests_take_twice_the_time_and_less_than_twice_the_spread() -> None:
+    estimator = Estimator(snapshot(instances=[instance("i")]))
+    one = estimator.work(group("g", deadline=100.0, requests=100))
+    two = estimator.work(group("h", deadline=100.0, requests=200))
+    assert two.mean[0] == pytest.approx(2 * one.mean[0])
+    assert two.var[0] ** 0.5 == pytest.approx(2**0.5 * one.var[0] ** 0.5)
+
+
+def test_a_lone_request_takes_its_whole_length() -> None:
+    estimator = known(snapshot(instances=[instance("i")]))
+    work = estimator.work(replace(group("g", deadline=100.0), max_tokens=4000))
+    length = flow(estimator, cap=4000).lengths.mean
+    assert work.mean[0] + work.tail[0] == pytest.approx(
+        length * flow(estimator, cap=4000).step_s, rel=0.05
+    )
+
+
+def test_an_instance_that_does_not_host_a_model_would_take_for_ever() -> None:
+    fleet = [instance("i", ["other"]), instance("j")]
+    work = Estimator(snapshot(instances=fleet)).work(group("g", deadline=100.0))
+    assert work.mean[0] == float("inf")
+    assert work.mean[1] < float("inf")
+
+
+@pytest.mark.parametrize("state", [InstanceState.LOST, InstanceState.DRAINING])
+def test_an_instance_on_its_way_out_takes_nothing(state: InstanceState) -> None:
+    assert not Estimator(snapshot(instances=[instance("i", state=state)])).serves(0, "m")
+
+
+def test_what_runs_already_counts_only_with_its_rest() -> None:
+    held = (assigned(1, 32, leased=1),)
+    fresh = known(snapshot(instances=[instance("i", assigned=held)]))
+    nearly = known(snapshot(instances=[instance("i", assigned=held, generated=(90,) * 32)]))
+    assert nearly.ready(0).mean < 0.5 * fresh.ready(0).mean
+
+
+def test_a_measured_wake_is_believed() -> None:
+    views = {"m": Residency.AWAKE, "n": Residency.ASLEEP}
+    assert Estimator(snapshot(instances=[instance("i", views, wake_s=2.5)])).swap_s(0, "n") == 2.5
+
+
+def test_an_unmeasured_cold_start_takes_longer_than_a_wake() -> None:
+    views = {"n": Residency.ASLEEP, "o": Residency.COLD}
+    estimator = Estimator(snapshot(instances=[instance("i", views)]))
+    assert estimator.swap_s(0, "o") > estimator.swap_s(0, "n")
+
+
+def test_quantiles_are_ordered_and_never_negative() -> None:
+    estimator = Estimator(snapshot())
+    levels = [estimator.quantile(1.0, 4.0, level) for level in (0.01, 0.5, 0.9, 0.99)]
+    assert levels == sorted(levels)
+    assert levels[0] == 0.0
+
+
+def test_the_model_error_does_not_average_out() -> None:
+    estimator = Estimator(snapshot())
+    assert estimator.spread(1000.0, 0.0) == pytest.approx(100.0)
+
+
+def planned(situation: Snapshot) -> Snapshot:
+    return replace(situation, profiles=learned())
+
+
+def estimate_of(situation: Snapshot, batch_id: str):  # type: ignore[no-untyped-def]
+    estimator = Estimator(situation)
+    groups = form_groups(situation, estimator.capacities(situation))
+    plan = policy("qlm").plan(situation, groups, estimator, 20, 0)
+    return with_estimates(plan, situation, estimator).estimates[batch_id]
+
+
+def test_a_batch_is_told_when_it_will_be_done() -> None:
+    situation = planned(snapshot(runs=[run_view(1, 10)], instances=[instance("i")], now=1000.0))
+    found = estimate_of(situation, "batch-1")
+    assert found.p50 == pytest.approx(1000.0 + 640 * 100 * STEP_S / 32, rel=0.35)
+    assert found.p95 > found.p50
+    assert found.miss_probability < 0.01
+    assert "on i" in found.reason and "model m awake" in found.reason
+
+
+def test_a_batch_that_cannot_be_on_time_is_told_so() -> None:
+    situation = planned(snapshot(runs=[run_view(1, 100, deadline=5.0)], instances=[instance("i")]))
+    found = estimate_of(situation, "batch-1")
+    assert found.miss_probability > 0.99
+    assert "let go" in found.reason
+
+
+def test_a_batch_whose_model_is_served_nowhere_has_a_reason_and_no_time() -> None:
+    situation = planned(snapshot(runs=[run_view(1, 1, model="x")], instances=[instance("i")]))
+    found = estimate_of(situation, "batch-1")
+    assert (found.p50, found.p95, found.miss_probability) == (None, None, None)
+    assert found.reason == "no instance serves model x"
+
+
+def test_a_batch_that_is_all_assigned_is_told_when_it_will_be_done() -> None:
+    holding = instance("i", assigned=(assigned(1, 64, leased=1),))
+    found = estimate_of(planned(snapshot(instances=[holding])), "batch-1")
+    assert found.p50 is not None and found.p50 > 0.0
+    assert "running on i" in found.reason
+
+
+def test_waiting_behind_others_takes_longer() -> None:
+    first = run_view(1, 20, deadline=3600.0)
+    second = run_view(2, 20, deadline=7200.0)
+    alone = estimate_of(planned(snapshot(runs=[second], instances=[instance("i")])), "batch-2")
+    behind = estimate_of(
+        planned(snapshot(runs=[first, second], instances=[instance("i")])), "batch-2"
+    )
+    assert behind.p50 > 1.7 * alone.p50

@@ -1,0 +1,127 @@
+"""Output lengths."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlm_batch.domain.jobs import EngineKind
+from qlm_batch.scheduling.lengths import HISTORY, TENANTS, LengthBook, kaplan_meier, prior
+
+GENERATE = EngineKind.GENERATE
+
+
+def test_kaplan_meier_agrees_with_a_case_worked_by_hand() -> None:
+    # Ends at 1, 3, 3, 6; still running at 2 and 5. Survival: 5/6, then 5/6·2/4, then 0.
+    found = kaplan_meier([1, 3, 3, 6], [1, 1, 1, 1], [2, 5])
+    assert found.values.tolist() == [1, 3, 6]
+    assert found.probabilities.tolist() == pytest.approx([1 / 6, 5 / 12, 5 / 12])
+
+
+def test_without_running_requests_it_is_the_weighted_history() -> None:
+    found = kaplan_meier([10, 20], [3, 1])
+    assert found.probabilities.tolist() == pytest.approx([0.75, 0.25])
+    assert found.mean == pytest.approx(12.5)
+    assert found.var == pytest.approx(18.75)
+
+
+def test_what_outlives_all_that_ended_is_not_forgotten() -> None:
+    found = kaplan_meier([10, 10], [1, 1], [50, 50])
+    assert found.mean == pytest.approx(30.0)
+
+
+def test_one_minute_after_the_start_running_requests_correct_the_mean() -> None:
+    rng = np.random.default_rng(3)
+    truth = np.maximum(1, rng.lognormal(4.85, 1.0, 4000)).astype(int)
+    reached = rng.integers(1, 400, truth.size)
+    ended = truth <= reached
+    naive = float(truth[ended].mean())
+    found = kaplan_meier(
+        truth[ended].tolist(), [1.0] * int(ended.sum()), reached[~ended].tolist()
+    ).mean
+    within = float(np.minimum(truth, 400).mean())
+    assert naive < 0.75 * within
+    assert found == pytest.approx(within, rel=0.08)
+
+
+def test_in_a_steady_state_running_requests_do_not_inflate_the_mean() -> None:
+    rng = np.random.default_rng(7)
+    book = LengthBook()
+    slots = 200
+    left = rng.geometric(1 / 100, slots)
+    total = left.copy()
+    for _ in range(600):
+        left -= 1
+        done = left == 0
+        book = book.seen(("t", int(n)) for n in total[done])
+        fresh = rng.geometric(1 / 100, int(done.sum()))
+        left[done], total[done] = fresh, fresh
+    ages = (total - left).tolist()
+    assert book.distribution(GENERATE, None, ages).mean == pytest.approx(105, rel=0.2)
+
+
+def test_a_residual_life_grows_with_age_where_lengths_are_heavy_tailed() -> None:
+    lengths = prior(GENERATE)
+    young, _ = lengths.residual(10)
+    old, _ = lengths.residual(500)
+    assert old > young
+
+
+def test_the_residual_of_a_known_length_is_what_is_left() -> None:
+    assert kaplan_meier([100], [1]).residual(30) == (70.0, 0.0)
+
+
+def test_beyond_everything_seen_one_more_token_is_expected() -> None:
+    assert kaplan_meier([100], [1]).residual(100) == (1.0, 0.0)
+
+
+def test_the_largest_of_many_tends_to_the_maximum() -> None:
+    coin = kaplan_meier([1, 9], [1, 1])
+    assert coin.largest_of(1) == pytest.approx(5.0)
+    assert coin.largest_of(2) == pytest.approx(7.0)
+    assert coin.largest_of(40) == pytest.approx(9.0)
+
+
+def test_a_tenant_of_its_own_kind_is_told_apart_from_the_rest() -> None:
+    outputs = [("short", 10), ("long", 1000)] * 100
+    book = LengthBook().seen(outputs)
+    assert book.distribution(GENERATE, "short").mean < 200
+    assert book.distribution(GENERATE, "long").mean > 800
+    middle = book.distribution(GENERATE, "unknown").mean
+    assert middle == pytest.approx(book.distribution(GENERATE).mean)
+    assert 300 < middle < 700
+
+
+def test_nothing_seen_means_the_prior() -> None:
+    assert LengthBook().distribution(GENERATE).mean == pytest.approx(219, rel=0.05)
+    assert LengthBook().distribution(EngineKind.EMBED).mean == 0.0
+
+
+def test_the_recent_outweighs_the_past() -> None:
+    book = LengthBook().seen([("t", 1000)] * 200 + [("t", 100)] * 200)
+    assert book.distribution(GENERATE, "t").mean < 300
+
+
+@given(st.lists(st.tuples(st.text(max_size=3), st.integers(0, 10**5)), max_size=400))
+def test_a_book_is_bounded_and_survives_storage(outputs: list[tuple[str, int]]) -> None:
+    book = LengthBook().seen(outputs)
+    assert len(book.lengths) <= HISTORY
+    assert len(book.tenants) <= TENANTS
+    assert LengthBook.from_data(book.to_data()) == book
+
+
+@given(
+    st.lists(st.integers(0, 5000), min_size=1, max_size=60),
+    st.lists(st.integers(1, 5000), max_size=60),
+)
+def test_an_estimate_is_a_distribution(lengths: list[int], ages: list[int]) -> None:
+    found = LengthBook().seen(("t", n) for n in lengths).distribution(GENERATE, "t", ages)
+    assert found.probabilities.sum() == pytest.approx(1.0)
+    assert (found.probabilities >= -1e-12).all()
+    assert (np.diff(found.values) >= 0).all()
+
+
+def test_data_of_unknown_shape_counts_as_nothing_learned() -> None:
+    assert LengthBook.from_data("nonsense") == LengthBook()
