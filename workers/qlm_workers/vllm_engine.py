@@ -98,6 +98,8 @@ class VllmEngine:
         self._log.first_token_s[inner_id] = None
         self._inside += 1
         began = time.perf_counter()
+        task = asyncio.current_task()
+        cancels = task.cancelling() if task else 0
         try:
             parsed = self._serving.parse(request.endpoint, body)
             response = await self._serving.call(request.endpoint, parsed)
@@ -112,6 +114,9 @@ class VllmEngine:
         finally:
             self._inside -= 1
             first_token_s = self._log.first_token_s.pop(inner_id, None)
+        if task and task.cancelling() > cancels:
+            # vLLM aborts the request but swallows the cancellation, as a client hanging up.
+            raise asyncio.CancelledError
         return _shape(response, first_token_s, time.perf_counter() - began)
 
     def stats(self) -> EngineStats:
