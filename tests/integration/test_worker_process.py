@@ -22,7 +22,8 @@ from qlm_batch.embedded.folders import Folders
 from qlm_batch.embedded.valkey import EmbeddedValkey
 from qlm_workers.exits import Exit
 
-SCRIPT = Path(__file__).with_name("worker_process.py")
+CHECKOUT = Path(__file__).parents[2]
+MODULE = "tests.integration.worker_process"
 HINT = Assigned("gpu-0", "boot")
 
 Event = dict[str, Any]
@@ -33,7 +34,8 @@ class Worker:
 
     def __init__(self, redis_url: str, **options: object) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, str(SCRIPT), redis_url, json.dumps(options)],
+            [sys.executable, "-m", MODULE, redis_url, json.dumps(options)],
+            cwd=CHECKOUT,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,

@@ -1,6 +1,6 @@
 """A real worker process around a ledger that tells, line by line, what is asked of it.
 
-Run as `python worker_process.py REDIS_URL '{"slices": 1, "engine": "hang", "poll_s": 60}'`.
+Run as `python -m tests.integration.worker_process REDIS_URL '{"slices": 1, "engine": "hang"}'`.
 """
 
 from __future__ import annotations
@@ -8,12 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-
-from worker_fakes import FakeEngine, FakeStore, dead, good, make_slice
 
 from qlm_batch.dispatch.celery_app import make_app
 from qlm_batch.domain.jobs import ClaimedSlice, EngineKind, ResultRow
@@ -24,6 +19,7 @@ from qlm_workers.lifecycle import EngineThread, end_on_signals
 from qlm_workers.meter import Meter
 from qlm_workers.runner import Runner
 from qlm_workers.worker import ended, serve
+from tests.unit.worker_fakes import FakeEngine, FakeStore, dead, good, make_slice
 
 RESPONSES = {"hang": lambda _: None, "good": lambda _: good(), "dead": dead}
 

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from worker_fakes import NOW, FakeEngine, FakeStore, dead, good, make_slice
 
 from qlm_batch.domain.engine import EngineAnswer, EngineRequest
 from qlm_batch.domain.errors import ConfigurationError, Unavailable
-from qlm_batch.domain.jobs import ClaimedSlice, EngineKind
-from qlm_batch.domain.ledger import Directive, ReleaseReason
+from qlm_batch.domain.jobs import ClaimedSlice, EngineKind, ResultRow
+from qlm_batch.domain.ledger import Directive, FlushOutcome, ReleaseReason
 from qlm_batch.domain.ports import Heartbeat
 from qlm_batch.domain.snapshot import InstanceState, Residency
 from qlm_batch.scheduling import agent
 from qlm_batch.settings import Settings
+from qlm_workers import link
 from qlm_workers import runner as runner_module
 from qlm_workers.exits import Exit
 from qlm_workers.hosts import Host
 from qlm_workers.meter import Meter
 from qlm_workers.runner import Runner
+from tests.unit.worker_fakes import NOW, FakeEngine, FakeStore, dead, good, make_slice
 
 DEFAULTS: dict[str, Any] = {
     "flush_s": 0.005,
@@ -33,6 +34,11 @@ DEFAULTS: dict[str, Any] = {
     "lease_s": 30.0,
     "models": ("m",),
 }
+
+
+@pytest.fixture(autouse=True)
+def _impatience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link, "BACKOFF_S", (0.005,))
 
 
 class Rig:
@@ -328,7 +334,7 @@ async def test_too_many_unsent_rows_stop_the_claiming(monkeypatch: pytest.Monkey
     store = FakeStore(*(make_slice(n, 5) for n in range(1, 50)))
 
     def no_flush(*_: Any, **__: Any) -> Any:
-        raise OSError("disk full")
+        raise Unavailable("the database is away")
 
     flush, store.flush = store.flush, no_flush  # type: ignore[method-assign]
     async with working(store, FakeEngine(slots=4)) as rig:
@@ -339,6 +345,37 @@ async def test_too_many_unsent_rows_stop_the_claiming(monkeypatch: pytest.Monkey
         assert len(store.claims) == claims
         store.flush = flush  # type: ignore[method-assign]
         await until(lambda: len(store.completed) == 49)
+
+
+async def test_a_row_the_store_cannot_take_costs_only_itself() -> None:
+    store = FakeStore(*(make_slice(n, 5) for n in range(1, 5)))
+    flush = store.flush
+
+    def picky(instance: str, rows: Sequence[ResultRow], *args: Any, **kwargs: Any) -> FlushOutcome:
+        if any(row.position == 203 and row.ok for row in rows):
+            raise ValueError("a body this database cannot hold")
+        return flush(instance, rows, *args, **kwargs)
+
+    store.flush = picky  # type: ignore[method-assign]
+    async with working(store, FakeEngine(slots=32)):
+        await until(lambda: store.completed == {1, 2, 3, 4})
+    assert store.positions(ok=False) == {203}
+    assert len(store.rows) == 20
+
+
+async def test_a_store_that_takes_nothing_at_all_costs_no_result() -> None:
+    store = FakeStore(make_slice(1, 5))
+    flush, failing = store.flush, iter(range(12))
+
+    def broken(*args: Any, **kwargs: Any) -> FlushOutcome:
+        if next(failing, None) is not None:
+            raise RuntimeError("a fault of the store")
+        return flush(*args, **kwargs)
+
+    store.flush = broken  # type: ignore[method-assign]
+    async with working(store, FakeEngine()):
+        await until(lambda: store.completed == {1}, 15.0)
+    assert len(store.positions()) == 5
 
 
 async def test_leases_are_renewed_while_the_engine_works() -> None:

@@ -66,6 +66,11 @@ class Lease:
         )
         return expired
 
+    def cancel(self) -> None:
+        """Stop its requests inside the engine."""
+        for task in list(self.tasks.values()):
+            task.cancel()
+
     def held(self, *, complete: bool = False) -> Held:
         """This lease as the store knows it."""
         return Held(self.slice.slice_id, self.slice.epoch, complete)

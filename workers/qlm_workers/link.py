@@ -65,11 +65,13 @@ class Link:
         self._checked = after
 
     def failed(self, doing: str, error: Exception, failures: int) -> None:
-        """Note that a call failed; an outage is logged once, a fault every time."""
-        if not isinstance(error, Unavailable):
-            log.error("store failed", doing=doing, exc_info=error)
-        elif failures == 1:
+        """Note that a call failed, `failures` times in a row; only the first tells everything."""
+        if failures > 1:
+            log.debug("store failed again", doing=doing, failures=failures, error=str(error))
+        elif isinstance(error, Unavailable):
             log.warning("store is away", doing=doing, error=error.message)
+        else:
+            log.error("store failed", doing=doing, exc_info=error)
 
     def close(self) -> None:
         """Start no more calls."""

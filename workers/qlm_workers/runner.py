@@ -19,6 +19,7 @@ from qlm_batch.settings import Settings
 from qlm_workers import rows
 from qlm_workers.exits import Exit
 from qlm_workers.feeder import Feeder
+from qlm_workers.flusher import Flusher
 from qlm_workers.hosts import Host
 from qlm_workers.leases import Lease, LeaseTable
 from qlm_workers.link import Link, WorkerStore, backoff, pause
@@ -28,11 +29,9 @@ log = structlog.get_logger(__name__)
 
 WATCH_S = 0.1
 """How often deadlines and the engines' progress are looked at."""
-RENEWALS_PER_LEASE = 4
 MOST_BUFFERED_ROWS = 20_000
 MOST_BUFFERED_BYTES = 256 * 1024**2
 """Beyond these nothing more is claimed until the store takes rows again."""
-MOST_ROWS_PER_FLUSH = 2048
 LAST_FLUSH_S = 15.0
 """How long the end waits for a store that is away before results are left to be computed again."""
 STOP_ENGINE_S = 20.0
@@ -71,17 +70,15 @@ class Runner:
             device=device,
             slots=settings.slots,
         )
+        self._flusher = Flusher(self._link, self._table, settings, self._flushed)
         self._state = InstanceState.STARTING
         self._phase = ""
         self._claim_now = asyncio.Event()
-        self._dirty = asyncio.Event()
-        self._full = asyncio.Event()
         self._over = asyncio.Event()
         self._verdict: Exit | None = None
         self._claiming = True
         self._dry = False
         self._slots = 0
-        self._review = False
         self._drained_by = float("inf")
         self._suspects: frozenset[Lease] = frozenset()
 
@@ -94,9 +91,7 @@ class Runner:
 
     def review(self) -> None:
         """Leases may have been closed; ask the store about all of them now."""
-        self._review = True
-        self._dirty.set()
-        self._full.set()
+        self._flusher.review()
 
     def drain(self, grace_s: float) -> None:
         """Claim nothing more, and end once the work in hand is done or `grace_s` have passed."""
@@ -117,7 +112,7 @@ class Runner:
             self._verdict = verdict
             self._claiming = False
             self._feeder.close()
-            for event in (self._over, self._claim_now, self._dirty, self._full):
+            for event in (self._over, self._claim_now):
                 event.set()
 
     # The life of the worker
@@ -127,7 +122,11 @@ class Runner:
         loops = [asyncio.create_task(self._guard(self._beat_forever()))]
         try:
             if await self._start_engines():
-                bodies = (self._claim_forever(), self._flush_forever(), self._watch_forever())
+                bodies = (
+                    self._claim_forever(),
+                    self._flusher.run(self._over),
+                    self._watch_forever(),
+                )
                 loops += [asyncio.create_task(self._guard(body)) for body in bodies]
             await self._over.wait()
         finally:
@@ -211,7 +210,7 @@ class Runner:
         if unsuitable:
             models = sorted({lease.slice.model for lease in unsuitable})
             log.warning("slices of models not served here", models=models)
-            await self._release(unsuitable, ReleaseReason.UNSUITABLE)
+            await self._flusher.release(unsuitable, ReleaseReason.UNSUITABLE)
         return len(unsuitable) < len(claimed)
 
     def _wanted(self) -> int:
@@ -236,10 +235,9 @@ class Runner:
                 continue
             replaced = self._table.add(lease)
             if replaced is not None:
-                _cancel(replaced)
+                replaced.cancel()
             self._expire(lease, now)
-            if lease.complete:
-                self._dirty.set()
+            self._flusher.adopted(lease)
             host.enqueue(lease)
         for host in self._hosts.values():
             self._feeder.feed(host)
@@ -250,12 +248,17 @@ class Runner:
     def _settle(self, lease: Lease, row: ResultRow) -> None:
         if not self._table.settle(lease, row):
             return
-        self._dirty.set()
-        if self._table.buffered >= self._settings.flush_rows:
-            self._full.set()
+        self._flusher.settled()
         # An instance that found nothing waits for a hint or the next poll.
         if not self._dry and self._table.in_hand < agent.PULL_BELOW * self._slots:
             self._claim_now.set()
+
+    def _flushed(self) -> None:
+        if not len(self._table):
+            # A suspect slice is only leased to an instance that holds nothing.
+            self._claim_now.set()
+            if self._state is InstanceState.DRAINING and self._all_done():
+                self.end(Exit.OK)
 
     def _engine_died(self, host: Host, death: EngineDead) -> None:
         if self._verdict is None:
@@ -273,90 +276,6 @@ class Runner:
             if task is not None:
                 task.cancel()
             self._settle(lease, rows.expired(lease.slice, request))
-
-    # Flush
-
-    async def _flush_forever(self) -> None:
-        failures = 0
-        while self._verdict is None:
-            await pause(self._dirty, self._renewal_in())
-            await pause(self._full, self._settings.flush_s)
-            self._dirty.clear()
-            self._full.clear()
-            try:
-                await self._flush(renew=True)
-                failures = 0
-            except Exception as error:  # noqa: BLE001 - no fault of the store may end the work
-                failures += 1
-                self._link.failed("flush", error, failures)
-                self._dirty.set()
-                await pause(self._over, backoff(failures))
-
-    def _renewal_in(self) -> float:
-        """Seconds until a lease has to be renewed."""
-        every = self._settings.lease_s / RENEWALS_PER_LEASE
-        oldest = min((lease.renewed_at for lease in self._table.leases), default=None)
-        return every if oldest is None else max(0.0, oldest + every - time.monotonic())
-
-    async def _flush(self, *, renew: bool) -> None:
-        """Store rows, renew what is due and follow the store's orders. Raises as the store does."""
-        now = time.monotonic()
-        review, self._review = self._review, False
-        due = self._due(now, review) if renew else []
-        parcel = self._table.parcel(MOST_ROWS_PER_FLUSH, due)
-        if parcel.rows or parcel.leases:
-            try:
-                outcome = await self._link.call(
-                    self._store.flush,
-                    self._name,
-                    parcel.rows,
-                    parcel.held,
-                    lease_s=self._settings.lease_s if renew else None,
-                )
-            except BaseException:
-                self._table.put_back(parcel)
-                self._review = self._review or review
-                raise
-            for lease in self._table.stored(parcel, outcome.directives, now if renew else None):
-                _cancel(lease)
-            if outcome.rejected:
-                log.info("rows the store had no use for", rejected=outcome.rejected)
-        await self._give_back_preempted()
-        if self._table.buffered:
-            self._dirty.set()
-        if not len(self._table):
-            # A suspect slice is only leased to an instance that holds nothing.
-            self._claim_now.set()
-        if self._state is InstanceState.DRAINING and self._all_done():
-            self.end(Exit.OK)
-
-    def _due(self, now: float, review: bool) -> list[Lease]:
-        """The leases to be renewed or asked about."""
-        oldest = now - self._settings.lease_s / RENEWALS_PER_LEASE
-        return [
-            lease
-            for lease in self._table.leases
-            if review or lease.renewed_at <= oldest or not lease.slice.requests
-        ]
-
-    async def _give_back_preempted(self) -> None:
-        """Release leases the store wants back, once their rows are stored."""
-        ready = []
-        for lease in self._table.leases:
-            if lease.preempted:
-                _cancel(lease)
-                if lease.unsent:
-                    self._dirty.set()
-                else:
-                    ready.append(lease)
-        if ready:
-            await self._release(ready, ReleaseReason.PREEMPTED)
-            for lease in ready:
-                self._table.drop(lease)
-
-    async def _release(self, leases: Sequence[Lease], reason: ReleaseReason) -> None:
-        held = [lease.held() for lease in leases]
-        await self._link.call(self._store.release, self._name, held, reason)
 
     # Watch
 
@@ -409,7 +328,7 @@ class Runner:
         """Stop everything that runs, store what there is, and give leases back."""
         # Claims and flushes run in threads that cannot be interrupted: what they bring has to be
         # known before leases can be given back.
-        await asyncio.gather(*loops, return_exceptions=True)
+        await asyncio.wait(loops, timeout=LAST_FLUSH_S)
         serving = [task for lease in self._table.leases for task in lease.tasks.values()]
         for task in serving:
             task.cancel()
@@ -429,7 +348,7 @@ class Runner:
         while True:
             try:
                 while self._table.buffered:
-                    await self._flush(renew=False)
+                    await self._flusher.flush(renew=False)
                 if self._verdict is not Exit.ENGINE_HUNG:
                     await self._release_all()
                     await self._link.call(self._store.retire, self._name, self._boot_id)
@@ -449,7 +368,7 @@ class Runner:
             blamed = lease in self._suspects
             by_reason[ReleaseReason.ENGINE_DIED if blamed else ReleaseReason.SHUTDOWN].append(lease)
         for reason, leases in by_reason.items():
-            await self._release(leases, reason)
+            await self._flusher.release(leases, reason)
             for lease in leases:
                 self._table.drop(lease)
 
@@ -460,9 +379,3 @@ class Runner:
                     await host.engine.stop()
             except Exception:
                 log.exception("engine did not stop in order", model=host.model)
-
-
-def _cancel(lease: Lease) -> None:
-    """Stop a lease's requests inside the engine."""
-    for task in list(lease.tasks.values()):
-        task.cancel()
