@@ -21,6 +21,7 @@ RATE_HEADERS = "rate_headers"
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _UPLOADS = frozenset({("POST", "/v1/files")})
+_READING = frozenset({"GET", "HEAD", "OPTIONS"})
 _CLIENT_GONE = 499
 
 log = structlog.get_logger(__name__)
@@ -76,8 +77,18 @@ class Edge:
                         raise
                     await internal_error()(scope, receive, tagged)
         finally:
+            seconds = time.perf_counter() - begun
             route = getattr(scope.get("route"), "path", "unknown")
-            self._observe(scope["method"], route, status, time.perf_counter() - begun)
+            self._observe(scope["method"], route, status, seconds)
+            say = log.debug if scope["method"] in _READING else log.info
+            say(
+                "request",
+                request_id=request_id,
+                method=scope["method"],
+                path=scope["path"],
+                status=status,
+                seconds=round(seconds, 4),
+            )
 
 
 def _request_id(offered: str | None) -> str:

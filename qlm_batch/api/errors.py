@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
+from starlette.routing import Match
 
 from qlm_batch.domain.errors import InvalidInput, QlmError
 
@@ -34,7 +35,10 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def plain(request: Request, error: HTTPException) -> JSONResponse:
-        return envelope(error.status_code, _http_body(request, error), error.headers or {})
+        headers = {"x-should-retry": "false"} if error.status_code < 500 else {}
+        if error.status_code == 405:
+            headers["allow"] = ", ".join(sorted(_allowed(request)))
+        return envelope(error.status_code, _http_body(request, error), headers)
 
 
 def render(error: QlmError) -> JSONResponse:
@@ -115,10 +119,19 @@ def _http_body(request: Request, error: HTTPException) -> Mapping[str, str | Non
         message = f"There is nothing at {request.method} {path}. The documentation is at /docs."
         code = "unknown_url"
     elif error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "another method")
+        allowed = " or ".join(sorted(_allowed(request)))
         message = f"{request.method} is not allowed at {path}; use {allowed}."
         code = "method_not_allowed"
     elif error.status_code == 400:
         message, code = "The request body could not be read as JSON.", "invalid_json"
     kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
     return {"message": message, "type": kind, "param": None, "code": code}
+
+
+def _allowed(request: Request) -> set[str]:
+    """The methods of every route at this path; the router itself names only the first one's."""
+    allowed: set[str] = set()
+    for route in request.app.routes:
+        if route.matches(request.scope)[0] is not Match.NONE:
+            allowed |= route.methods or set()
+    return allowed

@@ -6,6 +6,7 @@ import re
 import tempfile
 import time
 from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -46,6 +47,8 @@ async def receive_file(request: Request, services: ApiServices, tenant: str) -> 
         async for pieces in _gathered(request.stream()):
             await run_in_threadpool(upload.feed, pieces)
         return await run_in_threadpool(_keep, services, tenant, upload, spool)
+    except OSError as error:
+        raise _no_room() from error
     finally:
         await run_in_threadpool(_discard, spool)
 
@@ -85,12 +88,21 @@ def _open_spool(folder: Path) -> BinaryIO:
             dir=folder, suffix=".part", buffering=_CHUNK_BYTES, delete=False
         )
     except OSError as error:
-        raise Unavailable("The service cannot store uploads now; its disk refuses.") from error
+        raise _no_room() from error
     return cast(BinaryIO, handle)
 
 
+def _no_room() -> Unavailable:
+    return Unavailable(
+        "The service cannot store uploads now; its disk is full or refuses to write.",
+        code="storage_unavailable",
+    )
+
+
 def _discard(spool: BinaryIO) -> None:
-    spool.close()
+    # What is still buffered may not fit on the disk either, and is not wanted any more.
+    with suppress(OSError):
+        spool.close()
     Path(spool.name).unlink(missing_ok=True)
 
 

@@ -30,10 +30,15 @@ def test_an_unknown_path_is_a_404(client: TestClient, path: str) -> None:
     assert error_of(client.get(path), 404)["code"] == "unknown_url"
 
 
-def test_a_method_that_is_not_allowed_is_a_405_naming_those_that_are(client: TestClient) -> None:
-    answer = client.put("/v1/files/file-1")
+@pytest.mark.parametrize(
+    ("path", "allowed"), [("/v1/files/file-1", "DELETE, GET"), ("/v1/batches", "GET, POST")]
+)
+def test_a_method_that_is_not_allowed_is_a_405_naming_those_that_are(
+    client: TestClient, path: str, allowed: str
+) -> None:
+    answer = client.put(path)
     assert error_of(answer, 405)["code"] == "method_not_allowed"
-    assert answer.headers["allow"]
+    assert answer.headers["allow"] == allowed
 
 
 @pytest.mark.parametrize(

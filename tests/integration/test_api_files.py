@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +13,10 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 
+from qlm_batch.api.multipart import MultipartUpload
 from qlm_batch.api.uploads import STALE_SPOOL_S
 from qlm_batch.domain.errors import Unavailable
-from tests.api_support import Site, error_of, input_file, make_site, submit, upload
+from tests.api_support import Site, error_of, input_file, make_site, submit, upload, wait_until
 
 MAX_BYTES = 3_000_000
 
@@ -212,6 +215,32 @@ def test_nothing_is_left_when_the_file_cannot_be_recorded(
     monkeypatch.setattr(site.store, "add_file", away)
     error_of(post(client, PURPOSE + part("file", b"x", "a") + END), 503)
     assert not leftovers(site)
+
+
+def test_a_full_disk_is_a_503_and_leaves_nothing(
+    site: Site, client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: MultipartUpload, pieces: list[bytes]) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(MultipartUpload, "feed", full)
+    answer = post(client, PURPOSE + part("file", b"x", "a") + END)
+    assert error_of(answer, 503)["code"] == "storage_unavailable"
+    assert not leftovers(site)
+
+
+def test_nothing_is_left_of_an_upload_whose_client_went_away(site: Site) -> None:
+    head = (
+        "POST /v1/files HTTP/1.1\r\nhost: x\r\ncontent-length: 2000000\r\n"
+        f"authorization: Bearer {site.key()}\r\n"
+        "content-type: multipart/form-data; boundary=b\r\n\r\n"
+    ).encode()
+    with site.served() as url:
+        port = int(url.rsplit(":", 1)[1])
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(head + PURPOSE + part("file", b"x" * 1_500_000, "a"))
+            wait_until(lambda: bool(leftovers(site)))
+        wait_until(lambda: not leftovers(site))
 
 
 def test_a_deleted_file_is_gone_with_its_bytes(site: Site, client: TestClient) -> None:
