@@ -100,3 +100,18 @@ def test_ending_children_spares_the_guardian_and_what_ran_before() -> None:
     guard.release()
     before.kill()
     before.wait()
+
+
+def test_a_grandchild_whose_parent_died_is_ended_too() -> None:
+    guard = Guard()
+    child = subprocess.Popen(
+        [sys.executable, "-c", "import os, time; os.fork(); time.sleep(300)"],
+    )
+    wait_until(lambda: len(guard.children()) == 2, "both seen")
+    grandchild = next(process for process in guard.children() if process.pid != child.pid)
+    child.kill()
+    child.wait()
+    assert alive(grandchild.pid)
+    guard.end_children()
+    assert not alive(grandchild.pid)
+    guard.release()

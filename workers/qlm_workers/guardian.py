@@ -35,6 +35,7 @@ class Guard:
             start_new_session=True,
         )
         self._spared = {*spared, self._process.pid}
+        self._known: dict[int, psutil.Process] = {}
 
     @property
     def pid(self) -> int:
@@ -42,8 +43,14 @@ class Guard:
         return self._process.pid
 
     def children(self) -> list[psutil.Process]:
-        """The processes started since the guard stands, and theirs."""
-        return _descendants(psutil.Process(), self._spared)
+        """The processes started since the guard stands, and theirs.
+
+        Those seen by an earlier call stay in the list while they live, also when the process
+        between died and they are nobody's any more.
+        """
+        for child in _descendants(psutil.Process(), self._spared):
+            self._known[child.pid] = child
+        return [child for child in self._known.values() if child.is_running()]
 
     def end_children(self, patience_s: float = 5.0) -> None:
         """End the children still there: terminate, and after `patience_s` kill."""

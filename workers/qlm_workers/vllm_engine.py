@@ -72,6 +72,8 @@ class VllmEngine:
                 self._serving = await self._api.Serving.over(
                     self._engine, self._name, self._kind, frontend
                 )
+            # Seen once, they are ended even if the engine's core dies before its workers.
+            await asyncio.to_thread(self._guard.children)
             started = True
         except TimeoutError:
             raise ConfigurationError(

@@ -1,0 +1,150 @@
+"""vLLM in process: what ends with it, and what it says when it cannot start."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from qlm_batch.domain.engine import EngineRequest
+from qlm_batch.domain.errors import ConfigurationError, EngineDead
+from qlm_batch.domain.jobs import CHAT, EngineKind
+from qlm_batch.settings import Settings
+from qlm_workers.engines import make_engine
+from tests.contract.waiting import until
+
+MODEL = "qlm-tiny"
+KV_BYTES = 64 * 1024**2
+
+
+def needs_vllm(test: Callable[..., object]) -> Callable[..., object]:
+    """Mark a test that starts a real engine."""
+    absent = importlib.util.find_spec("vllm") is None
+    skip = pytest.mark.skipif(absent, reason="vllm is not installed")
+    marked: Callable[..., object] = pytest.mark.vllm(pytest.mark.slow(skip(test)))
+    return marked
+
+
+KILLED_WORKER = f"""
+import asyncio
+from qlm_batch.domain.jobs import EngineKind
+from qlm_batch.settings import Settings
+from qlm_workers.engines import make_engine
+
+async def main():
+    engine = make_engine(Settings(kv_cache_bytes={KV_BYTES}), {MODEL!r}, EngineKind.GENERATE)
+    await engine.start()
+    print("ready", flush=True)
+    await asyncio.sleep(600)
+
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+
+
+def wait_until(condition: Callable[[], bool], what: str, within_s: float = 30) -> None:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not in {within_s} s: {what}"
+        time.sleep(0.05)
+
+
+def alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+def chat() -> EngineRequest:
+    body = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": "What is 3 plus 4?"}],
+        "max_tokens": 1500,
+        "ignore_eos": True,
+    }
+    return EngineRequest("r1", CHAT, json.dumps(body), 5, "tenant-a")
+
+
+@needs_vllm
+def test_a_killed_worker_leaves_no_engine(tmp_path: Path) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text(KILLED_WORKER)
+    worker = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    assert worker.stdout is not None
+    assert worker.stdout.readline() == "ready\n"
+    family = psutil.Process(worker.pid).children(recursive=True)
+    assert any("qlm_workers.guardian" in " ".join(process.cmdline()) for process in family)
+    assert len(family) >= 3
+    worker.send_signal(signal.SIGKILL)
+    worker.wait()
+    wait_until(lambda: not any(map(alive, family)), "every process of the engine is gone")
+
+
+@needs_vllm
+async def test_a_dead_engine_core_fails_what_is_inside_and_stops_clean() -> None:
+    before = set(psutil.Process().children(recursive=True))
+    engine = make_engine(Settings(kv_cache_bytes=KV_BYTES), MODEL, EngineKind.GENERATE)
+    await engine.start()
+    pending = asyncio.create_task(engine.answer(chat()))
+    await until(lambda: engine.stats().generated_tokens >= 3, "tokens come")
+    family = [
+        process for process in psutil.Process().children(recursive=True) if process not in before
+    ]
+    for process in family:
+        if "EngineCore" in process.name() or "EngineCore" in " ".join(process.cmdline()):
+            os.kill(process.pid, signal.SIGKILL)
+    with pytest.raises(EngineDead):
+        await asyncio.wait_for(pending, 30)
+    with pytest.raises(EngineDead):
+        engine.stats()
+    await engine.stop()
+    trackers = [process for process in family if alive(process)]
+    assert all("resource_tracker" in " ".join(process.cmdline()) for process in trackers)
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        (Settings(max_model_len=100_000, kv_cache_bytes=KV_BYTES), "max_model_len"),
+        (Settings(engine_args={"max_modle_len": 4}), "no argument 'max_modle_len'"),
+        (Settings(kv_cache_bytes=2**50), "of memory are free"),
+        (Settings(max_model_len=2048, kv_cache_bytes=1024**2), "raise QLM_KV_CACHE_BYTES"),
+        (Settings(start_timeout_s=0.01), "QLM_START_TIMEOUT_S"),
+    ],
+)
+async def test_what_cannot_start_says_why(settings: Settings, problem: str) -> None:
+    engine = make_engine(settings, MODEL, EngineKind.GENERATE)
+    with pytest.raises(ConfigurationError, match=problem):
+        await engine.start()
+    with pytest.raises(EngineDead):
+        await engine.answer(chat())
+
+
+async def test_a_missing_folder_is_named() -> None:
+    engine = make_engine(Settings(), "/nowhere/model", EngineKind.GENERATE)
+    with pytest.raises(ConfigurationError, match="no model folder '/nowhere/model'"):
+        await engine.start()
+
+
+async def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
+    engine = make_engine(Settings(), str(tmp_path), EngineKind.GENERATE)
+    with pytest.raises(ConfigurationError, match=r"config\.json"):
+        await engine.start()
+
+
+async def test_a_worker_without_vllm_is_told_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("qlm_workers.vllm_engine.find_spec", lambda _: None)
+    engine = make_engine(Settings(), str(tmp_path), EngineKind.GENERATE)
+    with pytest.raises(ConfigurationError, match="make setup"):
+        await engine.start()
