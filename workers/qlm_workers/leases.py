@@ -81,12 +81,16 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Parcel:
-    """What one flush carries: `rows`, and the leases it names, those in `complete` as finished."""
+    """What one flush carries: `rows`, and the leases it names, those in `complete` as finished.
+
+    `bytes` is the size of the rows' bodies.
+    """
 
     rows: Sequence[ResultRow]
     owners: Sequence[Lease]
     leases: Sequence[Lease]
     complete: frozenset[int]
+    bytes: int
 
     @property
     def held(self) -> list[Held]:
@@ -100,6 +104,7 @@ class LeaseTable:
     def __init__(self) -> None:
         self._leases: dict[int, Lease] = {}
         self._rows: deque[tuple[Lease, ResultRow]] = deque()
+        self._travelling = 0
         self.in_hand = 0
         self.buffered_bytes = 0
 
@@ -113,8 +118,8 @@ class LeaseTable:
 
     @property
     def buffered(self) -> int:
-        """Rows not stored yet."""
-        return len(self._rows)
+        """Rows not known to be stored, those on their way included."""
+        return len(self._rows) + self._travelling
 
     @property
     def suspect(self) -> bool:
@@ -149,9 +154,9 @@ class LeaseTable:
     def parcel(self, limit: int, due: Iterable[Lease] = ()) -> Parcel:
         """Take up to `limit` rows, with the leases they finish and those `due` for renewal."""
         taken = [self._rows.popleft() for _ in range(min(limit, len(self._rows)))]
-        for lease, row in taken:
+        for lease, _ in taken:
             lease.unsent -= 1
-            self.buffered_bytes -= len(row.body or "")
+        self._travelling += len(taken)
         named = {lease.slice.slice_id: lease for lease in due if not lease.ended}
         for lease, _ in taken:
             if not lease.ended and lease.complete and not lease.unsent:
@@ -163,14 +168,15 @@ class LeaseTable:
             complete=frozenset(
                 key for key, lease in named.items() if lease.complete and not lease.unsent
             ),
+            bytes=sum(_size(row) for _, row in taken),
         )
 
     def put_back(self, parcel: Parcel) -> None:
         """Keep what could not be stored, in its old order."""
         for lease, row in zip(reversed(parcel.owners), reversed(parcel.rows), strict=True):
             lease.unsent += 1
-            self.buffered_bytes += len(row.body or "")
             self._rows.appendleft((lease, row))
+        self._travelling -= len(parcel.rows)
 
     def stored(
         self, parcel: Parcel, directives: Mapping[int, Directive], now: float | None
@@ -179,6 +185,8 @@ class LeaseTable:
 
         `now` is when the lease was renewed, None when it was not.
         """
+        self._travelling -= len(parcel.rows)
+        self.buffered_bytes -= parcel.bytes
         lost: list[Lease] = []
         for lease in {id(lease): lease for lease in (*parcel.leases, *parcel.owners)}.values():
             key = lease.slice.slice_id
@@ -198,5 +206,9 @@ class LeaseTable:
 
     def _append(self, lease: Lease, row: ResultRow) -> None:
         lease.unsent += 1
-        self.buffered_bytes += len(row.body or "")
+        self.buffered_bytes += _size(row)
         self._rows.append((lease, row))
+
+
+def _size(row: ResultRow) -> int:
+    return len(row.body or "")
