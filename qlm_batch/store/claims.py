@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
 
 from sqlalchemy.engine import Connection
 
@@ -44,23 +43,27 @@ _LEASE = sql(
     RETURNING id
     """
 )
+_HEADS = sql(
+    """
+    SELECT s.id, s.epoch, s.run_id, s.generation, s.batch_id, s.deadline, s.expires_at,
+           s.attempts, u.tenant, u.model, b.endpoint
+    FROM slice s JOIN run u ON u.id = s.run_id JOIN batch b ON b.id = s.batch_id
+    WHERE s.id = ANY(CAST(:ids AS bigint[]))
+    ORDER BY s.assigned_at, s.place, s.id
+    """
+)
 # A fresh slice has a whole range left to do, and is spared the look for rows.
 _WORK = sql(
     """
-    SELECT s.id, s.epoch, s.run_id, s.generation, s.batch_id, s.deadline, s.expires_at,
-           s.attempts, u.tenant, u.model, b.endpoint,
-           r.position, r.body, r.prompt_tokens,
+    SELECT s.id, r.position, r.body, r.prompt_tokens,
            CASE WHEN s.generation = 1 THEN r.deadline END AS own_deadline
     FROM slice s
-    JOIN run u ON u.id = s.run_id
-    JOIN batch b ON b.id = s.batch_id
     JOIN request r ON r.run_id = s.run_id AND r.position >= s.lo AND r.position < s.hi
     WHERE s.id = ANY(CAST(:ids AS bigint[]))
       AND (s.remaining = s.hi - s.lo
            OR NOT EXISTS (SELECT FROM result x
                           WHERE x.run_id = r.run_id AND x.position = r.position
                             AND (x.generation = s.generation OR x.ok)))
-    ORDER BY s.assigned_at, s.place, s.id, r.position
     """
 )
 
@@ -103,34 +106,27 @@ def claim_slices(
 
 
 def _work(connection: Connection, ids: Sequence[int]) -> Sequence[ClaimedSlice]:
-    rows = connection.execute(_WORK, {"ids": list(ids)}).all()
-    claimed = []
-    for _, group in groupby(rows, key=lambda row: row.id):
-        lines = list(group)
-        head = lines[0]
-        claimed.append(
-            ClaimedSlice(
-                slice_id=head.id,
-                epoch=head.epoch,
-                run_id=head.run_id,
-                generation=head.generation,
-                batch_id=head.batch_id,
-                tenant=head.tenant,
-                model=head.model,
-                endpoint=head.endpoint,
-                deadline=head.deadline,
-                expires_at=head.expires_at,
-                suspect=head.attempts >= SUSPECT_AFTER,
-                requests=tuple(
-                    ClaimedRequest(
-                        run_id=line.run_id,
-                        position=line.position,
-                        body=line.body,
-                        deadline=line.own_deadline,
-                        prompt_tokens=line.prompt_tokens,
-                    )
-                    for line in lines
-                ),
-            )
+    requests: dict[int, list[tuple[int, str, float | None, int]]] = {i: [] for i in ids}
+    for slice_id, position, body, prompt_tokens, deadline in connection.execute(
+        _WORK, {"ids": list(ids)}
+    ).tuples():
+        requests[slice_id].append((position, body, deadline, prompt_tokens))
+    return [
+        ClaimedSlice(
+            slice_id=head.id,
+            epoch=head.epoch,
+            run_id=head.run_id,
+            generation=head.generation,
+            batch_id=head.batch_id,
+            tenant=head.tenant,
+            model=head.model,
+            endpoint=head.endpoint,
+            deadline=head.deadline,
+            expires_at=head.expires_at,
+            suspect=head.attempts >= SUSPECT_AFTER,
+            requests=tuple(
+                ClaimedRequest(head.run_id, *values) for values in sorted(requests[head.id])
+            ),
         )
-    return claimed
+        for head in connection.execute(_HEADS, {"ids": list(ids)})
+    ]

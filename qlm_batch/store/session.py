@@ -69,6 +69,9 @@ def make_engine(
         "statement_timeout": int(statement_timeout_s * 1000),
         "idle_in_transaction_session_timeout": int(idle_in_transaction_s * 1000),
         "client_connection_check_interval": 5000,
+        # A plan made for no list of ids in particular reads whole tables for a few of them.
+        "plan_cache_mode": "force_custom_plan",
+        "jit": "off",
     }
     return sa.create_engine(
         normalised(url),
