@@ -188,14 +188,17 @@ class Problem:
 
     def score(self, queues: Queues) -> Score:
         """What these queues are worth, groups that are late counting nothing."""
-        on_time = swap_s = 0.0
+        made: list[float] = []
+        swap_s = 0.0
         for i, queue in enumerate(queues):
             if queue:
                 walk = self.walk(i, queue)
                 swap_s += walk.swap_s
                 for g, done in zip(queue, walk.done, strict=True):
                     if done <= self.due[g]:
-                        on_time += self.weight[g]
+                        made.append(self.weight[g])
+        # Exact, so that equal sets of groups are worth the same in any order.
+        on_time = math.fsum(made)
         return Score(on_time, swap_s, on_time - self.price(swap_s))
 
     def price(self, swap_s: float) -> float:

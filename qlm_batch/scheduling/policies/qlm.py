@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Final
 
 import numpy as np
@@ -272,6 +273,18 @@ class _Search:
         return best, where
 
 
+def _by_deadline_in_runs(problem: Problem, instance: int, queue: list[int]) -> list[int]:
+    """The queue with each run of one model by deadline, unless that made something late.
+
+    The search is indifferent to order as long as all is on time; what happens later is not.
+    """
+    tidy: list[int] = []
+    for _, run in groupby(queue, key=lambda g: problem.model[g]):
+        tidy += sorted(run, key=lambda g: by_deadline(problem, g))
+    walk = problem.walk(instance, tidy)
+    return tidy if problem.slack(tidy, walk)[0] >= 0.0 else queue
+
+
 @dataclass(frozen=True, slots=True)
 class QlmPolicy:
     """See the module."""
@@ -302,7 +315,7 @@ class QlmPolicy:
         score = problem.score(found[0])
         if score.on_time < floor.on_time or score.objective < floor.objective:
             return plain
-        return found
+        return [_by_deadline_in_runs(problem, i, q) for i, q in enumerate(found[0])], found[1]
 
 
 QLM: Final = QlmPolicy()
