@@ -15,8 +15,8 @@ from qlm_batch.store.sql import sql
 _CLOSE = sql(
     """
     UPDATE slice s
-    SET state = :state,
-        missed = missed OR (:state = 'expired' AND b.deadline <= {now}),
+    SET state = CAST(:state AS text),
+        missed = s.missed OR (CAST(:state AS text) = 'expired' AND b.deadline <= {now}),
         failed = s.failed + s.remaining, remaining = 0,
         lease_until = NULL, preempt = false
     FROM batch b
