@@ -29,7 +29,7 @@ from qlm_batch.domain.jobs import (
     Usage,
 )
 from qlm_batch.domain.ledger import Held
-from qlm_batch.domain.ports import Heartbeat
+from qlm_batch.domain.ports import Heartbeat, Store
 from qlm_batch.domain.snapshot import Assignment, InstanceState, ModelView, Residency
 from qlm_batch.ids import FILE, KEY, new_id, new_secret
 from qlm_batch.intake.blobs import LocalBlobs
@@ -74,10 +74,11 @@ class Site:
 
     folder: Path
     settings: Settings
+    other_store: Store | None = None
     clock: Clock = field(default_factory=Clock)
 
     def __post_init__(self) -> None:
-        self.store = MemoryStore(now=self.clock)
+        self.store: Store = self.other_store or MemoryStore(now=self.clock)
         self.blobs = LocalBlobs(self.settings.data_dir / "blobs")
         self.app: FastAPI = create_app(ApiServices(self.store, self.blobs, self.settings))
 
@@ -91,7 +92,7 @@ class Site:
                 name="",
                 role=role,
                 prefix=secret[:12],
-                created_at=self.clock(),
+                created_at=self.store.now(),
                 limits=limits,
             ),
             secret,
@@ -193,13 +194,13 @@ class Site:
             bytes=len(content),
             sha256="",
             blob_key=f"out/{file_id}",
-            created_at=self.clock(),
+            created_at=self.store.now(),
         )
 
 
-def make_site(folder: Path, **settings: Any) -> Site:
-    """A site whose data lies in `folder`."""
-    return Site(folder, Settings(data_dir=folder / "data", **settings))
+def make_site(folder: Path, store: Store | None = None, **settings: Any) -> Site:
+    """A site whose data lies in `folder`, over `store` or one in memory."""
+    return Site(folder, Settings(data_dir=folder / "data", **settings), store)
 
 
 def upload(client: TestClient, content: bytes, **fields: str) -> Json:

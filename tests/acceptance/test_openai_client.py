@@ -8,14 +8,28 @@ from pathlib import Path
 
 import openai
 import pytest
+from cryptography.fernet import Fernet
 
 from qlm_batch.domain.jobs import ClaimedRequest
+from qlm_batch.store.postgres import PostgresStore
 from tests.api_support import CHAT, MODEL, Site, input_file, make_site, says_yes
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Site:
-    return make_site(tmp_path)
+def postgres_store(postgres_url: str) -> Iterator[PostgresStore]:
+    store = PostgresStore(postgres_url, secret_key=Fernet.generate_key())
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def site(request: pytest.FixtureRequest, tmp_path: Path) -> Site:
+    if getattr(request, "param", "memory") == "memory":
+        return make_site(tmp_path)
+    return make_site(tmp_path, store=request.getfixturevalue("postgres_store"))
+
+
+on_every_store = pytest.mark.parametrize("site", ["memory", "postgres"], indirect=True)
 
 
 @pytest.fixture
@@ -37,6 +51,7 @@ def submit(client: openai.OpenAI, *ids: str, **extra: object) -> openai.types.Ba
     )
 
 
+@on_every_store
 def test_the_whole_round_trip(site: Site, client: openai.OpenAI, tmp_path: Path) -> None:
     path = tmp_path / "questions.jsonl"
     path.write_bytes(input_file("a", "b", "c"))
@@ -96,6 +111,7 @@ def test_content_comes_back_byte_for_byte(client: openai.OpenAI) -> None:
     assert client.files.content(file.id).content == content
 
 
+@on_every_store
 def test_lists_are_paged_through_by_the_client(client: openai.OpenAI) -> None:
     made = [submit(client, "a").id for _ in range(5)]
     assert [batch.id for batch in client.batches.list(limit=2)] == made[::-1]
@@ -111,6 +127,7 @@ def test_files_are_listed_in_either_order(client: openai.OpenAI) -> None:
     assert not list(client.files.list(purpose="batch_output"))
 
 
+@on_every_store
 def test_a_running_batch_is_cancelled_and_keeps_what_it_has(
     site: Site, client: openai.OpenAI
 ) -> None:
@@ -175,6 +192,7 @@ def test_a_file_may_expire(client: openai.OpenAI) -> None:
     assert file.expires_at == file.created_at + 3600
 
 
+@on_every_store
 def test_a_repeated_create_with_an_idempotency_key_returns_the_same_batch(
     client: openai.OpenAI,
 ) -> None:
