@@ -45,6 +45,7 @@ class MemoryInstances(Facet):
         if known is None or known.beat.boot_id != boot_id:
             return
         known.retired = True
+        known.past_boots.add(boot_id)
         self._requeue_assigned(name)
         for part in list(self.state.leased[name].values()):
             requeue(self.state, part)

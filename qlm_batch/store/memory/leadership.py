@@ -9,7 +9,7 @@ from qlm_batch.store.memory.state import Facet, State, locked
 def check_leader(state: State, epoch: int) -> None:
     """Raise NotLeader unless `epoch` is the leader's now."""
     leader = state.leader
-    if leader.holder is None or leader.epoch != epoch or leader.until <= state.clock():
+    if leader.holder is None or leader.epoch != epoch:
         raise NotLeader(f"Epoch {epoch} does not lead (any more); the write changed nothing.")
 
 

@@ -172,7 +172,24 @@ class MemoryLedger(Facet):
             if part.lease_until <= now
         ]
         reaped = lose(self.state, sorted(lost, key=lambda part: part.id))
-        return replace(reaped, expired=expired, finished_batches=reaped.finished_batches + finished)
+        stranded = self._requeue_stranded(now - self.state.silent_s)
+        return replace(
+            reaped,
+            requeued=reaped.requeued + stranded,
+            expired=expired,
+            finished_batches=reaped.finished_batches + finished,
+        )
+
+    def _requeue_stranded(self, heard_since: float) -> int:
+        stranded = [
+            part
+            for parts in self.state.assigned.values()
+            for part in parts.values()
+            if self.state.instances[part.instance or ""].at < heard_since
+        ]
+        for part in stranded:
+            requeue(self.state, part)
+        return len(stranded)
 
 
 def _holds(part: SliceData, instance: str, epoch: int) -> bool:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 
-from qlm_batch.domain.jobs import BatchState, Promise, ResultRow, SliceState, SloClass
+from qlm_batch.domain.jobs import BatchState, EngineKind, Promise, ResultRow, SliceState, SloClass
 from qlm_batch.domain.snapshot import (
     AssignedView,
     Assignment,
@@ -23,8 +24,14 @@ from qlm_batch.domain.snapshot import (
 )
 from qlm_batch.ids import new_id
 from qlm_batch.store.memory.leadership import check_leader
-from qlm_batch.store.memory.state import Facet, Part, State, Tally, change, locked
+from qlm_batch.store.memory.state import Facet, Part, RunData, State, Tally, change, locked
 from qlm_batch.store.memory.work import left, move, requeue, store_row, take_queued
+
+UNKNOWN_LENGTH = 4096
+"""Tokens assumed for an unbounded request while no instance has told its model's limit."""
+
+_FORGOTTEN_AFTER_S = 3600.0
+_ESTIMATED = frozenset({BatchState.IN_PROGRESS, BatchState.FINALIZING})
 
 
 class MemoryPlanning(Facet):
@@ -59,7 +66,7 @@ class MemoryPlanning(Facet):
         ]
         for batch_id, estimate in plan.estimates.items():
             batch = self.state.batches.get(batch_id)
-            if batch is None:
+            if batch is None or batch.view.state not in _ESTIMATED:
                 continue
             change(batch, estimate=estimate)
             if batch.view.promise is None and batch.view.state is BatchState.IN_PROGRESS:
@@ -74,9 +81,11 @@ class MemoryPlanning(Facet):
     def assign(self, epoch: int, assignments: Sequence[Assignment]) -> Mapping[str, int]:
         """Turn queued slices into assigned ones, in order."""
         check_leader(self.state, epoch)
-        placed: dict[str, int] = {}
+        placed: Counter[str] = Counter()
         for wanted in assignments:
-            placed.setdefault(wanted.instance, 0)
+            instance = self.state.instances.get(wanted.instance)
+            if instance is None or instance.retired:
+                continue
             for _ in range(wanted.slices):
                 part = take_queued(self.state, (wanted.run_id, wanted.generation))
                 if part is None:
@@ -152,8 +161,10 @@ def _model_limits(state: State) -> Mapping[str, int]:
     return limits
 
 
-def _bound(tally: Tally, limit: int) -> int:
-    return tally.max_tokens + tally.unbounded * limit
+def _bound(run: RunData, tally: Tally, limits: Mapping[str, int]) -> int:
+    if run.kind is EngineKind.EMBED:
+        return 0
+    return tally.max_tokens + tally.unbounded * limits.get(run.model, UNKNOWN_LENGTH)
 
 
 def _run_view(state: State, part: Part, limits: Mapping[str, int]) -> RunView:
@@ -173,7 +184,7 @@ def _run_view(state: State, part: Part, limits: Mapping[str, int]) -> RunView:
         slices=tally.slices,
         requests=tally.requests,
         prompt_tokens=tally.prompt_tokens,
-        max_tokens=_bound(tally, limits.get(run.model, 0)),
+        max_tokens=_bound(run, tally, limits),
     )
 
 
@@ -185,7 +196,7 @@ def _deadline(state: State, part: Part) -> float:
 def _assigned_views(
     state: State, tallies: Mapping[Part, Tally], limits: Mapping[str, int]
 ) -> Iterable[AssignedView]:
-    for part, tally in sorted(tallies.items(), key=lambda item: item[0]):
+    for part, tally in sorted(tallies.items(), key=lambda i: (_deadline(state, i[0]), i[0])):
         run = state.runs[part[0]]
         yield AssignedView(
             run_id=run.id,
@@ -198,16 +209,16 @@ def _assigned_views(
             leased_slices=tally.leased,
             requests=tally.requests,
             prompt_tokens=tally.prompt_tokens,
-            max_tokens=_bound(tally, limits.get(run.model, 0)),
+            max_tokens=_bound(run, tally, limits),
         )
 
 
 def instance_views(state: State) -> tuple[InstanceView, ...]:
-    """Every instance that has not retired, by name; those silent for too long as lost."""
+    """Instances seen within the hour and not retired, by name; silent ones are lost."""
     now, limits = state.clock(), _model_limits(state)
     views = []
     for name, instance in sorted(state.instances.items()):
-        if instance.retired:
+        if instance.retired or now - instance.at > max(_FORGOTTEN_AFTER_S, 2 * state.silent_s):
             continue
         beat = instance.beat
         tallies = state.placed.get(name, {})

@@ -1,0 +1,108 @@
+"""The engine over HTTP in front of vLLM's own server."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from qlm_batch.domain.engine import EngineRequest, Lso
+from qlm_batch.domain.jobs import CHAT
+from qlm_batch.models import resolve_model
+from qlm_workers.openai_engine import OpenAIEngine
+from tests.contract.waiting import until
+
+MODEL = "qlm-tiny"
+KV_BYTES = 64 * 1024**2
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed"),
+]
+
+
+@pytest.fixture
+def server_url() -> Iterator[str]:
+    """The address of a vLLM server that is starting, with priority scheduling and two slots."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = {
+        "model": resolve_model(MODEL),
+        "served-model-name": MODEL,
+        "host": "127.0.0.1",
+        "port": port,
+        "scheduling-policy": "priority",
+        "max-num-seqs": 2,
+        "kv-cache-memory-bytes": KV_BYTES,
+    }
+    server = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"),
+            *(f"--{name}={value}" for name, value in arguments.items()),
+        ],
+        env=os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    yield f"http://127.0.0.1:{port}"
+    server.terminate()
+    try:
+        server.wait(20)
+    finally:
+        with_group_gone(server)
+
+
+def with_group_gone(server: subprocess.Popen[bytes]) -> None:
+    """Kill what is left of the server's session."""
+    try:
+        os.killpg(server.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    server.wait()
+
+
+def chat(number: int, priority: int, tokens: int) -> EngineRequest:
+    body = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": f"What is {number} plus 4?"}],
+        "max_tokens": tokens,
+        "ignore_eos": True,
+    }
+    return EngineRequest(f"r{number}", CHAT, json.dumps(body), priority, "tenant-a")
+
+
+async def test_a_running_vllm_is_probed_and_keeps_priorities(server_url: str) -> None:
+    engine = OpenAIEngine(server_url, MODEL, slots=8, start_timeout_s=200)
+    info = await engine.start()
+    assert engine.facts is not None
+    assert engine.facts.is_vllm
+    assert engine.facts.takes_priority
+    assert {Lso.PULL, Lso.BALANCE} <= info.supports
+    assert info.max_model_len == 2048
+    assert info.kv_tokens >= 2048
+    finished: list[str] = []
+
+    async def serve(name: str, request: EngineRequest) -> None:
+        answer = await engine.answer(request)
+        assert answer.status_code == 200, answer.body
+        finished.append(name)
+
+    hogs = [asyncio.create_task(serve("hog", chat(i, 5, 600 + 200 * i))) for i in range(2)]
+    await until(lambda: engine.stats().running == 2, "both slots of the server taken")
+    late = [asyncio.create_task(serve("late", chat(10 + i, 9, 4))) for i in range(3)]
+    await until(lambda: engine.stats().running == 5, "the late ones wait in the server")
+    urgent = asyncio.create_task(serve("urgent", chat(20, 1, 4)))
+    await asyncio.gather(*hogs, *late, urgent)
+    assert next(name for name in finished if name != "hog") == "urgent"
+    await engine.stop()
