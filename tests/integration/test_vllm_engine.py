@@ -127,6 +127,7 @@ async def test_what_cannot_start_says_why(settings: Settings, problem: str) -> N
         await engine.start()
     with pytest.raises(EngineDead):
         await engine.answer(chat())
+    await engine.stop()
 
 
 async def test_a_missing_folder_is_named() -> None:

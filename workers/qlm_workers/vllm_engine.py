@@ -10,16 +10,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import orjson
 import psutil
 from pydantic import ValidationError
 
 from qlm_batch.domain.engine import EngineAnswer, EngineInfo, EngineRequest, EngineStats, Lso
 from qlm_batch.domain.errors import ConfigurationError, EngineDead
-from qlm_batch.domain.jobs import CHAT, COMPLETIONS, EngineKind, Usage
+from qlm_batch.domain.jobs import CHAT, COMPLETIONS, EngineKind
 from qlm_batch.settings import Settings
-from qlm_workers.answers import Door, error_answer, usage_of
+from qlm_workers.answers import Door
 from qlm_workers.guardian import Guard
+from qlm_workers.vllm_answers import schema_answer, shape
 
 if TYPE_CHECKING:
     from qlm_workers.vllm_api import Serving, StepLog
@@ -56,19 +56,21 @@ class VllmEngine:
         self._log: StepLog | None = None
         self._inside = 0
         self._api: Any = None
+        self._abandoned: asyncio.Future[None] | None = None
 
     async def start(self) -> EngineInfo:
         """Load the model and be ready, within the settings' time for starting."""
-        if self._engine is not None:
+        if self._guard is not None:
             raise ConfigurationError(f"The engine of '{self._name}' runs already.")
         self._check_installed()
         self._check_folder()
         limit_s = self._settings.start_timeout_s
         self._guard = await asyncio.to_thread(Guard)
+        loading = asyncio.ensure_future(asyncio.to_thread(self._load))
         started = False
         try:
             async with asyncio.timeout(limit_s):
-                frontend = await asyncio.to_thread(self._load)
+                frontend = await asyncio.shield(loading)
                 self._serving = await self._api.Serving.over(
                     self._engine, self._name, self._kind, frontend
                 )
@@ -82,8 +84,18 @@ class VllmEngine:
             ) from None
         finally:
             if not started:
-                await self.stop()
+                self._abandoned = asyncio.ensure_future(self._abandon(loading))
+                if loading.done():
+                    await self._abandoned
         return self._info()
+
+    async def _abandon(self, loading: asyncio.Future[dict[str, object]]) -> None:
+        """End what a failed start began. A thread cannot be stopped, but its processes can."""
+        if self._guard is not None:
+            await asyncio.to_thread(self._guard.end_children)
+        with contextlib.suppress(Exception):
+            await loading
+        await self.stop()
 
     async def answer(self, request: EngineRequest) -> EngineAnswer:
         """Serve one request to its end; cancelling the call aborts it inside the engine."""
@@ -106,7 +118,7 @@ class VllmEngine:
             parsed = self._serving.parse(request.endpoint, body)
             response = await self._serving.call(request.endpoint, parsed)
         except ValidationError as error:
-            return _schema_answer(error)
+            return schema_answer(error)
         except self._api.EngineDeadError as error:
             raise EngineDead(f"The engine of '{self._name}' stopped.") from error
         except Exception as error:
@@ -119,7 +131,7 @@ class VllmEngine:
         if task and task.cancelling() > cancels:
             # vLLM aborts the request but swallows the cancellation, as a client hanging up.
             raise asyncio.CancelledError
-        return _shape(response, first_token_s, time.perf_counter() - began)
+        return shape(response, first_token_s, time.perf_counter() - began)
 
     def stats(self) -> EngineStats:
         """What the engine is doing now. Raises EngineDead when it stopped."""
@@ -141,6 +153,10 @@ class VllmEngine:
 
     async def stop(self) -> None:
         """End the engine and every process it started; safe to call twice."""
+        abandoned = self._abandoned
+        if abandoned and not abandoned.done() and asyncio.current_task() is not abandoned:
+            await asyncio.shield(abandoned)
+            return
         engine, self._engine, self._serving = self._engine, None, None
         guard, self._guard = self._guard, None
         if engine is not None:
@@ -253,54 +269,6 @@ class VllmEngine:
             kv_tokens=self._log.kv_tokens if self._log else 0,
             supports=frozenset({Lso.PULL, Lso.BALANCE}),
         )
-
-
-def _shape(response: Any, first_token_s: float | None, duration_s: float) -> EngineAnswer:
-    if (failure := getattr(response, "error", None)) is not None:
-        return EngineAnswer(int(failure.code), response.model_dump_json(), duration_s=duration_s)
-    if hasattr(response, "model_dump_json"):
-        return EngineAnswer(
-            200,
-            response.model_dump_json(),
-            _usage(getattr(response, "usage", None)),
-            first_token_s,
-            duration_s,
-        )
-    raw = getattr(response, "body", None)
-    if raw is None:
-        return error_answer(
-            400,
-            "This encoding cannot stand in a file; choose 'float' or 'base64'.",
-            param="encoding_format",
-            code="unsupported_value",
-        )
-    usage = usage_of(orjson.loads(raw).get("usage"))
-    return EngineAnswer(response.status_code, bytes(raw).decode(), usage, duration_s, duration_s)
-
-
-def _usage(usage: Any) -> Usage:
-    if usage is None:
-        return Usage()
-    prompt = usage.prompt_tokens_details
-    completion = getattr(usage, "completion_tokens_details", None)
-    return Usage(
-        input_tokens=usage.prompt_tokens or 0,
-        cached_tokens=(prompt.cached_tokens or 0) if prompt else 0,
-        output_tokens=usage.completion_tokens or 0,
-        reasoning_tokens=(completion.reasoning_tokens or 0) if completion else 0,
-    )
-
-
-def _schema_answer(error: ValidationError) -> EngineAnswer:
-    first = error.errors(include_url=False, include_input=False)[0]
-    raised = first.get("ctx", {}).get("error")
-    # Branches of unions and wrappers stand among the names as `list[...]` or `Model`.
-    names = [str(part) for part in first["loc"] if str(part).replace("_", "").isalnum()]
-    param = getattr(raised, "parameter", None) or ".".join(
-        name for name in names if not name[:1].isupper()
-    )
-    message = f"{param}: {first['msg']}" if param else first["msg"]
-    return error_answer(400, message, param=param or None, code="invalid_value")
 
 
 def _gib(count: float) -> str:
