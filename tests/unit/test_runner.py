@@ -442,8 +442,8 @@ async def test_a_draining_worker_finishes_what_runs_and_claims_nothing() -> None
     rig = Rig(store, engine)
     await until(lambda: rig.runner._table.in_hand == 4)
     rig.runner.drain(60.0)
-    store.put(make_slice(2))
     await until(lambda: store.beats[-1].state is InstanceState.DRAINING)
+    store.put(make_slice(2))
     gate.set()
     assert await rig.ended() is Exit.OK
     assert store.completed == {1}

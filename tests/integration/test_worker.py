@@ -1,0 +1,183 @@
+"""`qlm worker` with the simulated engine, on a real database and a real broker."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from qlm_batch.dispatch.dispatcher import CeleryDispatcher
+from qlm_batch.domain.jobs import Batch, BatchState, SliceState
+from qlm_batch.domain.messages import Assigned, Stopped
+from qlm_batch.domain.snapshot import InstanceState
+from qlm_workers.exits import Exit
+from tests.contract.harness import MODEL, TENANT, Bench, PostgresHarness, lines_of
+
+
+@pytest.fixture
+def bench(postgres_url: str) -> Iterator[Bench]:
+    harness = PostgresHarness(postgres_url)
+    yield Bench(harness)
+    harness.close()
+
+
+@pytest.fixture
+def dispatcher(redis_url: str) -> Iterator[CeleryDispatcher]:
+    dispatcher = CeleryDispatcher(redis_url)
+    yield dispatcher
+    dispatcher.close()
+
+
+@contextmanager
+def worker(
+    bench: Bench, postgres_url: str, redis_url: str, data_dir: Path, **settings: object
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A worker that is ready, killed afterwards."""
+    values = {
+        "engine": "simulated",
+        "models": f'["{MODEL}"]',
+        "secret_key": "for tests",
+        "data_dir": data_dir,
+        "poll_s": 0.2,
+        "heartbeat_s": 0.2,
+        "simulated_time_scale": 0.0,
+        "slots": 8,
+    } | settings
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from qlm_cli.main import main; main()", "worker"],
+        env=os.environ
+        | {"DATABASE_URL": postgres_url, "REDIS_URL": redis_url}
+        | {f"QLM_{key.upper()}": str(value) for key, value in values.items()},
+    )
+    try:
+        until(lambda: state(bench) is InstanceState.READY)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def until(condition: Callable[[], object], seconds: float = 30.0) -> float:
+    """Wait until it holds; seconds it took."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < seconds
+        time.sleep(0.005)
+    return time.monotonic() - began
+
+
+def submit(bench: Bench, lines: int, slice_requests: int = 4) -> Batch:
+    """A batch of chat lines in progress."""
+    bench.file()
+    batch = bench.store.create_batch("batch_1", bench.spec())
+    bench.store.claim_intake("intake", 60.0)
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 16}
+    bench.store.load_lines(
+        batch.id, "intake", lines_of(lines, body=json.dumps(body)), slice_requests
+    )
+    return batch
+
+
+def state(bench: Bench) -> InstanceState | None:
+    return next((view.state for view in bench.store.instances() if view.name == "gpu-0"), None)
+
+
+def boot(bench: Bench) -> str:
+    return next(view.boot_id for view in bench.store.instances() if view.name == "gpu-0")
+
+
+def slice_states(bench: Bench) -> set[SliceState]:
+    return {look.state for look in bench.harness.slices()}
+
+
+def test_every_line_of_a_batch_comes_back_once(
+    bench: Bench, postgres_url: str, redis_url: str, data_dir: Path
+) -> None:
+    batch = submit(bench, 200, 16)
+    with worker(bench, postgres_url, redis_url, data_dir):
+        bench.assign()
+        until(lambda: bench.get(batch.id).state is BatchState.FINALIZING)
+    assert bench.get(batch.id).counts.completed == 200
+    assert len(bench.harness.rows()) == 200
+    assert sum(seen.requests for seen in bench.store.take_observations(bench.lead())) > 0
+
+
+def test_a_hint_is_acted_on_long_before_the_next_poll(
+    bench: Bench,
+    postgres_url: str,
+    redis_url: str,
+    data_dir: Path,
+    dispatcher: CeleryDispatcher,
+) -> None:
+    batch = submit(bench, 4)
+    with worker(bench, postgres_url, redis_url, data_dir, poll_s=600.0):
+        hint = Assigned("gpu-0", boot(bench))
+        # The consumer connects while the engine starts; the first hint may wait for it.
+        dispatcher.assigned(hint)
+        bench.assign()
+        dispatcher.assigned(hint)
+        took = until(lambda: bench.get(batch.id).state is BatchState.FINALIZING)
+    assert took < 10.0
+
+
+def test_a_cancelled_batch_leaves_the_engine(
+    bench: Bench,
+    postgres_url: str,
+    redis_url: str,
+    data_dir: Path,
+    dispatcher: CeleryDispatcher,
+) -> None:
+    batch = submit(bench, 8, 8)
+    with worker(bench, postgres_url, redis_url, data_dir, simulated_time_scale=1e4):
+        bench.assign()
+        until(lambda: any(view.running for view in bench.store.instances()))
+        bench.store.cancel_batch(TENANT, batch.id)
+        until(
+            lambda: (
+                dispatcher.stopped(Stopped(batch.id))
+                or not any(view.running for view in bench.store.instances())
+            )
+        )
+
+
+def test_a_stopped_worker_gives_its_leases_back(
+    bench: Bench, postgres_url: str, redis_url: str, data_dir: Path
+) -> None:
+    submit(bench, 8)
+    with worker(bench, postgres_url, redis_url, data_dir, simulated_time_scale=1e4) as process:
+        bench.assign()
+        until(lambda: slice_states(bench) == {SliceState.LEASED})
+        process.send_signal(signal.SIGTERM)
+        until(lambda: state(bench) is InstanceState.DRAINING)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == Exit.OK
+    assert slice_states(bench) == {SliceState.QUEUED}
+    assert {look.attempts for look in bench.harness.slices()} == {0}
+
+
+def test_a_killed_worker_leaves_no_process_and_its_next_boot_takes_over(
+    bench: Bench, postgres_url: str, redis_url: str, data_dir: Path
+) -> None:
+    batch = submit(bench, 8)
+    with worker(bench, postgres_url, redis_url, data_dir, simulated_time_scale=1e4) as process:
+        bench.assign()
+        until(lambda: slice_states(bench) == {SliceState.LEASED})
+        children = psutil.Process(process.pid).children(recursive=True)
+        first = boot(bench)
+        process.kill()
+        process.wait()
+        until(lambda: not any(child.is_running() for child in children))
+    with worker(bench, postgres_url, redis_url, data_dir):
+        until(lambda: boot(bench) != first)
+        bench.assign()
+        until(lambda: bench.get(batch.id).state is BatchState.FINALIZING)
+    assert bench.get(batch.id).counts.completed == 8
