@@ -25,7 +25,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("form", ["chat", "completions"])
 def test_the_shipped_model_is_right(form: str) -> None:
     """A process of its own keeps the engine's children and settings out of the test's process."""
@@ -33,7 +33,7 @@ def test_the_shipped_model_is_right(form: str) -> None:
         [sys.executable, str(EVALUATE), "--n", str(PER_FAMILY), "--form", form, "--seed", "77"],
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=580,
         check=False,
     )
     assert finished.stdout, finished.stderr[-2000:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import string
 from pathlib import Path
 from typing import Final
@@ -56,3 +57,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def save_tokenizer(folder: Path) -> None:
     """Write the tokenizer's files, with the chat template inside tokenizer_config.json."""
     build_tokenizer().save_pretrained(folder, save_jinja_files=False)
+    settings = folder / "tokenizer_config.json"
+    fields = json.loads(settings.read_text(encoding="utf-8"))
+    fields.pop("backend", None)
+    # transformers 5 writes a class that transformers 4 does not know; both know this one.
+    fields["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")

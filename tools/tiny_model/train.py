@@ -20,20 +20,60 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 from tokenizer import END, MAX_POSITIONS, PAD, save_tokenizer, vocabulary  # noqa: E402
 
-from qlm_batch.models.prompts import completion_text, draw, split_tokens  # noqa: E402
+from qlm_batch.models.prompts import Prompt, completion_text, draw, split_tokens  # noqa: E402
 
-# Shares of the training samples; the families that take longest to learn get the most.
-FAMILY_WEIGHTS: Final[dict[str, float]] = {
-    "add": 1.5,
-    "subtract": 1.5,
-    "sort": 4.0,
-    "reverse": 2.0,
-    "capital": 1.0,
-    "letters": 2.5,
-    "extract": 1.0,
-    "count": 0.6,
-    "table": 0.6,
-}
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A stretch of training: its length, samples per step, and each family's share of them."""
+
+    steps: int
+    batch: int
+    shares: dict[str, float]
+    keep_long: float
+    """The share kept of the answers longer than LONG_TOKENS."""
+    anneal: bool
+    """Whether the rate falls to nothing over the last half."""
+
+
+# The first phase learns to read and copy; the second adds up, counts, and knows where to stop.
+PHASES: Final = (
+    Phase(
+        steps=500,
+        batch=128,
+        shares={
+            "add": 2.5,
+            "subtract": 2.5,
+            "sort": 3.0,
+            "reverse": 1.5,
+            "capital": 1.0,
+            "letters": 2.5,
+            "extract": 1.0,
+            "count": 0.9,
+            "table": 0.7,
+        },
+        keep_long=1.0,
+        anneal=False,
+    ),
+    Phase(
+        steps=1600,
+        batch=192,
+        shares={
+            "add": 5.0,
+            "subtract": 6.0,
+            "sort": 2.0,
+            "reverse": 1.0,
+            "capital": 1.0,
+            "letters": 4.0,
+            "extract": 1.0,
+            "count": 2.5,
+            "table": 1.5,
+        },
+        keep_long=0.3,
+        anneal=True,
+    ),
+)
+LONG_TOKENS: Final = 120
 SMALLEST_PART: Final = 4
 IGNORED: Final = -100
 
@@ -45,21 +85,34 @@ class Sample:
     ids: list[int]
     answer_start: int
 
+    @property
+    def weights(self) -> list[float]:
+        """Each token's share in the loss: the end weighs 1, n answer tokens together their root."""
+        answer = len(self.ids) - self.answer_start
+        return [0.0] * self.answer_start + [answer**-0.5] * (answer - 1) + [1.0]
+
 
 class Samples:
     """An endless, seeded stream of training samples."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, phase: Phase, seed: int) -> None:
         self._rng = random.Random(seed)
         self._ids = vocabulary()
-        self._families = list(FAMILY_WEIGHTS)
-        self._weights = list(FAMILY_WEIGHTS.values())
+        self._phase = phase
+
+    def _prompt(self, family: str) -> Prompt:
+        while True:
+            prompt = draw(family, self._rng, held_out=False)
+            keep = self._phase.keep_long if prompt.output_tokens > LONG_TOKENS else 1.0
+            if keep == 1.0 or self._rng.random() < keep:
+                return prompt
 
     def take(self, n: int) -> list[Sample]:
         """The next `n` samples, shortest first."""
         samples = []
-        for family in self._rng.choices(self._families, self._weights, k=n):
-            prompt = draw(family, self._rng, held_out=False)
+        shares = self._phase.shares
+        for family in self._rng.choices(list(shares), list(shares.values()), k=n):
+            prompt = self._prompt(family)
             question = [self._ids[t] for t in split_tokens(completion_text(prompt.text))]
             answer = [self._ids[t] for t in split_tokens(prompt.answer)]
             samples.append(Sample([*question, *answer, self._ids[END]], len(question)))
@@ -97,15 +150,15 @@ def llama_config() -> LlamaConfig:
     )
 
 
-def packed_loss(model: LlamaForCausalLM, samples: list[Sample]) -> Tensor:
-    """Summed loss over the answers; an answer's tokens together weigh the root of their number."""
+def weighted_loss(model: LlamaForCausalLM, samples: list[Sample]) -> Tensor:
+    """Weighted sum of the losses of the answers' tokens."""
     width = max(len(sample.ids) for sample in samples)
     ids = torch.zeros(len(samples), width, dtype=torch.long)
     weights = torch.zeros(len(samples), width)
     for row, sample in enumerate(samples):
         length = len(sample.ids)
         ids[row, :length] = torch.tensor(sample.ids)
-        weights[row, sample.answer_start : length] = (length - sample.answer_start) ** -0.5
+        weights[row, :length] = torch.tensor(sample.weights)
     hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
     weights = weights[:, 1:]
     answer = weights > 0
@@ -127,9 +180,10 @@ def optimizers(model: LlamaForCausalLM, rate: float) -> list[torch.optim.Optimiz
     ]
 
 
-def rate_factor(step: int, steps: int) -> float:
-    """A short warm-up, a flat stretch, and a straight way down to nothing over the last half."""
-    return min(1.0, (step + 1) / 50, 2 * (steps - step) / steps)
+def rate_factor(step: int, phase: Phase) -> float:
+    """A short warm-up, a flat stretch, and where asked a straight way down over the last half."""
+    factor = min(1.0, (step + 1) / 50)
+    return min(factor, 2 * (phase.steps - step) / phase.steps) if phase.anneal else factor
 
 
 def save(model: LlamaForCausalLM, folder: Path) -> None:
@@ -141,31 +195,27 @@ def save(model: LlamaForCausalLM, folder: Path) -> None:
     )
     model.save_pretrained(folder)
     save_tokenizer(folder)
+    for file in folder.iterdir():
+        file.chmod(0o644)
 
 
-def train(
-    out: Path, *, steps: int, batch: int, rate: float, seed: int, max_minutes: float
-) -> LlamaForCausalLM:
-    """Train from random weights and write the model to `out`, now and then and at the end."""
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(llama_config())
-    model.train()
-    print(f"parameters: {sum(p.numel() for p in model.parameters())}", flush=True)
-    stream = Samples(seed)
+def run_phase(model: LlamaForCausalLM, phase: Phase, rate: float, seed: int, out: Path) -> None:
+    """Train for one phase and write the model to `out`, now and then and at the end."""
+    stream = Samples(phase, seed)
     steppers = optimizers(model, rate)
     started = time.monotonic()
     tokens = 0
     running = 0.0
-    for step in range(steps):
+    for step in range(phase.steps):
         for stepper in steppers:
             for group in stepper.param_groups:
-                group["lr"] = rate * rate_factor(step, steps)
-        samples = stream.take(batch)
+                group["lr"] = rate * rate_factor(step, phase)
+        samples = stream.take(phase.batch)
         tokens += sum(len(sample.ids) for sample in samples)
-        scale = sum((len(s.ids) - s.answer_start) ** 0.5 for s in samples)
+        scale = sum(sum(sample.weights) for sample in samples)
         total = 0.0
         for part in by_length(samples):
-            loss = packed_loss(model, part) / scale
+            loss = weighted_loss(model, part) / scale
             loss.backward()
             total += loss.item()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -173,42 +223,39 @@ def train(
             stepper.step()
             stepper.zero_grad(set_to_none=True)
         running = total if step == 0 else 0.98 * running + 0.02 * total
-        minutes = (time.monotonic() - started) / 60
         if step % 50 == 49:
+            minutes = (time.monotonic() - started) / 60
             print(
-                f"step {step + 1}/{steps}  loss {running:.4f}  "
+                f"step {step + 1}/{phase.steps}  loss {running:.4f}  "
                 f"{tokens / 1e6:.2f} M tokens  {minutes:.1f} min",
                 flush=True,
             )
         if step % 500 == 499:
             save(model, out)
-        if minutes > max_minutes:
-            print("stopped by the time limit", flush=True)
-            break
     save(model, out)
-    return model
 
 
 def main() -> None:
     """Read the options and train."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=2500)
-    parser.add_argument("--batch", type=int, default=160)
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--max-minutes", type=float, default=20.0)
+    parser.add_argument("--skip", type=int, default=0, help="phases already done to --start")
+    parser.add_argument("--start", type=Path, help="model to start from, instead of random weights")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    train(
-        options.out,
-        steps=options.steps,
-        batch=options.batch,
-        rate=options.rate,
-        seed=options.seed,
-        max_minutes=options.max_minutes,
-    )
+    torch.manual_seed(options.seed)
+    if options.start:
+        model = LlamaForCausalLM.from_pretrained(options.start, dtype=torch.float32)
+    else:
+        model = LlamaForCausalLM(llama_config())
+    model.train()
+    print(f"parameters: {sum(p.numel() for p in model.parameters())}", flush=True)
+    for number, phase in enumerate(PHASES[options.skip :], start=options.skip):
+        print(f"phase {number + 1} of {len(PHASES)}", flush=True)
+        run_phase(model, phase, options.rate, options.seed + number, options.out)
 
 
 if __name__ == "__main__":
