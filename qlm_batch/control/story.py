@@ -70,7 +70,7 @@ class Story:
         promised = set(self.promised & snapshot.unpromised)
         for batch_id in sorted(snapshot.unpromised - self.promised):
             estimate = plan.estimates.get(batch_id)
-            if estimate is not None and estimate.p50 is not None:
+            if estimate is not None:
                 if len(decisions) >= MOST_DECISIONS:
                     break
                 promised.add(batch_id)
