@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlm_batch.callbacks.backoff import DELAYS_S, JITTER, next_delay_s
@@ -17,6 +17,7 @@ def test_attempts_spread_over_days_and_then_end() -> None:
     assert waits == [5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400, None]
 
 
+@settings(deadline=None)
 @given(made=st.integers(1, 9), jitter=st.floats(0, 1, exclude_max=True))
 def test_jitter_only_stretches_and_only_a_little(made: int, jitter: float) -> None:
     delay = next_delay_s(made, jitter=jitter)

@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlm_batch.domain.jobs import CHAT, COMPLETIONS, EMBEDDINGS, LineError, RequestLine
@@ -304,6 +304,7 @@ pieces = st.sampled_from(
 files = st.one_of(st.binary(max_size=600), st.lists(pieces, max_size=12).map(b"".join))
 
 
+@settings(deadline=None)
 @given(data=files, cuts=st.lists(st.integers(0, 2_000), max_size=10), strict=st.booleans())
 def test_the_cut_into_chunks_never_matters(data: bytes, cuts: list[int], strict: bool) -> None:
     rules = replace(RULES, max_line_bytes=150, strict=strict)
@@ -319,6 +320,7 @@ json_values = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(
     member=st.sampled_from(["custom_id", "method", "url", "body", "deadline"]),
     value=json_values,
@@ -330,6 +332,7 @@ def test_any_value_anywhere_in_a_line_is_taken_or_refused(
     outcome([line(**{member: value})], replace(RULES, strict=strict))
 
 
+@settings(deadline=None)
 @given(
     endpoint=st.sampled_from([CHAT, COMPLETIONS, EMBEDDINGS]),
     member=st.sampled_from(

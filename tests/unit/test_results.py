@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlm_batch.domain.jobs import ExportLine, SliceState
@@ -74,6 +74,7 @@ def test_a_line_without_a_row_says_how_its_slice_ended(closed_as: SliceState, co
     assert line["error"]["message"]
 
 
+@settings(deadline=None)
 @given(
     custom_id=st.text(), body=st.dictionaries(st.text(), st.text()), indent=st.none() | st.just(2)
 )
