@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import socket
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -35,7 +35,7 @@ class Receivers:
     def __init__(self) -> None:
         self._inbox = _Inbox()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self._inbox))
-        self._smtp = Controller(_Sink(self._inbox), hostname="127.0.0.1", port=0)
+        self._smtp = Controller(_Sink(self._inbox), hostname="127.0.0.1", port=_free_port())
 
     def __enter__(self) -> Receivers:
         threading.Thread(target=self._http.serve_forever, daemon=True).start()
@@ -55,11 +55,7 @@ class Receivers:
     @property
     def smtp_url(self) -> str:
         """Where to send mail."""
-        server = self._smtp.server
-        if not isinstance(server, asyncio.Server):
-            raise RuntimeError("the SMTP sink is not running")
-        port = server.sockets[0].getsockname()[1]
-        return f"smtp://127.0.0.1:{port}"
+        return f"smtp://127.0.0.1:{self._smtp.port}"
 
     @property
     def webhooks(self) -> list[ReceivedWebhook]:
@@ -75,6 +71,13 @@ class Receivers:
         """Wait until the condition holds; False when it did not in time."""
         with self._inbox.changed:
             return self._inbox.changed.wait_for(lambda: condition(self), timeout_s)
+
+
+def _free_port() -> int:
+    """A port to listen on; the SMTP controller cannot choose one itself."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _handler(inbox: _Inbox) -> type[BaseHTTPRequestHandler]:
