@@ -7,7 +7,7 @@ import math
 RATIO = 1 / 16
 """Most that deadlines in one bucket differ, as a share of the earliest one's time left."""
 
-MAX_RUNS = 1024
+MAX_RUNS = 1000
 """Most runs one batch may be cut into: each costs the planner as much as a small batch."""
 
 _STEP = math.log1p(RATIO)

@@ -109,7 +109,7 @@ def _work(connection: Connection, ids: Sequence[int]) -> Sequence[ClaimedSlice]:
     requests: dict[int, list[tuple[int, str, float | None, int]]] = {i: [] for i in ids}
     for slice_id, position, body, prompt_tokens, deadline in connection.execute(
         _WORK, {"ids": list(ids)}
-    ).tuples():
+    ):
         requests[slice_id].append((position, body, deadline, prompt_tokens))
     return [
         ClaimedSlice(

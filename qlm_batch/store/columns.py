@@ -6,6 +6,7 @@ Every point in time is a double: seconds since the Unix epoch, by the database's
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -67,6 +68,6 @@ def key(name: str = "id") -> sa.Column[str]:
     return sa.Column(name, sa.Text, primary_key=True)
 
 
-def parent(name: str, target: str, kind: type[sa.types.TypeEngine[object]]) -> sa.Column[object]:
+def parent(name: str, target: str, kind: type[sa.types.TypeEngine[Any]]) -> sa.Column[Any]:
     """A reference that disappears with what it refers to."""
     return sa.Column(name, kind, sa.ForeignKey(target, ondelete="CASCADE"), nullable=False)

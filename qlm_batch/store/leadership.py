@@ -26,7 +26,8 @@ _FENCE = sql(
 
 def lead(connection: Connection, holder: str, term_s: float) -> int | None:
     """Take or renew leadership; a term that ran out begins anew under the next epoch."""
-    return connection.scalar(_LEAD, {"holder": holder, "term_s": term_s})
+    epoch = connection.scalar(_LEAD, {"holder": holder, "term_s": term_s})
+    return None if epoch is None else int(epoch)
 
 
 def resign(connection: Connection, holder: str) -> None:

@@ -203,7 +203,8 @@ _VICTIMS = sql(
     WHERE id IN (SELECT id FROM slice
                  WHERE instance = :name
                    AND (state = 'assigned' OR (state = 'leased' AND NOT preempt))
-                 ORDER BY deadline DESC, id DESC LIMIT :slices)
+                 ORDER BY deadline DESC, state = 'leased', place DESC, id DESC
+                 LIMIT :slices)
       AND instance = :name AND (state = 'assigned' OR (state = 'leased' AND NOT preempt))
     ORDER BY id FOR UPDATE
     """
