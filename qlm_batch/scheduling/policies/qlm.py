@@ -173,11 +173,15 @@ class _Search:
     def run(self, moves: int) -> tuple[Queues, list[int]]:
         busy = [i for i, queue in enumerate(self.queues) if self.p.serves[i].any()]
         budget = float(moves)
-        while budget > 0.0 and busy and len(self.p.groups) > 1:
+        while budget > 0.0 and busy and self._improvable():
             self.tried = 0
             self._move(busy)
             budget -= max(1.0, self.tried / POSITIONS_PER_MOVE)
         return [queue.groups for queue in self.queues], self.let_go
+
+    def _improvable(self) -> bool:
+        """Whether anything is let go or swapped for; else no schedule is worth more."""
+        return bool(self.let_go) or any(queue.walk.swap_s > 0.0 for queue in self.queues)
 
     def _move(self, busy: Sequence[int]) -> None:
         chosen = self._related(busy)
