@@ -72,7 +72,8 @@ def scheduler_services(settings: Settings, stop: threading.Event) -> Sequence[Se
 def file_services(settings: Settings, stop: threading.Event) -> Sequence[Service]:
     """Intake, export and retention."""
     store, blobs, name = open_store(settings), open_blobs(settings), holder()
-    scratch = (settings.data_dir / "spool", settings.data_dir / "scratch")
+    folder = settings.data_dir
+    scratch = (folder / "spool", folder / "scratch", folder / "blobs" / ".scratch")
     return (
         IntakeService(store, blobs, IntakeConfig.of(settings, name)),
         ExportService(store, blobs, ExportConfig.of(settings, name)),
