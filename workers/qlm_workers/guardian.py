@@ -60,6 +60,7 @@ class Guard:
                 child.terminate()
         _, alive = psutil.wait_procs(children, timeout=patience_s)
         _kill(alive)
+        psutil.wait_procs(alive, timeout=patience_s)
 
     def release(self) -> None:
         """Take the guard down; safe to call twice."""

@@ -243,7 +243,9 @@ class VllmEngine:
 
     def _explain(self, error: Exception, arguments: dict[str, object]) -> ConfigurationError:
         kv_bytes, length = arguments.get("kv_cache_memory_bytes"), arguments.get("max_model_len")
-        per_token = self._api.kv_bytes_per_token(arguments)
+        # vLLM checks settings in this process, memory in its own, which only says that it failed.
+        in_core = isinstance(error, RuntimeError)
+        per_token = self._api.kv_bytes_per_token(arguments) if in_core else None
         if isinstance(kv_bytes, int) and isinstance(length, int) and per_token:
             fits = kv_bytes // per_token
             if fits <= length:
