@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+import psycopg
 import sqlalchemy as sa
 from sqlalchemy import exc
 from sqlalchemy.engine import Connection, Engine
@@ -29,6 +30,13 @@ _AWAY = (
     "55P03",  # a lock was not to be had in time
     "57",  # shut down, starting up, or a statement that ran too long
     "58",  # the system under the database failed
+)
+
+_FROM_DRIVER = (
+    exc.OperationalError,
+    exc.InterfaceError,
+    psycopg.OperationalError,
+    psycopg.InterfaceError,
 )
 
 
@@ -90,19 +98,21 @@ def make_engine(
     )
 
 
-def sqlstate(error: exc.DBAPIError) -> str:
+def sqlstate(error: BaseException | None) -> str:
     """PostgreSQL's five-character code; empty when the server never answered."""
-    return str(getattr(error.orig, "sqlstate", None) or "")
+    cause = error.orig if isinstance(error, exc.DBAPIError) else error
+    return str(getattr(cause, "sqlstate", None) or "")
 
 
-def _meaning(error: exc.SQLAlchemyError) -> Exception:
-    """The domain's error for a failure of the database, or the failure itself."""
+def _meaning(error: Exception) -> Exception:
+    """The domain's error for a failure of the database, or the failure itself.
+
+    COPY goes past SQLAlchemy, so the driver's own errors come here as well.
+    """
     if isinstance(error, exc.TimeoutError):
         return Unavailable(
             "All database connections are busy; try again.", retry_after_s=RETRY_AFTER_S
         )
-    if not isinstance(error, exc.DBAPIError):
-        return error
     code = sqlstate(error)
     if code in ("42P01", "42703", "3F000"):
         return Unavailable(
@@ -110,10 +120,8 @@ def _meaning(error: exc.SQLAlchemyError) -> Exception:
             code="schema_not_current",
             retry_after_s=RETRY_AFTER_S,
         )
-    lost = error.connection_invalidated or (
-        not code and isinstance(error, exc.OperationalError | exc.InterfaceError)
-    )
-    if lost or code in _CONFLICTS or code.startswith(_AWAY):
+    unanswered = not code and isinstance(error, _FROM_DRIVER)
+    if unanswered or code in _CONFLICTS or code.startswith(_AWAY):
         return Unavailable("The database is away; try again.", retry_after_s=RETRY_AFTER_S)
     return error
 
@@ -135,8 +143,11 @@ class Database:
         try:
             with engine.begin() as connection:
                 yield connection
-        except exc.SQLAlchemyError as error:
-            raise _meaning(error) from error
+        except (exc.SQLAlchemyError, psycopg.Error) as error:
+            meaning = _meaning(error)
+            if meaning is error:
+                raise
+            raise meaning from error
 
     def run(
         self, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs
@@ -166,7 +177,7 @@ class Database:
 
 
 def _in_conflict(cause: BaseException | None) -> bool:
-    return isinstance(cause, exc.DBAPIError) and sqlstate(cause) in _CONFLICTS
+    return sqlstate(cause) in _CONFLICTS
 
 
 def driver_cursor(connection: Connection) -> Any:

@@ -304,6 +304,27 @@ def test_a_database_that_is_away_is_told_as_unavailable() -> None:
     store.close()
 
 
+def test_a_load_cut_off_by_the_database_can_be_done_again(
+    store: PostgresStore, postgres_url: str
+) -> None:
+    _submit(store)
+
+    def lines() -> Iterator[RequestLine]:
+        for number in range(1, 5001):
+            if number == 1000:
+                with psycopg.connect(postgres_url) as other:
+                    other.execute(
+                        "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+                        " WHERE query LIKE 'COPY request%' AND pid <> pg_backend_pid()"
+                    )
+            yield _line(number)
+
+    with pytest.raises(Unavailable):
+        store.load_lines(BATCH, "reader", lines(), 64)
+    assert store.load_lines(BATCH, "reader", [_line(1)], 64) == 1
+    assert store.batch(TENANT, BATCH).counts.total == 1
+
+
 def test_a_database_without_tables_names_the_remedy(empty_postgres_url: str) -> None:
     store = PostgresStore(empty_postgres_url, secret_key=Fernet.generate_key())
     with pytest.raises(Unavailable, match="qlm db upgrade"):
