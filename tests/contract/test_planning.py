@@ -1,0 +1,222 @@
+"""Leadership, plans, the fleet, and keys."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from qlm_batch.domain.errors import NotFound, NotLeader, Unauthenticated
+from qlm_batch.domain.jobs import ApiKey, BatchState, EngineKind, Estimate, SliceState, SloClass
+from qlm_batch.domain.snapshot import (
+    Assignment,
+    Decision,
+    GroupPart,
+    InstanceState,
+    Observation,
+    Plan,
+    PlannedGroup,
+    Profile,
+    RequestGroup,
+    VirtualQueue,
+)
+from tests.contract.harness import MODEL, TENANT, TERM, Bench
+
+
+def test_a_standby_takes_over_only_after_the_term(bench: Bench) -> None:
+    first = bench.store.lead("a", TERM)
+    assert first is not None
+    assert bench.store.lead("a", TERM) == first
+    assert bench.store.lead("b", TERM) is None
+    bench.harness.advance(TERM + 1)
+    second = bench.store.lead("b", TERM)
+    assert second is not None
+    assert second > first
+    assert bench.store.lead("a", TERM) is None
+
+
+def test_who_resigns_is_followed_at_once(bench: Bench) -> None:
+    first = bench.store.lead("a", TERM)
+    bench.store.resign("b")
+    assert bench.store.lead("b", TERM) is None
+    bench.store.resign("a")
+    second = bench.store.lead("b", TERM)
+    assert first is not None
+    assert second is not None
+    assert second > first
+
+
+def test_an_old_leader_writes_nothing(bench: Bench) -> None:
+    batch = bench.batch(lines=4, slice_requests=2)
+    bench.beat()
+    old = bench.lead("a")
+    bench.harness.advance(TERM + 1)
+    bench.lead("b")
+    (run,) = bench.store.snapshot().runs
+    for write in (
+        lambda: bench.store.save_plan(old, _plan(batch.id), [Decision("planned", 1.0)]),
+        lambda: bench.store.assign(old, [Assignment("gpu-0", run.run_id, 1, 1, "g")]),
+        lambda: bench.store.unassign(old, "gpu-0"),
+        lambda: bench.store.take_observations(old),
+        lambda: bench.store.save_profiles(old, [Profile(MODEL, "cpu", {})]),
+        lambda: bench.store.fail_unservable(old, MODEL, "no"),
+    ):
+        with pytest.raises(NotLeader):
+            write()
+    snapshot = bench.store.snapshot()
+    assert (snapshot.runs, snapshot.queues, snapshot.profiles) == ((run,), (), ())
+
+
+def _plan(*batches: str, keys: tuple[str, ...] = ("g",), p50: float = 5.0) -> Plan:
+    groups = tuple(
+        PlannedGroup(
+            RequestGroup(key, MODEL, EngineKind.GENERATE, SloClass.BATCH, TENANT, 9.0, 1.0,
+                         (GroupPart(1, 1, 2),), batches, 4, 40, 80),
+            1.0, 2.0, 0.1, f"because {key}",
+        )
+        for key in keys
+    )  # fmt: skip
+    estimates = {name: Estimate(p50, 6.0, 0.1, "steady", 1.0) for name in batches}
+    return Plan(1.0, "qlm", (VirtualQueue("gpu-0", groups),), estimates=estimates)
+
+
+def test_a_plan_replaces_the_one_before_and_the_first_promise_stands(bench: Bench) -> None:
+    batch = bench.batch()
+    epoch = bench.lead()
+    assert bench.store.snapshot().unpromised == {batch.id}
+    bench.store.save_plan(epoch, _plan(batch.id, keys=("x", "y", "z")), [])
+    bench.store.save_plan(epoch, _plan(batch.id, keys=("y", "z"), p50=7.0), [])
+    assert [(q.position, q.group_key, q.reason) for q in bench.store.queues()] == [
+        (0, "y", "because y"),
+        (1, "z", "because z"),
+    ]
+    now = bench.get(batch.id)
+    assert now.estimate is not None
+    assert now.promise is not None
+    assert (now.estimate.p50, now.promise.p50) == (7.0, 5.0)
+    assert bench.store.snapshot().unpromised == frozenset()
+
+
+def test_decisions_are_kept_in_order(bench: Bench) -> None:
+    batch = bench.batch()
+    epoch = bench.lead()
+    made = [Decision("moved", float(n), batch.id, detail={"n": n}) for n in range(3)]
+    bench.store.save_plan(epoch, _plan(batch.id), made[:2])
+    bench.store.save_plan(epoch, _plan(batch.id), made[2:])
+    assert [d.detail["n"] for d in bench.store.decisions(TENANT, batch.id)] == [0, 1, 2]
+    assert len(bench.store.decisions(TENANT, batch.id, limit=1)) == 1
+
+
+def test_assignments_are_counted_shown_and_taken_back(bench: Bench) -> None:
+    bench.batch(lines=6, slice_requests=2)
+    bench.beat()
+    assert bench.assign(most=2) == 2
+    snapshot = bench.store.snapshot()
+    (run,), (instance,) = snapshot.runs, snapshot.instances
+    assert (run.slices, run.requests, run.prompt_tokens, run.max_tokens) == (1, 2, 20, 40)
+    (work,) = instance.assigned
+    assert (work.slices, work.leased_slices, work.requests, work.max_tokens) == (2, 0, 4, 80)
+    assert len(bench.claim(most=1)) == 1
+    assert bench.store.instances()[0].assigned[0].leased_slices == 1
+    assert bench.store.unassign(bench.epoch, "gpu-0") == 1
+    assert bench.store.snapshot().runs[0].slices == 2
+    assert bench.assign(most=9) == 2
+
+
+def test_nothing_is_assigned_to_an_instance_nobody_knows(bench: Bench) -> None:
+    bench.batch()
+    assert bench.assign("gpu-unknown") == 0
+
+
+def test_observations_are_drained_once_and_in_order(bench: Bench) -> None:
+    seen = tuple(
+        Observation("gpu-0", "cpu", MODEL, float(n), ((TENANT, n),), ((1, 2, 3, 0.5),))
+        for n in range(3)
+    )
+    bench.beat(observations=seen)
+    epoch = bench.lead()
+    assert tuple(bench.store.take_observations(epoch, limit=2)) == seen[:2]
+    assert tuple(bench.store.take_observations(epoch)) == seen[2:]
+    assert tuple(bench.store.take_observations(epoch)) == ()
+
+
+def test_profiles_are_remembered(bench: Bench) -> None:
+    epoch = bench.lead()
+    bench.store.save_profiles(epoch, [Profile(MODEL, "cpu", {"a": 1})])
+    bench.store.save_profiles(epoch, [Profile(MODEL, "cpu", {"a": [2.5]})])
+    assert bench.store.snapshot().profiles == (Profile(MODEL, "cpu", {"a": [2.5]}),)
+
+
+def test_work_of_a_model_nobody_serves_fails_with_an_http_error(bench: Bench) -> None:
+    batch = bench.batch(lines=5, slice_requests=2)
+    epoch = bench.lead()
+    assert bench.store.fail_unservable(epoch, "other", "no") == 0
+    assert bench.store.fail_unservable(epoch, MODEL, "no such model", limit=2) == 2
+    assert bench.get(batch.id).state is BatchState.IN_PROGRESS
+    assert bench.store.fail_unservable(epoch, MODEL, "no such model") == 1
+    assert bench.get(batch.id).state is BatchState.FINALIZING
+    lines = bench.lines(batch.id)
+    assert {(line.status_code, line.ok) for line in lines} == {(404, False)}
+    error = json.loads(lines[0].body or "")["error"]
+    assert (error["code"], error["message"]) == ("model_not_found", "no such model")
+
+
+def test_a_silent_instance_appears_as_lost_and_what_it_was_assigned_is_requeued(
+    bench: Bench,
+) -> None:
+    bench.batch()
+    bench.beat()
+    bench.assign()
+    bench.harness.advance(16)
+    assert [i.state for i in bench.store.instances()] == [InstanceState.LOST]
+    bench.store.reap(bench.lead())
+    assert {s.state for s in bench.harness.slices()} == {SliceState.QUEUED}
+
+
+def test_the_first_beat_of_a_new_boot_requeues_what_the_old_one_held(bench: Bench) -> None:
+    bench.batch(lines=4, slice_requests=2)
+    bench.beat()
+    bench.assign()
+    bench.claim(most=1)
+    assert bench.beat(boot="boot-2")
+    assert {s.state for s in bench.harness.slices()} == {SliceState.QUEUED}
+    assert not bench.beat(boot="boot-1")
+    assert bench.beat(boot="boot-2")
+
+
+def test_a_retired_instance_holds_nothing_and_is_not_listed(bench: Bench) -> None:
+    bench.batch(lines=4, slice_requests=2)
+    bench.beat()
+    bench.assign()
+    bench.claim(most=1)
+    bench.store.retire("gpu-0", "boot-0")
+    assert len(bench.store.instances()) == 1
+    bench.store.retire("gpu-0", "boot-1")
+    assert list(bench.store.instances()) == []
+    assert {(s.state, s.attempts) for s in bench.harness.slices()} == {(SliceState.QUEUED, 0)}
+
+
+def test_a_key_is_known_by_its_hash_only_until_it_is_revoked(bench: Bench) -> None:
+    key = ApiKey("key_1", TENANT, "laptop", "user", "sk-qlm-ab", bench.store.now())
+    bench.store.add_key(key, "sk-qlm-abcdef")
+    assert bench.store.key_for("sk-qlm-abcdef") == key
+    assert "sk-qlm-abcdef" not in bench.harness.everything()
+    with pytest.raises(Unauthenticated):
+        bench.store.key_for("sk-qlm-abcdeg")
+    assert bench.store.revoke_key("key_1").revoked_at is not None
+    with pytest.raises(Unauthenticated):
+        bench.store.key_for("sk-qlm-abcdef")
+    assert [k.id for k in bench.store.list_keys(TENANT)] == ["key_1"]
+    assert list(bench.store.list_keys("other")) == []
+    with pytest.raises(NotFound):
+        bench.store.revoke_key("key_9")
+
+
+def test_a_webhook_secret_outlives_its_successor_by_a_day(bench: Bench) -> None:
+    bench.store.add_key(ApiKey("key_1", TENANT, "n", "user", "p", 0.0), "s")
+    (first,) = bench.store.webhook_secrets(TENANT)
+    assert first.startswith("whsec_")
+    second = bench.store.rotate_webhook_secret(TENANT)
+    assert list(bench.store.webhook_secrets(TENANT)) == [second, first]
+    bench.harness.advance(86_401)
+    assert list(bench.store.webhook_secrets(TENANT)) == [second]
