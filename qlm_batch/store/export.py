@@ -96,20 +96,25 @@ def finish_export(
 
 _RUNS = sql("SELECT id FROM run WHERE batch_id = :id ORDER BY id")
 
+# Slices of one generation do not overlap, so the nearest below a line is the one that has it, if
+# any does. A line without a success is in one of the newest generation.
 _LINES = sql(
     """
-    SELECT r.run_id, r.position, r.line, r.custom_id, c.state, x.ok, x.request_id,
-           x.status_code, x.body, x.error_code, x.error_message
+    SELECT r.run_id, r.position, r.line, r.custom_id,
+           CASE WHEN c.hi > r.position THEN c.state ELSE 'done' END AS state,
+           x.ok, x.request_id, x.status_code, x.body, x.error_code, x.error_message
     FROM request r
+    JOIN run u ON u.id = r.run_id
+    JOIN batch b ON b.id = u.batch_id
     LEFT JOIN LATERAL (
         SELECT * FROM result
         WHERE run_id = r.run_id AND position = r.position
         ORDER BY ok DESC, generation DESC LIMIT 1
     ) x ON true
     LEFT JOIN LATERAL (
-        SELECT state FROM slice
-        WHERE run_id = r.run_id AND lo <= r.position AND r.position < hi
-        ORDER BY generation DESC, lo DESC LIMIT 1
+        SELECT state, hi FROM slice
+        WHERE run_id = r.run_id AND generation = b.generation AND lo <= r.position
+        ORDER BY lo DESC LIMIT 1
     ) c ON true
     WHERE r.run_id = :run_id AND r.position > :after
     ORDER BY r.position LIMIT :limit
