@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
@@ -86,6 +87,15 @@ class Engine(Protocol):
         """Serve one request to its end; cancelling the call aborts it inside the engine.
 
         Raises EngineDead when the engine stopped.
+        """
+        ...
+
+    async def open_stream(self, request: EngineRequest) -> EngineAnswer | AsyncIterator[str]:
+        """Serve one request as a stream of the JSON texts OpenAI sends as `data:` events.
+
+        The iterator ends where OpenAI sends `[DONE]`; closing it aborts the request inside the
+        engine. A refused request comes back as an answer instead. Raises EngineDead, also while
+        iterating.
         """
         ...
 
