@@ -1,0 +1,1 @@
+"""The service on a virtual clock: the real scheduler over simulated engines."""
