@@ -36,6 +36,8 @@ from tests.contract.harness import (
 NAMES = ("gpu-0", "gpu-1")
 HOLDERS = ("one", "two")
 pick = st.integers(0, 1_000)
+fates_of = st.lists(st.sampled_from("sse."), min_size=1, max_size=4)
+"""Success, error, or nothing yet, for one request after the other."""
 
 
 class LedgerMachine(RuleBasedStateMachine):
@@ -68,7 +70,7 @@ class LedgerMachine(RuleBasedStateMachine):
         on_miss=st.sampled_from(OnMiss),
         email=st.booleans(),
     )
-    @precondition(lambda self: len(self.batches) < 3)
+    @precondition(lambda self: len(self.batches) < 6)
     def submit(self, lines: int, size: int, on_miss: OnMiss, email: bool) -> None:
         batch = self.bench.batch(
             lines,
@@ -80,6 +82,13 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(NAMES), most=st.integers(1, 3))
     def dispatch_and_claim(self, name: str, most: int) -> None:
+        self.dispatch(name, most)
+
+    def dispatch(self, name: str, most: int) -> None:
+        """Assign queued slices of every run and lease them, after a new batch if need be."""
+        if not self.store.snapshot().runs and len(self.batches) < 6:
+            batch = self.bench.batch(6, slice_requests=3)
+            self.batches[batch.id] = 6
         epoch = self._leading()
         self.bench.beat(name, str(self.boots[name]))
         if epoch is not None:
@@ -92,12 +101,21 @@ class LedgerMachine(RuleBasedStateMachine):
         assert len(claimed) == 1 or not any(part.suspect for part in claimed)
         self.claims += [(name, part) for part in claimed]
 
-    @rule(which=pick, fates=st.lists(st.sampled_from("sse."), min_size=1, max_size=4),
-          renew=st.booleans())  # fmt: skip
+    @rule(which=st.integers(0, 2), fates=fates_of, more=fates_of, renew=st.booleans())
     @precondition(lambda self: self.claims)
-    def flush(self, which: int, fates: list[str], renew: bool) -> None:
-        # Any claim ever made, so that late and repeated flushes come by themselves.
+    def flush_newest(self, which: int, fates: list[str], more: list[str], renew: bool) -> None:
+        # Twice in a row, so that lines that have their row are offered another.
+        name, part = self.claims[-1 - which % len(self.claims)]
+        self._flush(name, part, fates, renew)
+        self._flush(name, part, more, renew)
+
+    @rule(which=pick, fates=fates_of, renew=st.booleans())
+    @precondition(lambda self: self.claims)
+    def flush_any_claim_ever_made(self, which: int, fates: list[str], renew: bool) -> None:
         name, part = self.claims[which % len(self.claims)]
+        self._flush(name, part, fates, renew)
+
+    def _flush(self, name: str, part: ClaimedSlice, fates: list[str], renew: bool) -> None:
         before = self.harness.rows()
         look = {s.id: s for s in self.harness.slices()}[part.slice_id]
         rows = [
@@ -155,9 +173,12 @@ class LedgerMachine(RuleBasedStateMachine):
         assert not self.bench.beat(name, old)
         assert self.bench.claim(name, old) == []
 
-    @rule(which=pick)
+    @rule(which=pick, sure=st.integers(0, 3))
     @precondition(lambda self: self.batches)
-    def cancel(self, which: int) -> None:
+    def cancel(self, which: int, sure: int) -> None:
+        # Rarely: a cancelled batch has little left to show.
+        if sure:
+            return
         batch_id = sorted(self.batches)[which % len(self.batches)]
         before = self.bench.get(batch_id).state
         try:
@@ -228,10 +249,16 @@ class LedgerMachine(RuleBasedStateMachine):
     def time_passes(self, seconds: float) -> None:
         self.harness.advance(seconds)
 
-    @rule()
-    def outage_longer_than_every_lease(self) -> None:
+    @rule(reaped=st.booleans(), name=st.sampled_from(NAMES), fates=fates_of)
+    def outage_longer_than_every_lease(self, reaped: bool, name: str, fates: list[str]) -> None:
+        holders = self.claims[-3:]
         self.harness.advance(LEASE * 3)
-        self.reap()
+        if reaped:
+            self.reap()
+            self.dispatch(name, 3)
+        # Then everyone comes back with what the outage kept them from storing.
+        for holder, part in holders:
+            self._flush(holder, part, fates, renew=True)
 
     @rule()
     def reap(self) -> None:
@@ -344,7 +371,7 @@ def test_any_history_keeps_the_rules_on_postgres(shared_postgres: PostgresHarnes
     run_state_machine_as_test(
         PostgresMachine,
         settings=settings(
-            max_examples=12,
+            max_examples=20,
             stateful_step_count=30,
             deadline=None,
             suppress_health_check=list(HealthCheck),
