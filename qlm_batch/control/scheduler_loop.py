@@ -18,7 +18,7 @@ from qlm_batch.domain.errors import NotLeader, Unavailable
 from qlm_batch.domain.messages import Assigned
 from qlm_batch.domain.ports import Dispatcher, Planning
 from qlm_batch.domain.snapshot import Plan, RequestGroup, Snapshot
-from qlm_batch.scheduling.dispatching import DispatchConfig, recalls, top_up
+from qlm_batch.scheduling.dispatching import DispatchConfig, recalls, rescues, top_up
 from qlm_batch.scheduling.estimator import Estimator, EstimatorConfig
 from qlm_batch.scheduling.forecasts import Forecasts
 from qlm_batch.scheduling.grouping import form_groups
@@ -138,6 +138,7 @@ class SchedulerLoop:
         self._story: Story | None = None
         self._unserved = Unserved(self._config.unserved)
         self._forecasts = Forecasts()
+        self._rescued: set[str] = set()
 
     def _step_down(self) -> None:
         if self._leadership.epoch is not None:
@@ -157,7 +158,7 @@ class SchedulerLoop:
         plan = with_estimates(plan, snapshot, estimator)
         self._forecasts = self._forecasts.planned(plan)
         self._save(epoch, plan, snapshot, changed=bool(why))
-        recalled = tuple(recalls(snapshot, plan, self._config.dispatch))
+        recalled = self._recalled(snapshot, plan, estimator)
         for instance in recalled:
             self._store.unassign(epoch, instance)
         assigned = self._dispatch(epoch, snapshot, plan, estimator, recalled)
@@ -222,13 +223,26 @@ class SchedulerLoop:
         if self._story is None:
             self._story = Story.resumed(snapshot)
         stale = snapshot.now - self._saved_at >= self._config.refresh_s
-        new = any(batch_id in plan.estimates for batch_id in snapshot.unpromised)
+        new = any(
+            batch_id in plan.estimates and plan.estimates[batch_id].p50 is not None
+            for batch_id in snapshot.unpromised
+        )
         if not (changed or stale or new):
             return
         decisions, story = self._story.told(plan, snapshot)
         self._store.save_plan(epoch, plan, decisions)
         # Only now: had the write failed, the decisions would have to be told again.
         self._story, self._saved_at = story, snapshot.now
+
+    def _recalled(self, snapshot: Snapshot, plan: Plan, estimator: Estimator) -> tuple[str, ...]:
+        """Instances whose unclaimed work is to be taken back now."""
+        config = self._config.dispatch
+        saved = rescues(snapshot, plan, estimator, config)
+        # Once for each group: a plan that lets it go all the same would recall for ever.
+        fresh = {name: key for name, key in saved.items() if key not in self._rescued}
+        shed = {p.group.key for queue in plan.queues for p in queue.groups if p.shed}
+        self._rescued = (self._rescued & shed) | set(fresh.values())
+        return tuple(sorted({*recalls(snapshot, plan, config), *fresh}))
 
     def _dispatch(
         self,

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from qlm_batch.domain.snapshot import Decision, Plan, Snapshot
-from qlm_batch.scheduling.estimator import VERSION
 
 MOST_DECISIONS = 200
 """Most rows of one plan; what is left out is told with a later one."""
@@ -70,7 +69,7 @@ class Story:
         promised = set(self.promised & snapshot.unpromised)
         for batch_id in sorted(snapshot.unpromised - self.promised):
             estimate = plan.estimates.get(batch_id)
-            if estimate is not None:
+            if estimate is not None and estimate.p50 is not None:
                 if len(decisions) >= MOST_DECISIONS:
                     break
                 promised.add(batch_id)
@@ -79,7 +78,7 @@ class Story:
                     "p95": estimate.p95,
                     "miss_probability": estimate.miss_probability,
                     "reason": estimate.reason,
-                    "estimator": VERSION,
+                    "estimator": plan.estimator,
                 }
                 decisions.append(Decision("promised", now, batch_id, detail=detail))
         return tuple(decisions), Story(after, frozenset(promised))

@@ -248,10 +248,14 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The order of everything at `made_at`, with an estimate per batch."""
+    """The order of everything at `made_at`, with an estimate per batch.
+
+    `estimator` names the version that made the estimates; empty while there are none.
+    """
 
     made_at: float
     policy: str
     queues: tuple[VirtualQueue, ...]
     unplaced: tuple[PlannedGroup, ...] = ()
     estimates: Mapping[str, Estimate] = field(default_factory=dict)
+    estimator: str = ""

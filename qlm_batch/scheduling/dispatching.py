@@ -121,6 +121,35 @@ def recalls(snapshot: Snapshot, plan: Plan, config: DispatchConfig | None = None
     return names
 
 
+def rescues(
+    snapshot: Snapshot, plan: Plan, estimator: Estimator, config: DispatchConfig | None = None
+) -> dict[str, str]:
+    """Instances to recall unclaimed work from, each with the group let go that this would save.
+
+    A group is worth a recall when it was let go only because of work that nobody claimed yet, and
+    that work is not urgent beside it.
+    """
+    settings = config or DispatchConfig()
+    options = {
+        i: min(own.deadline for own in unclaimed) - snapshot.now
+        for i, view in enumerate(snapshot.instances)
+        if view.state is InstanceState.READY
+        and (unclaimed := [own for own in view.assigned if own.slices > own.leased_slices])
+    }
+    found: dict[str, str] = {}
+    if not options:
+        return found
+    for placed in (p for queue in plan.queues for p in queue.groups if p.shed):
+        group, left_s = placed.group, placed.group.deadline - snapshot.now
+        for i, waiting_s in options.items():
+            name = snapshot.instances[i].name
+            urgent = 0.0 < left_s < settings.urgency * waiting_s
+            if urgent and name not in found and estimator.fits_alone(i, group):
+                found[name] = group.key
+                break
+    return found
+
+
 def _presses(head: PlannedGroup, now: float) -> bool:
     """Whether the time to spare is less than the wait it would be spared."""
     return head.group.deadline - head.finish_mean < 2.0 * (head.start - now)

@@ -217,8 +217,22 @@ class Estimator:
 
     # The state of an instance
 
-    def ready(self, instance: int) -> Ready:
-        """When new work could begin at an instance that serves, after what it holds already."""
+    def fits_alone(self, instance: int, group: RequestGroup) -> bool:
+        """Whether the group would be on time as the next thing after what is claimed there."""
+        if not self.serves(instance, group.model):
+            return False
+        ready, work = self.ready(instance, claimed_only=True), self.work(group)
+        swap_s = 0.0 if group.model in ready.awake else self.swap_s(instance, group.model)
+        mean = ready.mean + swap_s + float(work.mean[instance] + work.tail[instance])
+        var = ready.var + float(work.var[instance])
+        needs_s = self.quantile(mean, var, self.config.quantile)
+        return needs_s <= group.deadline - self.now
+
+    def ready(self, instance: int, *, claimed_only: bool = False) -> Ready:
+        """When new work could begin at an instance that serves, after what it holds already.
+
+        With `claimed_only`, after what it has leased, as if the rest were taken back.
+        """
         view, models = self.instances[instance], self._views[instance]
         awake = frozenset(m.name for m in view.models if m.residency is Residency.AWAKE)
         mean, var = 0.0, 0.0
@@ -231,12 +245,14 @@ class Estimator:
         )
         running = [age for age in view.generated if age > 0]
         for own in order:
+            if claimed_only and not own.leased_slices:
+                continue
             if own.model not in awake:
                 mean += self.swap_s(instance, own.model)
                 awake = frozenset({own.model})
             shape = _shape_of_assigned(own, models[own.model])
             flow, slow = self._flow(instance, shape), self._slowdown(instance)
-            rest = own.requests
+            rest = _claimed(own) if claimed_only else own.requests
             if own.model == sole:
                 # Their tokens so far are behind them; which run each belongs to is not reported.
                 inside, running = running[:rest], running[rest:]
@@ -351,6 +367,11 @@ def _shape_of_assigned(own: AssignedView, model: ModelView) -> _Shape:
     count = max(1, own.requests)
     prompt, most = own.prompt_tokens / count, own.max_tokens / count
     return (own.model, model.kind, own.tenant, _grid(prompt), _grid(most))
+
+
+def _claimed(own: AssignedView) -> int:
+    """Its requests in leased slices, all slices taken for equally full."""
+    return math.ceil(own.requests * own.leased_slices / max(1, own.slices))
 
 
 def _grid(tokens: float) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from qlm_batch.domain.jobs import Estimate, SloClass
 from qlm_batch.domain.snapshot import Plan, Snapshot
-from qlm_batch.scheduling.estimator import Estimator
+from qlm_batch.scheduling.estimator import VERSION, Estimator
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ def with_estimates(plan: Plan, snapshot: Snapshot, estimator: Estimator) -> Plan
     for batch_id, own in parts.items():
         if batch_id not in stuck:
             estimates[batch_id] = _estimate(own, snapshot.now, estimator)
-    return replace(plan, estimates=estimates)
+    return replace(plan, estimates=estimates, estimator=VERSION)
 
 
 def _estimate(parts: Iterable[_Part], now: float, estimator: Estimator) -> Estimate:

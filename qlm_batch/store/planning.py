@@ -49,7 +49,7 @@ _PROMISES = sql(
                    WHERE id = ANY(CAST(:ids AS text[])) AND promise IS NULL
                      AND state = 'in_progress'
                    ORDER BY id FOR NO KEY UPDATE)
-      AND e.batch_id = b.id
+      AND e.batch_id = b.id AND e.p50 IS NOT NULL
     """
 )
 
@@ -73,7 +73,7 @@ def save_plan(
                 "made_at": [estimate.made_at for estimate in made.values()],
             },
         )
-        connection.execute(_PROMISES, {"ids": list(made), "estimator": plan.policy})
+        connection.execute(_PROMISES, {"ids": list(made), "estimator": plan.estimator})
     if decisions:
         connection.execute(sa.insert(decision), [_decision_row(made) for made in decisions])
 

@@ -22,6 +22,7 @@ from qlm_batch.domain.jobs import (
 from qlm_batch.domain.messages import Assigned, Stopped
 from qlm_batch.domain.ports import Heartbeat
 from qlm_batch.domain.snapshot import InstanceState, ModelView, Observation, Residency
+from qlm_batch.scheduling.estimator import VERSION
 from qlm_batch.scheduling.policies import policy
 from qlm_batch.store.memory import MemoryStore
 
@@ -265,6 +266,33 @@ def test_urgent_work_overtakes_what_is_not_claimed(stage: Stage) -> None:
     stage.loop.tick()
     claimed = stage.store.claim_slices("gpu-0", "boot-gpu-0", max_requests=10, lease_s=30.0)
     assert claimed[0].batch_id == "urgent"
+
+
+def test_unclaimed_work_is_taken_back_for_what_it_alone_would_make_late(stage: Stage) -> None:
+    stage.beat()
+    stage.submit("slow", 64_000)
+    stage.passes(2.0)
+    stage.submit("urgent", 10, window_s=6.0)
+    tick = stage.loop.tick()
+    shed = [d for d in stage.store.decisions(TENANT, "urgent") if d.kind == "shed"]
+    assert shed and tick.recalled == ("gpu-0",)
+    stage.loop.tick()
+    kinds = [d.kind for d in stage.store.decisions(TENANT, "urgent")]
+    assert kinds[-1] == "restored"
+    claimed = stage.store.claim_slices("gpu-0", "boot-gpu-0", max_requests=10, lease_s=30.0)
+    assert claimed[0].batch_id == "urgent"
+
+
+def test_nothing_is_promised_while_nobody_serves_the_model(stage: Stage) -> None:
+    stage.beat()
+    stage.submit("b", 100, model="absent")
+    stage.loop.tick()
+    assert stage.store.batch(TENANT, "b").promise is None
+    stage.beat("gpu-1", ["absent"])
+    stage.loop.tick()
+    promise = stage.store.batch(TENANT, "b").promise
+    assert promise is not None and promise.p50 is not None
+    assert promise.estimator == VERSION
 
 
 def test_a_hopeless_batch_is_let_go_with_a_reason(stage: Stage) -> None:

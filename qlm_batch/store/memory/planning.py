@@ -69,9 +69,10 @@ class MemoryPlanning(Facet):
             if batch is None or batch.view.state not in _ESTIMATED:
                 continue
             change(batch, estimate=estimate)
-            if batch.view.promise is None and batch.view.state is BatchState.IN_PROGRESS:
+            promised = batch.view.promise is not None or estimate.p50 is None
+            if not promised and batch.view.state is BatchState.IN_PROGRESS:
                 promise = Promise(
-                    estimate.p50, estimate.p95, estimate.reason, plan.policy, estimate.made_at
+                    estimate.p50, estimate.p95, estimate.reason, plan.estimator, estimate.made_at
                 )
                 change(batch, promise=promise)
         for decision in decisions:
