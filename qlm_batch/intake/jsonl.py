@@ -110,7 +110,7 @@ def _parse(number: int, raw: bytes | None, rules: LineRules) -> RequestLine:
         raise _json_fault(raw, error) from None
     if type(line) is not dict:
         raise _Fault("invalid_json_line", "it must be a JSON object ({…}).")
-    if raw.count(b"{") + raw.count(b"[") > rules.max_depth:
+    if _may_be_deeper(raw, rules.max_depth):
         _check_depth(line, min(rules.max_depth, _DUMPABLE_DEPTH))
 
     custom_id = line.get("custom_id")
@@ -176,6 +176,19 @@ def _json_fault(raw: bytes, error: orjson.JSONDecodeError) -> _Fault:
         else:
             reason = f"it is not valid JSON: {error.msg} (column {error.colno})."
     return _Fault("invalid_json_line", reason)
+
+
+def _may_be_deeper(raw: bytes, limit: int) -> bool:
+    """Whether there are brackets enough; unlike count(), find() skips fast over what is between."""
+    openings = 0
+    for bracket in (b"{", b"["):
+        at = raw.find(bracket)
+        while at >= 0:
+            openings += 1
+            if openings > limit:
+                return True
+            at = raw.find(bracket, at + 1)
+    return False
 
 
 def _check_depth(value: object, limit: int) -> None:
