@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import Protocol, Self
 
 from qlm_batch.domain.jobs import EngineKind, Usage
 
@@ -76,6 +76,25 @@ class EngineStats:
     generated: tuple[int, ...] = ()
 
 
+class EventStream(Protocol):
+    """The JSON texts that OpenAI sends as `data:` events, without the closing `[DONE]`."""
+
+    def __aiter__(self) -> Self:
+        """Itself."""
+        ...
+
+    def __anext__(self) -> Awaitable[str]:
+        """The next event. Raises EngineDead when the engine stopped."""
+        ...
+
+    async def aclose(self) -> None:
+        """Abort the request inside the engine unless it ended; call it in every case.
+
+        Not while another task waits for the next event: cancel that task instead.
+        """
+        ...
+
+
 class Engine(Protocol):
     """One model being served. Bad requests come back as answers with a 4xx status, never raised."""
 
@@ -90,12 +109,12 @@ class Engine(Protocol):
         """
         ...
 
-    async def open_stream(self, request: EngineRequest) -> EngineAnswer | AsyncIterator[str]:
-        """Serve one request as a stream of the JSON texts OpenAI sends as `data:` events.
+    async def open_stream(self, request: EngineRequest) -> EngineAnswer | EventStream:
+        """Serve one request as a stream, whether or not its body says `stream`.
 
-        The iterator ends where OpenAI sends `[DONE]`; closing it aborts the request inside the
-        engine. A refused request comes back as an answer instead. Raises EngineDead, also while
-        iterating.
+        Returns with the first event, so after waiting and prefill; cancelling the call aborts the
+        request. One that is refused or fails before comes back as an answer instead; one that
+        fails later ends with an event `{"error": ...}`. Raises EngineDead.
         """
         ...
 

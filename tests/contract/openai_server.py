@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 import orjson
 import uvicorn
 from fastapi import FastAPI, Request, Response
+from fastapi.responses import StreamingResponse
 
-from qlm_batch.domain.engine import EngineRequest
+from qlm_batch.domain.engine import EngineAnswer, EngineRequest, EventStream
 from qlm_workers.simulated_engine import SimulatedEngine
 
 
@@ -28,6 +29,8 @@ class Server:
     owned_by: str = "vllm"
     key: str = ""
     next_answers: deque[tuple[int, dict[str, str]]] = field(default_factory=deque)
+    hang_up_after: int | None = None
+    """End streams without a word after this many events."""
     bodies: list[dict[str, object]] = field(default_factory=list)
     url: str = ""
 
@@ -89,6 +92,11 @@ def _app(server: Server) -> FastAPI:
         inner = EngineRequest(
             request_id, f"/v1/{rest}", orjson.dumps(body).decode(), priority, salt
         )
+        if body.get("stream"):
+            stream = await server.engine.open_stream(inner)
+            if isinstance(stream, EngineAnswer):
+                return Response(stream.body, stream.status_code, media_type="application/json")
+            return StreamingResponse(_sent(stream, server), media_type="text/event-stream")
         answer = asyncio.ensure_future(server.engine.answer(inner))
         gone = asyncio.ensure_future(_disconnected(request))
         await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -100,6 +108,19 @@ def _app(server: Server) -> FastAPI:
         return Response(result.body, result.status_code, media_type="application/json")
 
     return app
+
+
+async def _sent(stream: EventStream, server: Server) -> AsyncIterator[str]:
+    sent = 0
+    try:
+        async for event in stream:
+            if sent == server.hang_up_after:
+                return
+            yield f"data: {event}\n\n"
+            sent += 1
+        yield "data: [DONE]\n\n"
+    finally:
+        await stream.aclose()
 
 
 async def _disconnected(request: Request) -> None:

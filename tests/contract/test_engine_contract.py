@@ -6,14 +6,21 @@ import asyncio
 import importlib.util
 import json
 from collections.abc import AsyncIterator
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, aclosing
+from dataclasses import dataclass, replace
 from itertools import count
+from typing import Any
 
 import pytest
 import pytest_asyncio
 
-from qlm_batch.domain.engine import Engine, EngineAnswer, EngineInfo, EngineRequest
+from qlm_batch.domain.engine import (
+    Engine,
+    EngineAnswer,
+    EngineInfo,
+    EngineRequest,
+    EventStream,
+)
 from qlm_batch.domain.errors import EngineDead
 from qlm_batch.domain.jobs import CHAT, COMPLETIONS, EMBEDDINGS, EngineKind
 from qlm_batch.settings import Settings
@@ -69,6 +76,31 @@ class Rig:
         tasks = [self.submit(self.chat(max_tokens=many, ignore_eos=True)) for many in tokens]
         await until(lambda: self.engine.stats().running == len(tokens), "all slots taken")
         return tasks
+
+    async def stream(self, request: EngineRequest) -> EventStream:
+        stream = await self.engine.open_stream(request)
+        assert not isinstance(stream, EngineAnswer), stream
+        return stream
+
+    async def events(self, request: EngineRequest) -> list[dict[str, Any]]:
+        """Every event of a stream that is expected to end well."""
+        async with aclosing(await self.stream(request)) as stream:
+            events = [json.loads(event) async for event in stream]
+        assert not any("error" in event for event in events), events
+        return events
+
+
+def read_together(events: list[dict[str, Any]], index: int = 0) -> tuple[str, str | None]:
+    """What one choice says in a stream, and why it ended."""
+    said, ending = "", None
+    for event in events:
+        for choice in event["choices"]:
+            if choice["index"] == index:
+                said += (
+                    (choice["delta"].get("content") or "") if "delta" in choice else choice["text"]
+                )
+                ending = choice["finish_reason"] or ending
+    return said, ending
 
 
 async def start(name: str, kind: EngineKind, stack: ExitStack) -> Rig:
@@ -255,6 +287,117 @@ async def test_a_cancelled_answer_frees_its_slot(rig: Rig) -> None:
     await until(lambda: rig.engine.stats().running == 0, "all slots free")
 
 
+@pytest.mark.parametrize("n", [1, 2])
+async def test_a_streamed_chat_says_what_the_whole_answer_says(rig: Rig, n: int) -> None:
+    request = rig.chat(max_tokens=12, ignore_eos=True, temperature=0 if n == 1 else 1, seed=3, n=n)
+    whole = json.loads((await rig.engine.answer(request)).body)["choices"]
+    events = await rig.events(replace(request, request_id=f"again-{n}"))
+    assert {event["object"] for event in events} == {"chat.completion.chunk"}
+    assert {event["model"] for event in events} == {MODEL}
+    assert len(events) >= 12
+    for choice in whole:
+        expected = (choice["message"]["content"], choice["finish_reason"])
+        assert read_together(events, choice["index"]) == expected
+
+
+async def test_a_streamed_completion_says_what_the_whole_answer_says(rig: Rig) -> None:
+    body = {"prompt": "3 + 4 =", "max_tokens": 7, "ignore_eos": True, "temperature": 0}
+    whole = json.loads((await rig.engine.answer(rig.request(COMPLETIONS, body))).body)["choices"]
+    events = await rig.events(rig.request(COMPLETIONS, body | {"stream": True}))
+    assert {event["object"] for event in events} == {"text_completion"}
+    assert read_together(events) == (whole[0]["text"], whole[0]["finish_reason"])
+
+
+async def test_a_stream_tells_its_usage_where_asked(rig: Rig) -> None:
+    asked = {"stream_options": {"include_usage": True}}
+    events = await rig.events(rig.chat(max_tokens=9, ignore_eos=True, **asked))
+    assert events[-1]["choices"] == []
+    assert events[-1]["usage"]["completion_tokens"] == 9
+    assert events[-1]["usage"]["prompt_tokens"] > 0
+    silent = await rig.events(rig.chat(max_tokens=9, ignore_eos=True))
+    assert not any(event.get("usage") for event in silent)
+
+
+async def test_a_stream_comes_as_the_tokens_are_made(rig: Rig) -> None:
+    made_before = rig.engine.stats().generated_tokens
+    async with aclosing(await rig.stream(rig.chat(max_tokens=1500, ignore_eos=True))) as stream:
+        for _ in range(5):
+            await anext(stream)
+        assert rig.engine.stats().generated_tokens - made_before < 1000
+    await until(lambda: rig.engine.stats().running == 0, "nothing runs")
+
+
+async def test_closing_a_stream_frees_its_slot(rig: Rig) -> None:
+    requests = [rig.chat(max_tokens=1500, ignore_eos=True) for _ in range(SLOTS)]
+    streams = [await rig.stream(request) for request in requests]
+    await until(lambda: rig.engine.stats().running == SLOTS, "all slots taken")
+    short = rig.submit(rig.chat(max_tokens=2))
+    await until(lambda: rig.engine.stats().waiting == 1, "the short one waits")
+    await streams[0].aclose()
+    assert (await asyncio.wait_for(short, 60)).status_code == 200
+    assert [event async for event in streams[0]] == []
+    await anext(streams[1])
+    for stream in streams:
+        await stream.aclose()
+        await stream.aclose()
+    await until(lambda: rig.engine.stats().running == 0, "all slots free")
+
+
+async def test_a_reader_that_is_cancelled_frees_its_slot(rig: Rig) -> None:
+    async def read() -> None:
+        async with aclosing(await rig.stream(rig.chat(max_tokens=1500, ignore_eos=True))) as stream:
+            async for _ in stream:
+                pass
+
+    reader = asyncio.create_task(read())
+    await until(lambda: rig.engine.stats().running == 1, "the stream runs")
+    reader.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reader
+    await until(lambda: rig.engine.stats().running == 0, "the slot is free")
+
+
+async def test_a_stream_that_is_cancelled_before_its_first_event_leaves_nothing(rig: Rig) -> None:
+    running = await rig.fill([1500] * SLOTS)
+    opening = asyncio.create_task(rig.stream(rig.chat(max_tokens=5)))
+    await until(lambda: rig.engine.stats().waiting == 1, "the stream waits")
+    opening.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    await until(lambda: rig.engine.stats().waiting == 0, "nothing waits")
+    for task in running:
+        task.cancel()
+    await asyncio.gather(*running, return_exceptions=True)
+    await until(lambda: rig.engine.stats().running == 0, "all slots free")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [({"priority": -1000}, "priority"), ({"n": 1000}, "n"), ({"messages": "no list"}, "messages")],
+)
+async def test_a_bad_stream_is_refused_with_an_answer(
+    rig: Rig, fields: dict[str, object], param: str
+) -> None:
+    answer = await rig.engine.open_stream(rig.chat(stream=True, **fields))
+    assert isinstance(answer, EngineAnswer)
+    assert error_of(answer)["param"] == param
+
+
+async def test_a_streamed_prompt_beyond_the_context_is_refused_with_an_answer(rig: Rig) -> None:
+    messages = [{"role": "user", "content": "What is 3 plus 4? " * 2000}]
+    answer = await rig.engine.open_stream(rig.request(CHAT, {"messages": messages}))
+    assert isinstance(answer, EngineAnswer)
+    assert str(MAX_MODEL_LEN) in str(error_of(answer)["message"])
+
+
+async def test_embeddings_are_not_streamed(embedder: Rig) -> None:
+    for further in ({}, {"stream": True}):
+        request = embedder.request(EMBEDDINGS, {"input": "a"} | further)
+        answer = await embedder.engine.open_stream(request)
+        assert isinstance(answer, EngineAnswer)
+        assert error_of(answer)["param"] == "stream"
+
+
 async def test_the_lowest_priority_starts_first_when_slots_are_full(rig: Rig) -> None:
     finished: list[str] = []
 
@@ -273,11 +416,18 @@ async def test_the_lowest_priority_starts_first_when_slots_are_full(rig: Rig) ->
 async def test_stopping_ends_what_is_inside_and_stays_stopped(rig: Rig) -> None:
     """Stands last: the engine does not come back."""
     pending = await rig.fill([1500] * 2)
+    stream = await rig.stream(rig.chat(max_tokens=1500, ignore_eos=True))
     await rig.engine.stop()
+    with pytest.raises(EngineDead):
+        async for _ in stream:
+            pass
+    await stream.aclose()
     results = await asyncio.gather(*pending, return_exceptions=True)
     assert all(isinstance(result, EngineDead) for result in results), results
     await rig.engine.stop()
     with pytest.raises(EngineDead):
         await rig.engine.answer(rig.chat())
+    with pytest.raises(EngineDead):
+        await rig.engine.open_stream(rig.chat())
     with pytest.raises(EngineDead):
         rig.engine.stats()

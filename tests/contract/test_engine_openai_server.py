@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
-from qlm_batch.domain.engine import EngineRequest, Lso
+from qlm_batch.domain.engine import EngineAnswer, EngineRequest, Lso
 from qlm_batch.domain.errors import ConfigurationError, EngineDead
 from qlm_batch.domain.jobs import CHAT, EngineKind
 from qlm_batch.settings import Settings
@@ -163,3 +163,25 @@ def test_metrics_are_summed_over_labels_and_told_from_longer_names() -> None:
     text = '# HELP x y\nx{a="1"} 2.0\nx{a="2"} 3\nx_total 9\n'
     assert metric_sum(text, ("x",)) == 5.0
     assert metric_sum(text, ("y",)) is None
+
+
+async def test_a_server_that_hangs_up_ends_the_stream_with_an_error(
+    server: Server, engine: OpenAIEngine
+) -> None:
+    server.hang_up_after = 2
+    stream = await engine.open_stream(chat())
+    assert not isinstance(stream, EngineAnswer)
+    events = [json.loads(event) async for event in stream]
+    assert [*("choices" in event for event in events)] == [True, True, False]
+    assert "hung up" in events[-1]["error"]["message"]
+    await stream.aclose()
+    assert engine.stats().running == 0
+
+
+async def test_a_busy_server_is_asked_again_for_a_stream(
+    server: Server, engine: OpenAIEngine
+) -> None:
+    server.next_answers.append((429, {"retry-after": "0"}))
+    stream = await engine.open_stream(chat())
+    assert not isinstance(stream, EngineAnswer)
+    assert len([event async for event in stream]) == 3

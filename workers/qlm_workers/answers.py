@@ -11,7 +11,7 @@ import orjson
 from qlm_batch.domain.bodies import MAX_N, refuse_body
 from qlm_batch.domain.engine import EngineAnswer, EngineRequest
 from qlm_batch.domain.errors import QlmError
-from qlm_batch.domain.jobs import EngineKind, Usage
+from qlm_batch.domain.jobs import EMBEDDINGS, EngineKind, Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,14 +23,21 @@ class Door:
     max_n: int = MAX_N
     media_domains: Collection[str] = ()
 
-    def read(self, request: EngineRequest) -> dict[str, Any] | EngineAnswer:
-        """The parsed body, or the 4xx answer that refuses it."""
+    def read(
+        self, request: EngineRequest, *, streamed: bool = False
+    ) -> dict[str, Any] | EngineAnswer:
+        """The parsed body, or the 4xx answer that refuses it.
+
+        Where the answer is `streamed` the body says so, whether or not the client's did.
+        """
         try:
             body = orjson.loads(request.body)
         except orjson.JSONDecodeError as error:
             return error_answer(400, f"The body is not valid JSON: {error}", code="invalid_json")
         if not isinstance(body, dict):
             return error_answer(400, "The body must be a JSON object.", code="invalid_json")
+        if streamed and request.endpoint != EMBEDDINGS:
+            body.pop("stream", None)
         refusal = refuse_body(
             body,
             endpoint=request.endpoint,
@@ -39,7 +46,18 @@ class Door:
             max_n=self.max_n,
             media_domains=self.media_domains,
         )
-        return body if refusal is None else refusal_answer(refusal)
+        if refusal is not None:
+            return refusal_answer(refusal)
+        if streamed:
+            if request.endpoint == EMBEDDINGS:
+                return error_answer(
+                    400,
+                    "Embeddings come whole; remove 'stream' from the request.",
+                    param="stream",
+                    code="unsupported_value",
+                )
+            body["stream"] = True
+        return body
 
 
 def refusal_answer(error: QlmError) -> EngineAnswer:

@@ -7,6 +7,8 @@ import contextlib
 import json
 import random
 import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AsyncExitStack
 from typing import Any, Self
 
 import httpx
@@ -19,11 +21,13 @@ from qlm_batch.settings import Settings
 from qlm_workers.answers import Door, error_answer, usage_of
 from qlm_workers.openai_probe import ServerFacts, metric_sum, probe
 from qlm_workers.slots import PrioritySlots
+from qlm_workers.streams import DONE, Stream, error_event, error_event_answer, opened
 
 AWAY = frozenset({502, 503, 504})
 _FIRST_PAUSE_S = 0.25
 _LONGEST_PAUSE_S = 15.0
 _LOOK_S = 5.0
+_HUNG_UP = "The server hung up before the end of its answer."
 _PROGRESS = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
 
 
@@ -61,7 +65,7 @@ class OpenAIEngine:
         self._client: httpx.AsyncClient | None = None
         self._facts: ServerFacts | None = None
         self._watch: asyncio.Task[None] | None = None
-        self._calls: set[asyncio.Task[httpx.Response]] = set()
+        self._calls: set[asyncio.Future[Any]] = set()
         self._seen_at = 0.0
         self._steps = 0
         self._generated = 0
@@ -129,20 +133,82 @@ class OpenAIEngine:
 
     async def answer(self, request: EngineRequest) -> EngineAnswer:
         """Serve one request to its end; cancelling the call hangs up on the server."""
+        content = self._content(request)
+        if isinstance(content, EngineAnswer):
+            return content
+        began = time.perf_counter()
+        async with self._slots.place(request.priority):
+            response = await self._post(request, content)
+        duration_s = time.perf_counter() - began
+        return self._shape(response, duration_s)
+
+    async def open_stream(self, request: EngineRequest) -> EngineAnswer | Stream:
+        """Serve one request as a stream; closing it hangs up on the server."""
+        content = self._content(request, streamed=True)
+        if isinstance(content, EngineAnswer):
+            return content
+        began = time.perf_counter()
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(self._slots.place(request.priority))
+            response = await self._post(request, content, streamed=True)
+            stack.push_async_callback(response.aclose)
+            if "event-stream" in response.headers.get("content-type", ""):
+                return await opened(self._events(response, stack.pop_all()))
+            try:
+                await response.aread()
+            except httpx.HTTPError:
+                return error_event_answer(error_event(_HUNG_UP, 502))
+            return self._shape(response, time.perf_counter() - began)
+
+    def _content(self, request: EngineRequest, *, streamed: bool = False) -> bytes | EngineAnswer:
         if self._client is None:
             raise EngineDead(f"The engine at {self._url} is not running.")
-        body = self._door.read(request)
+        body = self._door.read(request, streamed=streamed)
         if isinstance(body, EngineAnswer):
             return body
         if self._facts is not None and self._facts.takes_priority:
             body["priority"] = request.priority
             if request.cache_salt:
                 body["cache_salt"] = request.cache_salt
-        began = time.perf_counter()
-        async with self._slots.place(request.priority):
-            response = await self._post(request, orjson.dumps(body))
-        duration_s = time.perf_counter() - began
-        return self._shape(response, duration_s)
+        return orjson.dumps(body)
+
+    async def _events(
+        self, response: httpx.Response, held: AsyncExitStack
+    ) -> AsyncGenerator[str, None]:
+        """The data of the server's events; `held` is given back at the end."""
+        async with held:
+            lines = response.aiter_lines()
+            while True:
+                line = await self._next_line(lines)
+                if self._client is None:
+                    raise EngineDead(f"The engine at {self._url} was stopped.")
+                if line is None:
+                    yield error_event(_HUNG_UP, 502)
+                    return
+                field, _, value = line.partition(":")
+                if field != "data":
+                    continue
+                if (event := value.strip()) == DONE:
+                    return
+                self._steps += 1
+                self._generated += 1  # Servers send about one token an event.
+                self._seen_at = time.monotonic()
+                yield event
+
+    async def _next_line(self, lines: AsyncIterator[str]) -> str | None:
+        """The next line of a stream, None when the server sends no more."""
+        waiting = asyncio.ensure_future(anext(lines))
+        self._calls.add(waiting)
+        try:
+            return await waiting
+        except (httpx.HTTPError, StopAsyncIteration):
+            return None
+        except asyncio.CancelledError:
+            if self._client is None and waiting.cancelled():
+                raise EngineDead(f"The engine at {self._url} was stopped.") from None
+            raise
+        finally:
+            self._calls.discard(waiting)
 
     def stats(self) -> EngineStats:
         """What this client has under way. Raises EngineDead when it stopped."""
@@ -167,12 +233,14 @@ class OpenAIEngine:
         if client is not None:
             await client.aclose()
 
-    async def _post(self, request: EngineRequest, content: bytes) -> httpx.Response:
+    async def _post(
+        self, request: EngineRequest, content: bytes, *, streamed: bool = False
+    ) -> httpx.Response:
         """The first answer that is not a plea to come back later."""
         began = time.monotonic()
         pause_s = _FIRST_PAUSE_S
         while True:
-            response = await self._post_once(request, content)
+            response = await self._post_once(request, content, streamed)
             now = time.monotonic()
             if response is not None and response.status_code not in AWAY:
                 self._seen_at = now
@@ -184,19 +252,24 @@ class OpenAIEngine:
                     f"The engine at {self._url} has not answered for {self._give_up_s:.0f} s."
                 )
             asked_s = None if response is None else _retry_after_s(response)
+            if response is not None:
+                await response.aclose()
             # Spread, so that all slots do not come back in one moment.
             spread = random.uniform(0.5, 1.0)  # noqa: S311
             await asyncio.sleep(asked_s if asked_s is not None else pause_s * spread)
             pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
 
-    async def _post_once(self, request: EngineRequest, content: bytes) -> httpx.Response | None:
+    async def _post_once(
+        self, request: EngineRequest, content: bytes, streamed: bool
+    ) -> httpx.Response | None:
         """One try; None when the server could not be reached."""
         if self._client is None:
             raise EngineDead(f"The engine at {self._url} was stopped.")
         headers = {"x-request-id": request.request_id}
-        call = asyncio.ensure_future(
-            self._client.post(request.endpoint, content=content, headers=headers)
+        post = self._client.build_request(
+            "POST", request.endpoint, content=content, headers=headers
         )
+        call = asyncio.ensure_future(self._client.send(post, stream=streamed))
         self._calls.add(call)
         try:
             return await call

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from random import Random
 from typing import Any
 
@@ -100,6 +100,70 @@ def response_body(
     return orjson.dumps(
         common | {"usage": shown | {"completion_tokens": usage.output_tokens}}
     ).decode()
+
+
+def chunk_bodies(
+    request: EngineRequest, body: Mapping[str, Any], key: int, tokens: int, stopped: bool
+) -> Iterator[tuple[str, ...]]:
+    """The JSON texts of the stream's events, those of each token together.
+
+    Read together they say what `response_body` says; `tokens` is each choice's length.
+    """
+    n = body.get("n") or 1
+    texts = [answer_text(key + index, tokens).split(" ") for index in range(n)]
+    for position in range(max(1, tokens)):
+        words = [
+            ("" if position == 0 else " ") + (said[position] if position < len(said) else "")
+            for said in texts
+        ]
+        last = position + 1 >= tokens
+        ending = ("stop" if stopped else "length") if last else None
+        yield tuple(
+            _chunk(request, body, index, word, position == 0, ending)
+            for index, word in enumerate(words)
+        )
+
+
+def _chunk(
+    request: EngineRequest,
+    body: Mapping[str, Any],
+    index: int,
+    word: str,
+    first: bool,
+    ending: str | None,
+) -> str:
+    choice: dict[str, object] = {"index": index, "logprobs": None, "finish_reason": ending}
+    if request.endpoint == CHAT:
+        role = {"role": "assistant"} if first else {}
+        choice["delta"] = {**role, "content": word}
+    else:
+        choice["text"] = word
+    return orjson.dumps(_stream_fields(request, body) | {"choices": [choice]}).decode()
+
+
+def usage_chunk(request: EngineRequest, body: Mapping[str, Any], usage: Usage) -> str:
+    """The stream's last event where the request asks for the usage."""
+    shown = {
+        "prompt_tokens": usage.input_tokens,
+        "completion_tokens": usage.output_tokens,
+        "total_tokens": usage.total_tokens,
+    }
+    fields = _stream_fields(request, body) | {"choices": [], "usage": shown}
+    return orjson.dumps(fields).decode()
+
+
+def _stream_fields(request: EngineRequest, body: Mapping[str, Any]) -> dict[str, object]:
+    prefix, kind = (
+        ("chatcmpl", "chat.completion.chunk")
+        if request.endpoint == CHAT
+        else ("cmpl", "text_completion")
+    )
+    return {
+        "id": f"{prefix}-{request.request_id}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": body["model"],
+    }
 
 
 def _text() -> tuple[str, list[int]]:

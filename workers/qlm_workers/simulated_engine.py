@@ -8,17 +8,27 @@ import itertools
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
+
+import orjson
 
 from qlm_batch.domain.engine import EngineAnswer, EngineInfo, EngineRequest, EngineStats, Lso
 from qlm_batch.domain.errors import ConfigurationError, EngineDead
 from qlm_batch.domain.jobs import EngineKind, Usage
 from qlm_batch.settings import Settings
 from qlm_workers.answers import Door, error_answer
-from qlm_workers.simulated_answers import BadBody, output_length, response_body, sizes
+from qlm_workers.simulated_answers import (
+    BadBody,
+    chunk_bodies,
+    output_length,
+    response_body,
+    sizes,
+    usage_chunk,
+)
 from qlm_workers.step_times import DEFAULT_DEVICE, DEVICES, StepTimes
+from qlm_workers.streams import Stream, opened
 
 
 def _never(_: EngineRequest) -> bool:
@@ -45,6 +55,35 @@ class _Sequence:
     prefilled: int = 0
     generated: int = 0
     first_token_at: float | None = None
+    moved: asyncio.Event | None = None
+    """Set with every token where someone reads along."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A request the engine takes, with what its seed draws for it."""
+
+    request: EngineRequest
+    body: Mapping[str, Any]
+    key: int
+    prompt_tokens: int
+    output_tokens: int
+    limit: int
+    hangs: bool
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(
+            input_tokens=self.prompt_tokens, output_tokens=self.output_tokens * self.choices
+        )
+
+    @property
+    def choices(self) -> int:
+        return self.body.get("n") or 1
+
+    @property
+    def stopped(self) -> bool:
+        return self.output_tokens < self.limit
 
 
 class SimulatedEngine:
@@ -86,7 +125,7 @@ class SimulatedEngine:
         self._waiting: list[tuple[int, int, _Sequence]] = []
         self._arrivals = itertools.count()
         self._running: list[_Sequence] = []
-        self._hanging: set[asyncio.Future[float]] = set()
+        self._hanging: list[_Sequence] = []
         self._steps = 0
         self._generated = 0
         self._rows: deque[tuple[int, int, int, float]] = deque(maxlen=4096)
@@ -123,12 +162,65 @@ class SimulatedEngine:
 
     async def answer(self, request: EngineRequest) -> EngineAnswer:
         """Serve one request to its end."""
+        job = self._admit(request)
+        if isinstance(job, EngineAnswer):
+            return job
+        first_token_s = 0.0
+        began = time.perf_counter()
+        if job.hangs or self._time_scale > 0:
+            first_token_s = await self._serve(job) - began
+        else:
+            self._steps += 1
+            self._generated += job.output_tokens
+        return EngineAnswer(
+            200,
+            response_body(request, job.body, job.key, job.usage, job.stopped),
+            job.usage,
+            first_token_s,
+            time.perf_counter() - began,
+        )
+
+    async def open_stream(self, request: EngineRequest) -> EngineAnswer | Stream:
+        """Serve one request as a stream of its tokens as they are made."""
+        job = self._admit(request, streamed=True)
+        return job if isinstance(job, EngineAnswer) else await opened(self._events(job))
+
+    async def _events(self, job: _Job) -> AsyncGenerator[str, None]:
+        chunks = iter(chunk_bodies(job.request, job.body, job.key, job.output_tokens, job.stopped))
+        if job.hangs or self._time_scale > 0:
+            moved = asyncio.Event()
+            sequence = self._enter(job, moved)
+            shown = 0
+            try:
+                while not sequence.done.done():
+                    await moved.wait()
+                    moved.clear()
+                    while shown < sequence.generated:
+                        shown += 1
+                        for chunk in next(chunks):
+                            yield chunk
+                sequence.done.result()
+            finally:
+                sequence.done.cancel()
+                self._leave(sequence)
+        else:
+            self._steps += 1
+            self._generated += job.output_tokens
+        for rest in chunks:
+            for chunk in rest:
+                yield chunk
+        options = job.body.get("stream_options")
+        if isinstance(options, Mapping) and options.get("include_usage"):
+            yield usage_chunk(job.request, job.body, job.usage)
+
+    def _admit(self, request: EngineRequest, *, streamed: bool = False) -> _Job | EngineAnswer:
         if not self._alive:
             raise EngineDead(f"The simulated engine of '{self._info.model}' is not running.")
-        body = self._door.read(request)
+        body = self._door.read(request, streamed=streamed)
         if isinstance(body, EngineAnswer):
             return body
-        key = zlib.crc32(request.body.encode(), self._seed)
+        said = {name: value for name, value in body.items() if not name.startswith("stream")}
+        key = zlib.crc32(orjson.dumps(said), self._seed)
         try:
             prompt_tokens, limit = sizes(request.endpoint, body, self._info.max_model_len)
         except BadBody as error:
@@ -142,24 +234,7 @@ class SimulatedEngine:
                 return error_answer(500, "Simulated failure.", type_="server_error")
             hangs = self._faults.hangs(request)
         output_tokens = output_length(key, limit, body.get("ignore_eos") is True)
-        first_token_s = 0.0
-        began = time.perf_counter()
-        if hangs or self._time_scale > 0:
-            first_token_s = (
-                await self._serve(request.priority, prompt_tokens, output_tokens, hangs) - began
-            )
-        else:
-            self._steps += 1
-            self._generated += output_tokens
-        n = body.get("n") or 1
-        usage = Usage(input_tokens=prompt_tokens, output_tokens=output_tokens * n)
-        return EngineAnswer(
-            200,
-            response_body(request, body, key, usage, output_tokens < limit),
-            usage,
-            first_token_s,
-            time.perf_counter() - began,
-        )
+        return _Job(request, body, key, prompt_tokens, output_tokens, limit, hangs)
 
     def stats(self) -> EngineStats:
         """What the engine is doing now. Raises EngineDead when it stopped."""
@@ -188,32 +263,40 @@ class SimulatedEngine:
         self._alive = False
         if self._loop is not None:
             self._loop.cancel()
-        sequences = [*self._running, *(sequence for *_, sequence in self._waiting)]
-        for done in (*(sequence.done for sequence in sequences), *self._hanging):
-            if not done.done():
-                done.set_exception(EngineDead("The simulated engine stopped."))
+        waiting = (sequence for *_, sequence in self._waiting)
+        for sequence in (*self._running, *waiting, *self._hanging):
+            if not sequence.done.done():
+                sequence.done.set_exception(EngineDead("The simulated engine stopped."))
+            if sequence.moved is not None:
+                sequence.moved.set()
         self._running.clear()
         self._waiting.clear()
         self._hanging.clear()
 
-    async def _serve(
-        self, priority: int, prompt_tokens: int, output_tokens: int, hangs: bool
-    ) -> float:
+    async def _serve(self, job: _Job) -> float:
+        sequence = self._enter(job)
+        try:
+            return await sequence.done
+        finally:
+            self._leave(sequence)
+
+    def _enter(self, job: _Job, moved: asyncio.Event | None = None) -> _Sequence:
         done: asyncio.Future[float] = asyncio.get_running_loop().create_future()
-        sequence = _Sequence(prompt_tokens, output_tokens, done, hangs)
+        sequence = _Sequence(job.prompt_tokens, job.output_tokens, done, job.hangs, moved=moved)
         if self._time_scale > 0:
-            heapq.heappush(self._waiting, (priority, next(self._arrivals), sequence))
+            entry = (job.request.priority, next(self._arrivals), sequence)
+            heapq.heappush(self._waiting, entry)
             self._work.set()
         else:
-            self._hanging.add(done)
-        try:
-            return await done
-        finally:
-            self._hanging.discard(done)
-            if done.cancelled():
-                self._running = [other for other in self._running if other is not sequence]
-                self._waiting = [entry for entry in self._waiting if entry[2] is not sequence]
-                heapq.heapify(self._waiting)
+            self._hanging.append(sequence)
+        return sequence
+
+    def _leave(self, sequence: _Sequence) -> None:
+        self._hanging = [other for other in self._hanging if other is not sequence]
+        if sequence.done.cancelled():
+            self._running = [other for other in self._running if other is not sequence]
+            self._waiting = [entry for entry in self._waiting if entry[2] is not sequence]
+            heapq.heapify(self._waiting)
 
     async def _run(self) -> None:
         began = time.perf_counter()
@@ -263,6 +346,8 @@ class SimulatedEngine:
                 if sequence.generated < sequence.output_tokens:
                     sequence.generated += 1
                     self._generated += 1
+                if sequence.moved is not None:
+                    sequence.moved.set()
                 if sequence.generated >= sequence.output_tokens:
                     if not sequence.done.done():
                         sequence.done.set_result(sequence.first_token_at)

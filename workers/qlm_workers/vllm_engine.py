@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import time
+from collections.abc import AsyncGenerator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from qlm_batch.domain.jobs import CHAT, COMPLETIONS, EngineKind
 from qlm_batch.settings import Settings
 from qlm_workers.answers import Door
 from qlm_workers.guardian import Guard
+from qlm_workers.streams import DONE, Stream, is_error, opened
 from qlm_workers.vllm_answers import schema_answer, shape
 
 if TYPE_CHECKING:
@@ -99,24 +101,88 @@ class VllmEngine:
 
     async def answer(self, request: EngineRequest) -> EngineAnswer:
         """Serve one request to its end; cancelling the call aborts it inside the engine."""
+        serving, log = self._running()
+        body = self._body(request)
+        if isinstance(body, EngineAnswer):
+            return body
+        inner_id = _ANSWER_IDS.get(request.endpoint, "{}").format(request.request_id)
+        log.first_token_s[inner_id] = None
+        self._inside += 1
+        began = time.perf_counter()
+        task = asyncio.current_task()
+        cancels = task.cancelling() if task else 0
+        try:
+            response = await self._call(serving, request, body)
+        finally:
+            self._inside -= 1
+            first_token_s = log.first_token_s.pop(inner_id, None)
+        if isinstance(response, EngineAnswer):
+            return response
+        if task and task.cancelling() > cancels:
+            # vLLM aborts the request but swallows the cancellation, as a client hanging up.
+            raise asyncio.CancelledError
+        return shape(response, first_token_s, time.perf_counter() - began)
+
+    async def open_stream(self, request: EngineRequest) -> EngineAnswer | Stream:
+        """Serve one request as a stream; closing it aborts the request inside the engine."""
+        serving, _ = self._running()
+        body = self._body(request, streamed=True)
+        if isinstance(body, EngineAnswer):
+            return body
+        began = time.perf_counter()
+        response = await self._call(serving, request, body)
+        if isinstance(response, EngineAnswer):
+            return response
+        if not isinstance(response, AsyncGenerator):
+            return shape(response, None, time.perf_counter() - began)
+        inner_id = _ANSWER_IDS[request.endpoint].format(request.request_id)
+        return await opened(self._events(response, inner_id))
+
+    async def _events(
+        self, source: AsyncGenerator[str, None], inner_id: str
+    ) -> AsyncGenerator[str, None]:
+        engine, ended = self._engine, False
+        self._inside += 1
+        try:
+            async for text in source:
+                event = text.removeprefix("data:").strip()
+                if event == DONE:
+                    ended = True
+                    return
+                # vLLM's layer tells of a dead engine as of any other failure.
+                if is_error(event) and (self._engine is None or engine.errored):
+                    ended = True
+                    raise EngineDead(f"The engine of '{self._name}' stopped.")
+                yield event
+        finally:
+            self._inside -= 1
+            await source.aclose()
+            if not ended and self._engine is not None and not engine.errored:
+                await engine.abort(inner_id)
+
+    def _running(self) -> tuple[Serving, StepLog]:
         if self._serving is None or self._log is None or self._engine.errored:
             raise EngineDead(f"The engine of '{self._name}' is not running.")
-        body = self._door.read(request)
+        return self._serving, self._log
+
+    def _body(
+        self, request: EngineRequest, *, streamed: bool = False
+    ) -> dict[str, Any] | EngineAnswer:
+        body = self._door.read(request, streamed=streamed)
         if isinstance(body, EngineAnswer):
             return body
         body["priority"] = request.priority
         body["request_id"] = request.request_id
         if request.cache_salt:
             body["cache_salt"] = request.cache_salt
-        inner_id = _ANSWER_IDS.get(request.endpoint, "{}").format(request.request_id)
-        self._log.first_token_s[inner_id] = None
-        self._inside += 1
-        began = time.perf_counter()
-        task = asyncio.current_task()
-        cancels = task.cancelling() if task else 0
+        return body
+
+    async def _call(
+        self, serving: Serving, request: EngineRequest, body: dict[str, Any]
+    ) -> Any | EngineAnswer:
+        """What vLLM's layer returns, or the answer that refuses the request."""
         try:
-            parsed = self._serving.parse(request.endpoint, body)
-            response = await self._serving.call(request.endpoint, parsed)
+            return await serving.call(request.endpoint, serving.parse(request.endpoint, body))
         except ValidationError as error:
             return schema_answer(error)
         except self._api.EngineDeadError as error:
@@ -124,14 +190,7 @@ class VllmEngine:
         except Exception as error:
             if self._engine is None or self._engine.errored:
                 raise EngineDead(f"The engine of '{self._name}' stopped.") from error
-            response = self._serving.error(error)
-        finally:
-            self._inside -= 1
-            first_token_s = self._log.first_token_s.pop(inner_id, None)
-        if task and task.cancelling() > cancels:
-            # vLLM aborts the request but swallows the cancellation, as a client hanging up.
-            raise asyncio.CancelledError
-        return shape(response, first_token_s, time.perf_counter() - began)
+            return serving.error(error)
 
     def stats(self) -> EngineStats:
         """What the engine is doing now. Raises EngineDead when it stopped."""
