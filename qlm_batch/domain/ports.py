@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import BinaryIO, Generic, Protocol, TypeVar
 
+from qlm_batch.domain.interactive import InteractiveMark, InteractiveRequest, NewInteractive
 from qlm_batch.domain.jobs import (
     ApiKey,
     Batch,
@@ -27,7 +28,7 @@ from qlm_batch.domain.jobs import (
     ResultRow,
 )
 from qlm_batch.domain.ledger import FlushOutcome, Held, Reaped, ReleaseReason
-from qlm_batch.domain.messages import Assigned, Stopped
+from qlm_batch.domain.messages import Assigned, Interactive, Stopped
 from qlm_batch.domain.snapshot import (
     Assignment,
     Decision,
@@ -297,7 +298,8 @@ class Planning(Protocol):
 
     def save_plan(self, epoch: int, plan: Plan, decisions: Sequence[Decision]) -> None:
         """Write the difference to the saved virtual queues, the estimates, the first promises and
-        the decisions. NotLeader when the epoch is old."""
+        the decisions. An estimate without a p50 promises nothing. NotLeader when the epoch is old.
+        """
         ...
 
     def assign(self, epoch: int, assignments: Sequence[Assignment]) -> Mapping[str, int]:
@@ -350,6 +352,45 @@ class InstanceStore(Protocol):
 
     def instances(self) -> Sequence[InstanceView]:
         """All instances seen lately, lost ones included."""
+        ...
+
+
+class InteractiveStore(Protocol):
+    """Interactive requests; one is leased to the instance it was routed to, fenced by its epoch."""
+
+    def add_interactive(self, new: NewInteractive) -> float:
+        """Store a call as leased by its instance; the time it was accepted at."""
+        ...
+
+    def reroute_interactive(
+        self, request_id: str, epoch: int, instance: str, boot_id: str
+    ) -> int | None:
+        """Lease an open request to another boot; its next epoch, None where it is not ours to move.
+
+        What the holder of the epoch before still reports is void from here on.
+        """
+        ...
+
+    def mark_interactive(self, marks: Sequence[InteractiveMark]) -> int:
+        """Record what holders report, the last mark of each request; how many were taken.
+
+        Marks of an old epoch or of an ended request change nothing.
+        """
+        ...
+
+    def interactive(self, tenant: str, request_id: str) -> InteractiveRequest:
+        """The request. NotFound."""
+        ...
+
+    def sweep_interactive(self, grace_s: float, limit: int = 1000) -> int:
+        """Fail open requests accepted over `grace_s` ago whose boot has been gone; how many.
+
+        Whoever waits for one moves it sooner; this ends those nobody waits for any more.
+        """
+        ...
+
+    def forget_interactive(self, bodies_s: float, rows_s: float, limit: int = 1000) -> int:
+        """Empty bodies and results `bodies_s` after their end, drop rows after `rows_s`; how many."""
         ...
 
 
@@ -407,6 +448,7 @@ class Store(
     Ledger,
     Planning,
     InstanceStore,
+    InteractiveStore,
     OutboxStore,
     KeyStore,
     Protocol,
@@ -455,6 +497,14 @@ class Dispatcher(Protocol):
 
     def stopped(self, message: Stopped) -> None:
         """Tell every worker that a batch's slices were closed."""
+        ...
+
+
+class Courier(Protocol):
+    """Carries interactive requests to workers."""
+
+    def interactive(self, message: Interactive) -> None:
+        """Send a call to its instance, ahead of all hints. Unavailable when it cannot be sent."""
         ...
 
 
