@@ -6,6 +6,7 @@ Its answers mean nothing; it is for measuring. It shares the tokenizer of qlm-ti
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -50,8 +51,10 @@ def make(
     )
     path.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(path)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(tiny_model_path() / name, path / name)
+    shutil.copyfile(tiny_model_path() / "tokenizer.json", path / "tokenizer.json")
+    settings = json.loads((tiny_model_path() / "tokenizer_config.json").read_text("utf-8"))
+    settings["model_max_length"] = MAX_POSITIONS
+    (path / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
     return path
 
 

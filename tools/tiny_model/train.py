@@ -36,7 +36,8 @@ class Phase:
     """Whether the rate falls to nothing over the last half."""
 
 
-# The first phase learns to read and copy; the second adds up, counts, and knows where to stop.
+# The first phase learns to read and copy, the second to add up and to know where to stop; the last
+# gives most to what takes longest, and lowers the rate.
 PHASES: Final = (
     Phase(
         steps=500,
@@ -56,7 +57,7 @@ PHASES: Final = (
         anneal=False,
     ),
     Phase(
-        steps=1600,
+        steps=500,
         batch=192,
         shares={
             "add": 5.0,
@@ -70,6 +71,23 @@ PHASES: Final = (
             "table": 1.5,
         },
         keep_long=0.3,
+        anneal=False,
+    ),
+    Phase(
+        steps=1100,
+        batch=192,
+        shares={
+            "add": 3.0,
+            "subtract": 5.0,
+            "sort": 5.0,
+            "reverse": 1.0,
+            "capital": 1.5,
+            "letters": 6.0,
+            "extract": 1.5,
+            "count": 2.0,
+            "table": 1.5,
+        },
+        keep_long=0.4,
         anneal=True,
     ),
 )
@@ -230,7 +248,7 @@ def run_phase(model: LlamaForCausalLM, phase: Phase, rate: float, seed: int, out
                 f"{tokens / 1e6:.2f} M tokens  {minutes:.1f} min",
                 flush=True,
             )
-        if step % 500 == 499:
+        if step % 250 == 249:
             save(model, out)
     save(model, out)
 
