@@ -5,6 +5,8 @@ Pure rules, called by the worker's runner and by the simulated cluster alike.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 PULL_BELOW = 1.5
 """Claim more once less than this many running batches of requests are in hand."""
 
@@ -13,6 +15,9 @@ PULL_TO = 2.0
 
 INTERACTIVE_PRIORITY = 0
 """The engine priority of interactive work; batch work is always behind it."""
+
+_INTERACTIVE_BASE = 2**40
+"""Above any time in tenths of seconds: what is left of it stays below INTERACTIVE_PRIORITY."""
 
 RETRY_DELAYS_S = (0.2, 1.0, 3.0)
 """Waits before a request the engine failed on is tried again."""
@@ -43,6 +48,45 @@ def concurrency_cap(slots: int) -> int:
 def engine_priority(deadline: float) -> int:
     """The engine's priority for batch work due at `deadline` (Unix seconds): earliest first."""
     return max(INTERACTIVE_PRIORITY + 1, int(deadline))
+
+
+def interactive_priority(due_at: float) -> int:
+    """The engine's priority for a call whose first token is due then (Unix seconds).
+
+    Ahead of any batch work; among calls the earliest due comes first, to a tenth of a second.
+    """
+    return min(INTERACTIVE_PRIORITY, int(due_at * 10) - _INTERACTIVE_BASE)
+
+
+Rank = tuple[int, float]
+"""A request's engine priority and arrival; the lowest rank runs first."""
+
+
+def victim(running: Sequence[Rank]) -> int:
+    """Which of the running requests gives way when one must: the index of the highest rank.
+
+    The last of equals. ValueError when nothing runs.
+    """
+    return max(range(len(running)), key=lambda i: (running[i], i))
+
+
+def evicts(waiting: int, running: int) -> bool:
+    """Whether a waiting request may push a running one out, given their engine priorities.
+
+    Only interactive work does, and only batch work gives way: strict, or two would change places
+    for ever.
+    """
+    return waiting <= INTERACTIVE_PRIORITY < running
+
+
+def next_model(awake: str | None, in_hand: Mapping[str, float]) -> str | None:
+    """The model an instance should have awake, given the earliest deadline held of each model.
+
+    The awake one keeps its place while any of its work is left; then the most urgent is next.
+    """
+    if awake in in_hand or not in_hand:
+        return awake
+    return min(in_hand, key=lambda model: (in_hand[model], model))
 
 
 def worth_retrying(status_code: int) -> bool:

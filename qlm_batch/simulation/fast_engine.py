@@ -1,0 +1,180 @@
+"""The engine model for many requests: `ReferenceEngine`'s behaviour over the compiled kernel."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qlm_batch.scheduling.agent import INTERACTIVE_PRIORITY
+from qlm_batch.scheduling.speed import StepTime
+from qlm_batch.simulation import kernel as k
+from qlm_batch.simulation.engine import EngineLimits, Finished, check_size
+
+
+class FastEngine:
+    """One engine; see ReferenceEngine for what its methods mean.
+
+    Times agree with the reference's within rounding: stretches of decoding are added up at once.
+    """
+
+    def __init__(self, limits: EngineLimits, speed: StepTime, clock: float = 0.0) -> None:
+        self.limits = limits
+        self._times = np.array([clock, 0.0])
+        self._totals = np.zeros(k.TOTALS, dtype=np.int64)
+        self._totals[k.FREE_BLOCKS] = limits.blocks
+        self._limits = np.array(
+            [limits.slots, limits.batched_tokens, limits.block_tokens, INTERACTIVE_PRIORITY],
+            dtype=np.int64,
+        )
+        self._speed = np.array(
+            [speed.base, speed.per_sequence, speed.per_kv, speed.per_prefill], dtype=np.float64
+        )
+        self._order = np.zeros(limits.slots, dtype=np.int64)
+        self._samples = np.zeros((k.SAMPLES, 4))
+        self._sampled = 0
+        self._submitted = 0
+        self._rows: dict[int, int] = {}
+        self._ints = np.zeros((0, k.ROW), dtype=np.int64)
+        self._floats = np.zeros((0, 3))
+        self._done = np.zeros(0, dtype=np.int64)
+        self._spare: list[int] = []
+        self._room(2 * limits.slots + 64)
+
+    def _room(self, rows: int) -> None:
+        """Grow to so many rows."""
+        before = len(self._ints)
+        more = rows - before
+        self._ints = np.concatenate((self._ints, np.zeros((more, k.ROW), dtype=np.int64)))
+        self._floats = np.concatenate((self._floats, np.zeros((more, 3))))
+        self._done = np.zeros(rows, dtype=np.int64)
+        self._spare = [*range(rows - 1, before - 1, -1), *self._spare]
+        self._totals[k.ROWS] = rows
+
+    @property
+    def clock(self) -> float:
+        """When the last step ended."""
+        return float(self._times[k.CLOCK])
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds spent in steps."""
+        return float(self._times[k.BUSY])
+
+    @property
+    def running(self) -> int:
+        """Requests in the running batch."""
+        return int(self._totals[k.RUNS])
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for the running batch."""
+        return int(self._totals[k.WAITS])
+
+    @property
+    def steps(self) -> int:
+        """Steps so far."""
+        return int(self._totals[k.STEPS])
+
+    @property
+    def generated(self) -> int:
+        """Output tokens so far."""
+        return int(self._totals[k.TOKENS])
+
+    @property
+    def preemptions(self) -> int:
+        """Times a running request gave way."""
+        return int(self._totals[k.PREEMPTIONS])
+
+    @property
+    def recomputed(self) -> int:
+        """Tokens whose computation preemption threw away."""
+        return int(self._totals[k.RECOMPUTED])
+
+    def submit(self, key: int, prompt: int, output: int, priority: int, arrival: float) -> None:
+        """Hand in a request; it joins the next step that begins at or after its arrival.
+
+        ValueError when it is empty or could never fit.
+        """
+        check_size(self.limits, prompt, output)
+        if not self._spare:
+            self._room(2 * len(self._ints))
+        row = self._spare.pop()
+        self._rows[key] = row
+        self._ints[row] = (
+            k.WAITING,
+            key,
+            prompt,
+            output,
+            priority,
+            self._submitted,
+            0,
+            0,
+            0,
+            0,
+        )
+        self._floats[row] = (arrival, -1.0, -1.0)
+        self._submitted += 1
+        self._totals[k.WAITS] += 1
+
+    def abort(self, key: int) -> bool:
+        """Drop a request; False when it is not here."""
+        row = self._rows.pop(key, None)
+        if row is None:
+            return False
+        if self._ints[row, k.STATE] == k.WAITING:
+            self._totals[k.WAITS] -= 1
+        else:
+            runs = self.running
+            kept = self._order[:runs][self._order[:runs] != row]
+            self._order[: runs - 1] = kept
+            self._totals[k.RUNS] -= 1
+            self._totals[k.FREE_BLOCKS] += self._ints[row, k.BLOCKS]
+        self._ints[row, k.STATE] = k.FREE
+        self._spare.append(row)
+        return True
+
+    def advance(self, until: float) -> list[Finished]:
+        """Run every step that begins before `until`; what ended, in order."""
+        keys, firsts, ends = self.advance_arrays(until)
+        columns = zip(keys.tolist(), firsts.tolist(), ends.tolist(), strict=True)
+        return [Finished(*column) for column in columns]
+
+    def advance_arrays(
+        self, until: float
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+        """As `advance`: keys, times of first tokens, and ends."""
+        ended = k.advance(
+            self._ints,
+            self._floats,
+            self._order,
+            self._totals,
+            self._times,
+            self._limits,
+            self._speed,
+            self._samples,
+            self._done,
+            until,
+        )
+        rows = self._done[:ended]
+        keys = self._ints[rows, k.KEY]
+        for key in keys.tolist():
+            self._spare.append(self._rows.pop(key))
+        return keys, self._floats[rows, k.FIRST], self._floats[rows, k.END]
+
+    def ages(self, most: int) -> tuple[int, ...]:
+        """Output tokens so far of up to `most` running requests."""
+        rows = self._order[: min(most, self.running)]
+        return tuple(self._ints[rows, k.GENERATED].tolist())
+
+    def took_steps(self) -> tuple[tuple[int, int, int, float], ...]:
+        """A sample of the steps since the last call: (sequences, kv, prefill tokens, seconds)."""
+        count = int(self._totals[k.SAMPLED])
+        seen = np.arange(max(self._sampled, count - k.SAMPLES), count)
+        self._sampled = count
+        rows = self._samples[seen % k.SAMPLES].tolist()
+        return tuple((int(n), int(kv), int(p), s) for n, kv, p, s in rows)
+
+    def begun(self) -> frozenset[int]:
+        """Keys of the requests inside that have had their first token."""
+        inside = (self._ints[:, k.STATE] != k.FREE) & (self._floats[:, k.FIRST] >= 0.0)
+        return frozenset(self._ints[inside, k.KEY].tolist())

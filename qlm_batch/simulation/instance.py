@@ -1,0 +1,470 @@
+"""A simulated worker: claims, feeds its engine, flushes and reports, by the agent's rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+
+from qlm_batch.domain.jobs import ClaimedSlice, EngineKind, ResultRow, Usage
+from qlm_batch.domain.ledger import Directive, Held, ReleaseReason
+from qlm_batch.domain.ports import Heartbeat, Store
+from qlm_batch.domain.snapshot import InstanceState, ModelView, Observation, Residency
+from qlm_batch.scheduling import agent
+from qlm_batch.simulation.engine import EngineLimits
+from qlm_batch.simulation.events import EventQueue
+from qlm_batch.simulation.fast_engine import FastEngine
+from qlm_batch.simulation.fleet import InstanceSpec
+from qlm_batch.simulation.workload import Requests
+
+MOST_GENERATED: Final = 128
+_MAX_MODEL_LEN: Final = 32_768
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerTimes:
+    """A simulated worker's periods, seconds.
+
+    `flush_s` is coarser than a real worker's, which spares store calls: the engine has a quarter
+    more than its slots in hand all the time, so it never waits for one.
+    """
+
+    flush_s: float = 0.25
+    poll_s: float = 1.5
+    heartbeat_s: float = 2.0
+    lease_s: float = 30.0
+
+
+@dataclass(slots=True)
+class _Lease:
+    slice: ClaimedSlice
+    first_key: int
+    claimed_at: float
+    left: set[int]
+
+    @property
+    def held(self) -> Held:
+        return Held(self.slice.slice_id, self.slice.epoch)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """What an instance did for a while: served a batch's slice, or swapped to a model."""
+
+    instance: str
+    what: str
+    model: str
+    start: float
+    end: float
+
+
+@dataclass(slots=True)
+class Tallies:
+    """Sums over an instance's life, all boots together."""
+
+    busy_s: float = 0.0
+    swap_s: float = 0.0
+    swaps: int = 0
+    preemptions: int = 0
+    recomputed: int = 0
+    generated: int = 0
+    spans: list[Span] = field(default_factory=list)
+
+
+class SimulatedInstance:
+    """One worker on the virtual clock. `key_of` is the first request key of a batch.
+
+    `wake_fails` is asked at each swap. All calls come from the event loop.
+    """
+
+    def __init__(
+        self,
+        spec: InstanceSpec,
+        store: Store,
+        events: EventQueue,
+        requests: Requests,
+        key_of: Callable[[str], int],
+        times: WorkerTimes,
+        wake_fails: Callable[[], bool],
+        *,
+        draw: bool = False,
+    ) -> None:
+        self.spec = spec
+        self.tallies = Tallies()
+        self._store, self._events, self._requests = store, events, requests
+        self._key_of, self._times, self._wake_fails, self._draw = key_of, times, wake_fails, draw
+        self._boots = 0
+        self.boot_id = ""
+        self._alive = False
+        self._boot(spec.models[0], dict.fromkeys(spec.models[1:], Residency.ASLEEP))
+
+    def _boot(self, awake: str, others: dict[str, Residency]) -> None:
+        self._boots += 1
+        self.boot_id = f"{self.spec.name}.{self._boots}"
+        self._alive = True
+        self.state = InstanceState.READY
+        self.awake = awake
+        self._residency = {awake: Residency.AWAKE, **others}
+        self._leases: dict[int, _Lease] = {}
+        self._parked: list[_Lease] = []
+        self._by_key: dict[int, _Lease] = {}
+        self._urgent: dict[int, str] = {}
+        self._urgent_parked: list[int] = []
+        self._rows: list[ResultRow] = []
+        self._finished: list[tuple[str, int]] = []
+        self._urgent_tokens = 0
+        self._turn = 0
+        self._start_engine()
+
+    def _start_engine(self) -> None:
+        limits = EngineLimits(self.spec.slots, self.spec.kv_tokens, self.spec.batched_tokens)
+        step = self.spec.profile(self.awake).step
+        self.engine = FastEngine(limits, step, self._events.now())
+        self._reported = (0, 0.0)
+
+    # What happens to it
+
+    def start(self) -> None:
+        """Report for the first time and begin to poll."""
+        self._beat(self.boot_id)
+        self._poll_in(self._times.poll_s)
+
+    def hinted(self, boot_id: str) -> None:
+        """Slices were assigned to this boot."""
+        if boot_id == self.boot_id and self._alive and not self._leases:
+            self._poll()
+
+    def take_urgent(self, key: int, model: str) -> None:
+        """Serve an interactive request."""
+        self._collect()
+        self._urgent[key] = model
+        if model == self.awake and self.state is InstanceState.READY:
+            self._submit_urgent(key)
+        else:
+            self._urgent_parked.append(key)
+            self._switch()
+        if len(self._urgent) == 1 and not self._leases:
+            self._poll_in(self._times.flush_s)
+
+    @property
+    def urgent(self) -> int:
+        """Interactive requests it holds."""
+        return len(self._urgent)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs at all."""
+        return self._alive
+
+    def die(self) -> list[int]:
+        """Stop without a word; the interactive requests that had no token yet, by key."""
+        self._collect()
+        self._fold_engine()
+        self._alive = False
+        self._turn += 1
+        begun = self.engine.begun()
+        return sorted(key for key in self._urgent if key not in begun)
+
+    def come_back(self) -> None:
+        """Start as a new boot that has loaded its first model, the others cold."""
+        model = self.spec.models[0]
+        self._boot(model, dict.fromkeys(self.spec.models[1:], Residency.COLD))
+        self.state = InstanceState.STARTING
+        self._beat(self.boot_id)
+        self._events.after(self.spec.profile(model).load_s, self._started(self.boot_id))
+
+    def _started(self, boot_id: str) -> Callable[[], None]:
+        def ready() -> None:
+            if self.boot_id == boot_id and self._alive:
+                self.state = InstanceState.READY
+                self._tell()
+                self._poll_in(0.0)
+
+        return ready
+
+    def close(self) -> None:
+        """Fold the engine's sums into the tallies at the end of a run."""
+        if self._alive:
+            self._collect()
+            self._fold_engine()
+
+    # The loop
+
+    def _poll_in(self, seconds: float) -> None:
+        self._turn += 1
+        turn = self._turn
+        self._events.after(seconds, lambda: self._poll() if turn == self._turn else None)
+
+    def _poll(self) -> None:
+        if not self._alive:
+            return
+        self._collect()
+        self._expire()
+        self._flush()
+        self._switch()
+        if self.state is InstanceState.READY:
+            self._claim()
+            self._switch()
+        busy = bool(self._leases or self._urgent)
+        self._poll_in(self._times.flush_s if busy else self._times.poll_s)
+
+    def _collect(self) -> None:
+        """Take what the engine finished by now."""
+        keys, firsts, ends = self.engine.advance_arrays(self._events.now())
+        if not len(keys):
+            return
+        requests = self._requests
+        fresh = np.isnan(requests.end[keys])
+        requests.first[keys[fresh]], requests.end[keys[fresh]] = firsts[fresh], ends[fresh]
+        outputs, prompts = requests.output[keys].tolist(), requests.prompt[keys].tolist()
+        arrived = requests.arrival[keys]
+        waits, times = (firsts - arrived).tolist(), (ends - arrived).tolist()
+        for i, key in enumerate(keys.tolist()):
+            lease = self._by_key.pop(key, None)
+            if lease is None:
+                del self._urgent[key]
+                self._urgent_tokens += outputs[i]
+                continue
+            slice_ = lease.slice
+            lease.left.discard(key)
+            self._finished.append((slice_.tenant, outputs[i]))
+            self._rows.append(
+                ResultRow(
+                    slice_id=slice_.slice_id,
+                    epoch=slice_.epoch,
+                    run_id=slice_.run_id,
+                    position=key - lease.first_key,
+                    generation=slice_.generation,
+                    request_id=str(key),
+                    status_code=200,
+                    body="",
+                    usage=Usage(prompts[i], 0, outputs[i]),
+                    first_token_s=waits[i],
+                    duration_s=times[i],
+                )
+            )
+
+    def _expire(self) -> None:
+        """Stop what is past its time; the reaper closes the slices."""
+        now = self._events.now()
+        for lease in self._leases.values():
+            expires_at = lease.slice.expires_at
+            if expires_at is not None and expires_at <= now and lease.left:
+                self._stop(lease)
+
+    def _stop(self, lease: _Lease) -> None:
+        for key in sorted(lease.left):
+            self.engine.abort(key)
+            self._by_key.pop(key, None)
+        lease.left = set()
+        if lease in self._parked:
+            self._parked.remove(lease)
+
+    def _flush(self) -> None:
+        if not (self._leases or self._rows):
+            return
+        held = [lease.held for lease in self._leases.values()]
+        outcome = self._store.flush(self.spec.name, self._rows, held, lease_s=self._times.lease_s)
+        self._rows = []
+        back = []
+        for slice_id, lease in list(self._leases.items()):
+            directive = outcome.directives[slice_id]
+            if directive is Directive.KEEP:
+                continue
+            self._stop(lease)
+            self._drop(lease)
+            if directive is Directive.PREEMPT:
+                back.append(lease.held)
+        if back:
+            self._store.release(self.spec.name, back, ReleaseReason.PREEMPTED)
+
+    def _drop(self, lease: _Lease) -> None:
+        del self._leases[lease.slice.slice_id]
+        if self._draw:
+            self._span(lease.slice.batch_id, lease.slice.model, lease.claimed_at)
+
+    def _claim(self) -> None:
+        suspect = any(lease.slice.suspect for lease in self._leases.values())
+        in_hand = sum(len(lease.left) for lease in self._leases.values())
+        wanted = agent.pull_size(in_hand, self.spec.slots, suspect=suspect)
+        if not wanted:
+            return
+        claimed = self._store.claim_slices(
+            self.spec.name,
+            self.boot_id,
+            max_requests=wanted,
+            lease_s=self._times.lease_s,
+            holding=len(self._leases),
+        )
+        now = self._events.now()
+        for slice_ in claimed:
+            first_key = self._key_of(slice_.batch_id)
+            keys = {first_key + request.position for request in slice_.requests}
+            lease = _Lease(slice_, first_key, now, keys)
+            self._leases[slice_.slice_id] = lease
+            if slice_.model == self.awake:
+                self._feed(lease)
+            else:
+                self._parked.append(lease)
+
+    def _feed(self, lease: _Lease) -> None:
+        # All of it waits in the engine: outside of it, it would wait in the same order.
+        priority, now = agent.engine_priority(lease.slice.deadline), self._events.now()
+        prompts, outputs = self._requests.prompt, self._requests.output
+        for key in sorted(lease.left):
+            self.engine.submit(key, int(prompts[key]), int(outputs[key]), priority, now)
+            self._by_key[key] = lease
+
+    # Interactive work
+
+    def _submit_urgent(self, key: int) -> None:
+        requests = self._requests
+        self.engine.submit(
+            key,
+            int(requests.prompt[key]),
+            int(requests.output[key]),
+            agent.INTERACTIVE_PRIORITY,
+            self._events.now(),
+        )
+
+    # Swaps
+
+    def _switch(self) -> None:
+        """Begin a swap when the agent's rule wants another model and the engine is empty."""
+        if self.state is not InstanceState.READY:
+            return
+        if self._urgent_parked:
+            wanted: str | None = self._urgent[self._urgent_parked[0]]
+            if wanted != self.awake:
+                self._give_back()
+        else:
+            due: dict[str, float] = {}
+            for lease in self._leases.values():
+                if lease.left:
+                    slice_ = lease.slice
+                    due[slice_.model] = min(due.get(slice_.model, slice_.deadline), slice_.deadline)
+            wanted = agent.next_model(self.awake, due)
+        if wanted is None or wanted == self.awake or self.engine.running or self.engine.waiting:
+            return
+        self._swap(wanted)
+
+    def _give_back(self) -> None:
+        """Return the awake model's leases: an interactive request needs the engine."""
+        if not self._leases:
+            return
+        self._flush()
+        leases = list(self._leases.values())
+        for lease in leases:
+            self._stop(lease)
+            self._drop(lease)
+        if leases:
+            held = [lease.held for lease in leases]
+            self._store.release(self.spec.name, held, ReleaseReason.PREEMPTED)
+
+    def _swap_s(self, model: str) -> float:
+        profile = self.spec.profile(model)
+        cold = self._residency[model] is Residency.COLD
+        arrive_s = profile.load_s if cold else profile.wake_s
+        return self.spec.profile(self.awake).sleep_s + arrive_s
+
+    def _swap(self, model: str) -> None:
+        self._fold_engine()
+        seconds = self._swap_s(model)
+        if self._wake_fails():
+            seconds += self.spec.profile(model).load_s
+        self.state = InstanceState.SWAPPING
+        self._residency[self.awake] = Residency.ASLEEP
+        self.tallies.swaps += 1
+        self.tallies.swap_s += seconds
+        self._tell()
+        began, boot_id = self._events.now(), self.boot_id
+
+        def swapped() -> None:
+            if self.boot_id != boot_id or not self._alive:
+                return
+            self.awake, self.state = model, InstanceState.READY
+            self._residency[model] = Residency.AWAKE
+            self._start_engine()
+            if self._draw:
+                self._span("swap", model, began)
+            for lease in [lease for lease in self._parked if lease.slice.model == model]:
+                self._parked.remove(lease)
+                self._feed(lease)
+            for key in [key for key in self._urgent_parked if self._urgent[key] == model]:
+                self._urgent_parked.remove(key)
+                self._submit_urgent(key)
+            self._tell()
+            self._poll_in(0.0)
+
+        self._events.after(seconds, swapped)
+
+    # Reports
+
+    def _tell(self) -> None:
+        self._store.heartbeat(self._heartbeat())
+
+    def _beat(self, boot_id: str) -> None:
+        if boot_id == self.boot_id and self._alive:
+            self._collect()
+            self._tell()
+            self._events.after(self._times.heartbeat_s, lambda: self._beat(boot_id))
+
+    def _heartbeat(self) -> Heartbeat:
+        inside = self.engine.running + self.engine.waiting
+        most = agent.concurrency_cap(self.spec.slots)
+        return Heartbeat(
+            name=self.spec.name,
+            boot_id=self.boot_id,
+            device=self.spec.device,
+            state=self.state,
+            models=tuple(
+                ModelView(
+                    model,
+                    EngineKind.GENERATE,
+                    self._residency[model],
+                    _MAX_MODEL_LEN,
+                    None if model == self.awake else self._swap_s(model),
+                )
+                for model in self.spec.models
+            ),
+            slots=self.spec.slots,
+            kv_tokens=self.spec.kv_tokens,
+            running=min(inside, most),
+            interactive_running=len(self._urgent),
+            generated=self.engine.ages(MOST_GENERATED),
+            observations=self._observations(),
+        )
+
+    def _observations(self) -> tuple[Observation, ...]:
+        engine = self.engine
+        generated, busy_s = self._reported
+        tokens, seconds = engine.generated - generated, engine.busy_s - busy_s
+        if not (tokens or self._finished):
+            return ()
+        self._reported = (engine.generated, engine.busy_s)
+        seen = Observation(
+            instance=self.spec.name,
+            device=self.spec.device,
+            model=self.awake,
+            at=self._events.now(),
+            outputs=tuple(self._finished),
+            steps=engine.took_steps(),
+            # What interactive requests got is not the batch's throughput.
+            tokens=max(0, tokens - self._urgent_tokens),
+            requests=len(self._finished),
+            seconds=seconds,
+        )
+        self._finished, self._urgent_tokens = [], 0
+        return (seen,)
+
+    def _fold_engine(self) -> None:
+        engine, tallies = self.engine, self.tallies
+        tallies.busy_s += engine.busy_s
+        tallies.preemptions += engine.preemptions
+        tallies.recomputed += engine.recomputed
+        tallies.generated += engine.generated
+
+    def _span(self, what: str, model: str, start: float) -> None:
+        self.tallies.spans.append(Span(self.spec.name, what, model, start, self._events.now()))

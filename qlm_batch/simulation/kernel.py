@@ -1,0 +1,315 @@
+"""The engine model over arrays: `advance` runs many iterations and is compiled by numba.
+
+Written in the subset that compiles; `engine.ReferenceEngine` says what it does. Requests are rows
+of `ints` and `floats`; `order[:n]` are the running rows in order of admission.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar, cast
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def jit(function: Callable[P, R]) -> Callable[P, R]:
+    """Compile at the first call and keep the code on disk."""
+    return cast("Callable[P, R]", numba.njit(cache=True)(function))
+
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+STATE, KEY, PROMPT, OUTPUT, PRIORITY, NUMBER, GENERATED, COMPUTED, BLOCKS, SCHEDULED = range(10)
+ROW = 10
+FREE, WAITING, RUNNING = 0, 1, 2
+ARRIVAL, FIRST, END = 0, 1, 2
+
+RUNS, WAITS, FREE_BLOCKS, STEPS, TOKENS, PREEMPTIONS, RECOMPUTED, ROWS, SAMPLED = range(9)
+TOTALS = 9
+SLOTS, BATCHED, BLOCK, INTERACTIVE = 0, 1, 2, 3
+CLOCK, BUSY = 0, 1
+SAMPLES = 32
+
+
+@jit
+def _blocks(tokens: int, block: int) -> int:
+    return (tokens + block - 1) // block
+
+
+@jit
+def _head(ints: Ints, floats: Floats, rows: int) -> int:
+    """The waiting row of lowest (priority, arrival, number); -1 without any."""
+    best = -1
+    for row in range(rows):
+        if ints[row, STATE] != WAITING:
+            continue
+        if best < 0 or (
+            (ints[row, PRIORITY], floats[row, ARRIVAL], ints[row, NUMBER])
+            < (ints[best, PRIORITY], floats[best, ARRIVAL], ints[best, NUMBER])
+        ):
+            best = row
+    return best
+
+
+@jit
+def _victim(ints: Ints, floats: Floats, order: Ints, runs: int) -> int:
+    """The position of the highest (priority, arrival) among the running, the last of equals."""
+    best = 0
+    for at in range(1, runs):
+        row, worst = order[at], order[best]
+        if (ints[row, PRIORITY], floats[row, ARRIVAL]) >= (
+            ints[worst, PRIORITY],
+            floats[worst, ARRIVAL],
+        ):
+            best = at
+    return best
+
+
+@jit
+def _preempt(ints: Ints, order: Ints, totals: Ints, at: int) -> int:
+    """Move the running row at this position back to the waiting; the row."""
+    row = order[at]
+    for i in range(at, totals[RUNS] - 1):
+        order[i] = order[i + 1]
+    totals[RUNS] -= 1
+    totals[WAITS] += 1
+    totals[FREE_BLOCKS] += ints[row, BLOCKS]
+    totals[PREEMPTIONS] += 1
+    totals[RECOMPUTED] += ints[row, COMPUTED]
+    ints[row, COMPUTED] = 0
+    ints[row, BLOCKS] = 0
+    ints[row, STATE] = WAITING
+    return int(row)
+
+
+@jit
+def _evict(ints: Ints, floats: Floats, order: Ints, totals: Ints, limits: Ints) -> int:
+    """Make room for an interactive request; the head of the waiting afterwards."""
+    while totals[WAITS] > 0:
+        head = _head(ints, floats, totals[ROWS])
+        if totals[RUNS] == 0 or ints[head, PRIORITY] > limits[INTERACTIVE]:
+            return head
+        need = _blocks(ints[head, PROMPT] + ints[head, GENERATED], limits[BLOCK])
+        if totals[RUNS] < limits[SLOTS] and need <= totals[FREE_BLOCKS]:
+            return head
+        last = _victim(ints, floats, order, totals[RUNS])
+        if ints[order[last], PRIORITY] <= limits[INTERACTIVE]:
+            return head
+        _preempt(ints, order, totals, last)
+    return -1
+
+
+@jit
+def _schedule_running(
+    ints: Ints, floats: Floats, order: Ints, totals: Ints, limits: Ints
+) -> tuple[int, bool]:
+    """Give running rows their tokens of this step; the budget left, and whether any lost out."""
+    budget, before, at = limits[BATCHED], totals[PREEMPTIONS], 0
+    while at < totals[RUNS] and budget > 0:
+        row = order[at]
+        tokens = min(ints[row, PROMPT] + ints[row, GENERATED] - ints[row, COMPUTED], budget)
+        need = _blocks(ints[row, COMPUTED] + tokens, limits[BLOCK])
+        lost = False
+        while need - ints[row, BLOCKS] > totals[FREE_BLOCKS]:
+            last = _victim(ints, floats, order, totals[RUNS])
+            gone = _preempt(ints, order, totals, last)
+            budget += ints[gone, SCHEDULED]
+            ints[gone, SCHEDULED] = 0
+            if gone == row:
+                lost = True
+                break
+            if last < at:
+                at -= 1
+        if lost:
+            break
+        grown = max(0, need - ints[row, BLOCKS])
+        ints[row, BLOCKS] += grown
+        totals[FREE_BLOCKS] -= grown
+        ints[row, SCHEDULED] = tokens
+        budget -= tokens
+        at += 1
+    return budget, totals[PREEMPTIONS] > before
+
+
+@jit
+def _admit(
+    ints: Ints, floats: Floats, order: Ints, totals: Ints, limits: Ints, head: int, budget: int
+) -> int:
+    """Admit waiting rows from `head` on; the head left over."""
+    while totals[WAITS] > 0 and totals[RUNS] < limits[SLOTS] and budget > 0:
+        known = ints[head, PROMPT] + ints[head, GENERATED]
+        need = _blocks(known, limits[BLOCK])
+        if need > totals[FREE_BLOCKS]:
+            break
+        ints[head, STATE] = RUNNING
+        ints[head, BLOCKS] = need
+        ints[head, SCHEDULED] = min(known, budget)
+        budget -= ints[head, SCHEDULED]
+        totals[FREE_BLOCKS] -= need
+        order[totals[RUNS]] = head
+        totals[RUNS] += 1
+        totals[WAITS] -= 1
+        head = _head(ints, floats, totals[ROWS]) if totals[WAITS] > 0 else -1
+    return head
+
+
+@jit
+def _sample(
+    samples: Floats, totals: Ints, count: int, context: int, prefill: int, seconds: float
+) -> None:
+    at = totals[SAMPLED] % len(samples)
+    totals[SAMPLED] += 1
+    samples[at, 0], samples[at, 1], samples[at, 2] = count, context, prefill
+    samples[at, 3] = seconds
+
+
+@jit
+def _finish(
+    ints: Ints,
+    floats: Floats,
+    order: Ints,
+    totals: Ints,
+    times: Floats,
+    speed: Floats,
+    samples: Floats,
+    done: Ints,
+    ended: int,
+) -> int:
+    """End the step: time passes, tokens come, complete rows leave; how many ended so far."""
+    count, context, prefill = 0, 0, 0
+    for at in range(totals[RUNS]):
+        row = order[at]
+        tokens = ints[row, SCHEDULED]
+        if tokens > 0:
+            left = ints[row, PROMPT] + ints[row, GENERATED] - ints[row, COMPUTED]
+            count += 1
+            context += ints[row, COMPUTED]
+            if ints[row, GENERATED] == 0 or left > 1:
+                prefill += tokens
+    seconds = speed[0] + speed[1] * count + speed[2] * context + speed[3] * prefill
+    times[CLOCK] += seconds
+    times[BUSY] += seconds
+    _sample(samples, totals, count, context, prefill, seconds)
+    totals[STEPS] += 1
+    kept = 0
+    for at in range(totals[RUNS]):
+        row = order[at]
+        ints[row, COMPUTED] += ints[row, SCHEDULED]
+        ints[row, SCHEDULED] = 0
+        if ints[row, COMPUTED] == ints[row, PROMPT] + ints[row, GENERATED]:
+            ints[row, GENERATED] += 1
+            totals[TOKENS] += 1
+            if floats[row, FIRST] < 0.0:
+                floats[row, FIRST] = times[CLOCK]
+            if ints[row, GENERATED] == ints[row, OUTPUT]:
+                floats[row, END] = times[CLOCK]
+                ints[row, STATE] = FREE
+                totals[FREE_BLOCKS] += ints[row, BLOCKS]
+                ints[row, BLOCKS] = 0
+                done[ended] = row
+                ended += 1
+                continue
+        order[kept] = row
+        kept += 1
+    totals[RUNS] = kept
+    return ended
+
+
+@jit
+def _still(
+    ints: Ints,
+    order: Ints,
+    totals: Ints,
+    times: Floats,
+    limits: Ints,
+    speed: Floats,
+    samples: Floats,
+    until: float,
+) -> bool:
+    """Run, at once, the steps in which every running row decodes and none ends or needs room.
+
+    Closed form: step j of n rows lasts base + b·n + c·(context + n·j). False where there are none.
+    """
+    runs = totals[RUNS]
+    if runs == 0 or runs > limits[BATCHED]:
+        return False
+    steps, context = 1 << 40, 0
+    for at in range(runs):
+        row = order[at]
+        if ints[row, PROMPT] + ints[row, GENERATED] - ints[row, COMPUTED] != 1:
+            return False
+        if ints[row, GENERATED] == 0:
+            return False
+        # The step that ends a row is run by itself.
+        steps = min(steps, ints[row, OUTPUT] - ints[row, GENERATED] - 1)
+        context += ints[row, COMPUTED]
+    while steps > 0 and runs * _blocks(steps, limits[BLOCK]) > totals[FREE_BLOCKS]:
+        steps //= 2
+    if steps < 2:
+        return False
+    first = speed[0] + speed[1] * runs + speed[2] * context
+    grow = speed[2] * runs
+    left = until - times[CLOCK]
+    if steps * first + grow * steps * (steps - 1) / 2 >= left:
+        # Those that begin before `until`: the sum is increasing, so bisect.
+        low, high = 1, steps
+        while low < high:
+            middle = (low + high + 1) // 2
+            if (middle - 1) * first + grow * (middle - 1) * (middle - 2) / 2 < left:
+                low = middle
+            else:
+                high = middle - 1
+        steps = low
+    seconds = steps * first + grow * steps * (steps - 1) / 2
+    _sample(samples, totals, runs, context, 0, first)
+    times[CLOCK] += seconds
+    times[BUSY] += seconds
+    totals[STEPS] += steps
+    totals[TOKENS] += steps * runs
+    for at in range(runs):
+        row = order[at]
+        ints[row, COMPUTED] += steps
+        ints[row, GENERATED] += steps
+        grown = max(0, _blocks(ints[row, COMPUTED], limits[BLOCK]) - ints[row, BLOCKS])
+        ints[row, BLOCKS] += grown
+        totals[FREE_BLOCKS] -= grown
+    return True
+
+
+@jit
+def advance(
+    ints: Ints,
+    floats: Floats,
+    order: Ints,
+    totals: Ints,
+    times: Floats,
+    limits: Ints,
+    speed: Floats,
+    samples: Floats,
+    done: Ints,
+    until: float,
+) -> int:
+    """Run every step that begins before `until`; `done[:returned]` are the rows that ended."""
+    ended = 0
+    while times[CLOCK] < until:
+        if totals[RUNS] == 0 and totals[WAITS] == 0:
+            times[CLOCK] = until
+            break
+        head = _evict(ints, floats, order, totals, limits)
+        shut = head < 0 or totals[RUNS] >= limits[SLOTS]
+        if not shut:
+            need = _blocks(ints[head, PROMPT] + ints[head, GENERATED], limits[BLOCK])
+            shut = need > totals[FREE_BLOCKS]
+        if shut and _still(ints, order, totals, times, limits, speed, samples, until):
+            continue
+        budget, preempted = _schedule_running(ints, floats, order, totals, limits)
+        if not preempted and head >= 0:
+            _admit(ints, floats, order, totals, limits, head, budget)
+        ended = _finish(ints, floats, order, totals, times, speed, samples, done, ended)
+    return ended
