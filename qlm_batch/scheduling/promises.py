@@ -71,17 +71,21 @@ def _planned(plan: Plan) -> Iterable[tuple[str, _Part]]:
 
 def _assigned(snapshot: Snapshot, estimator: Estimator) -> Iterable[tuple[str, _Part]]:
     for i, view in enumerate(snapshot.instances):
-        for own in view.assigned:
-            if own.requests > 0 and estimator.serves(i, own.model):
-                ready = estimator.ready(i)
-                yield (
-                    own.batch_id,
-                    _Part(
-                        ready.mean + estimator.tail_s(i, own),
-                        ready.var,
-                        own.deadline - snapshot.now,
-                        own.model,
-                        SloClass.BATCH,
-                        f"running on {view.name}; model {own.model}",
-                    ),
-                )
+        working = [
+            own for own in view.assigned if own.requests > 0 and estimator.serves(i, own.model)
+        ]
+        if not working:
+            continue
+        ready = estimator.ready(i)
+        for own in working:
+            yield (
+                own.batch_id,
+                _Part(
+                    ready.mean + estimator.tail_s(i, own),
+                    ready.var,
+                    own.deadline - snapshot.now,
+                    own.model,
+                    SloClass.BATCH,
+                    f"running on {view.name}; model {own.model}",
+                ),
+            )
