@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
+# Not this folder first: its queue.py would hide the standard library's.
+sys.path[0] = str(Path(__file__).parents[1])
+
 import httpx
-from support import CHAT, SEAL, Stand, finish, load, require, say, stand, wait_until, write_requests
+
+from benchmarks.support import (
+    CHAT,
+    SEAL,
+    Stand,
+    finish,
+    load,
+    require,
+    say,
+    stand,
+    wait_until,
+    write_requests,
+)
 
 
 def main() -> None:

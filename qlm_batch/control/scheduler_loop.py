@@ -22,6 +22,7 @@ from qlm_batch.scheduling.dispatching import DispatchConfig, recalls, rescues, t
 from qlm_batch.scheduling.estimator import Estimator, EstimatorConfig
 from qlm_batch.scheduling.forecasts import Forecasts
 from qlm_batch.scheduling.grouping import form_groups
+from qlm_batch.scheduling.pacing import Pace
 from qlm_batch.scheduling.policies import Policy
 from qlm_batch.scheduling.problem import Problem
 from qlm_batch.scheduling.profile import Knowledge, fold
@@ -138,6 +139,7 @@ class SchedulerLoop:
         self._story: Story | None = None
         self._unserved = Unserved(self._config.unserved)
         self._forecasts = Forecasts()
+        self._pace = Pace()
         self._rescued: set[str] = set()
 
     def _step_down(self) -> None:
@@ -253,11 +255,10 @@ class SchedulerLoop:
         recalled: Sequence[str],
     ) -> Mapping[str, int]:
         """Assign what is due and hint at it; slices per instance."""
-        assignments = [
-            assignment
-            for assignment in top_up(snapshot, plan, estimator, self._config.dispatch)
-            if assignment.instance not in recalled
-        ]
+        self._pace = self._pace.seen(snapshot)
+        due = top_up(snapshot, plan, estimator, self._config.dispatch, self._pace.factors)
+        assignments = [made for made in due if made.instance not in recalled]
+        self._pace = self._pace.handed(snapshot, assignments)
         if not assignments:
             return {}
         assigned = self._store.assign(epoch, assignments)

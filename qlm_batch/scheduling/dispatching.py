@@ -35,15 +35,21 @@ class DispatchConfig:
 
 
 def top_up(
-    snapshot: Snapshot, plan: Plan, estimator: Estimator, config: DispatchConfig | None = None
+    snapshot: Snapshot,
+    plan: Plan,
+    estimator: Estimator,
+    config: DispatchConfig | None = None,
+    factors: Mapping[str, float] | None = None,
 ) -> list[Assignment]:
     """What to assign now, in order: each ready instance filled from the head of its queue.
 
     A group of a model that is not awake waits until its instance has nothing left of others; its
     arrival is what makes the instance swap. Nothing behind it is assigned before it. Plans may name
-    groups whose slices are gone; the store assigns what there is.
+    groups whose slices are gone; the store assigns what there is. `factors` multiply the fill of
+    the instances they name (see `pacing`).
     """
     settings = config or DispatchConfig()
+    paces = factors or {}
     index = {view.name: i for i, view in enumerate(snapshot.instances)}
     queued: dict[tuple[int, int], int] = {
         (run.run_id, run.generation): run.slices for run in snapshot.runs
@@ -53,7 +59,8 @@ def top_up(
         i = index.get(queue.instance, -1)
         if i >= 0 and snapshot.instances[i].state is InstanceState.READY:
             view = snapshot.instances[i]
-            assignments += _fill(view, i, queue.groups, queued, estimator, settings)
+            pace = paces.get(view.name, 1.0)
+            assignments += _fill(view, i, queue.groups, queued, estimator, settings, pace)
     return assignments
 
 
@@ -64,6 +71,7 @@ def _fill(
     queued: dict[tuple[int, int], int],
     estimator: Estimator,
     config: DispatchConfig,
+    pace: float,
 ) -> list[Assignment]:
     awake = {model.name for model in view.models if model.residency is Residency.AWAKE}
     hosted = {model.name for model in view.models}
@@ -80,7 +88,9 @@ def _fill(
         if others - awake or (others and group.model not in awake):
             break
         flow = estimator.flow_of(index, group)
-        target = max(config.fill * flow.running, flow.running + config.ahead_s / flow.request_s)
+        target = pace * max(
+            config.fill * flow.running, flow.running + config.ahead_s / flow.request_s
+        )
         per_slice = max(1.0, group.requests / max(1, group.slices))
         for part in group.parts:
             room = target - held.get(group.model, 0)

@@ -1,0 +1,41 @@
+"""How what an instance is handed follows what it turns out to need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qlm_batch.domain.snapshot import Assignment, RunView
+from qlm_batch.scheduling.pacing import MOST, Pace
+from tests.unit.planning_cases import assigned, instance, run_view, snapshot
+
+QUEUED = (run_view(1, 1000),)
+
+
+def after(pace: Pace, left: int, *, handed: int = 8, runs: Sequence[RunView] = QUEUED) -> Pace:
+    """One pass over an instance that still has `left` slices and is handed more."""
+    views = [instance("i", assigned=(assigned(9, left * 64, slices=left),) if left else ())]
+    situation = snapshot(runs=list(runs), instances=views)
+    return pace.seen(situation).handed(situation, [Assignment("i", 1, 1, handed, "g")])
+
+
+def test_an_instance_that_runs_dry_is_handed_twice_as_much_each_time() -> None:
+    pace = after(Pace(), 0)
+    assert pace.factors == {}
+    factors = []
+    for _ in range(8):
+        pace = after(pace, 0)
+        factors.append(pace.factors["i"])
+    assert factors == [2, 4, 8, 16, 32, MOST, MOST, MOST]
+
+
+def test_an_instance_that_got_all_there_was_is_not_taken_for_fast() -> None:
+    pace = after(Pace(), 0, handed=8, runs=[run_view(1, 8)])
+    assert after(pace, 0).factors == {}
+
+
+def test_an_instance_left_with_most_of_it_is_handed_less_again() -> None:
+    pace = after(after(after(Pace(), 0), 0), 0)
+    assert pace.factors == {"i": 4}
+    pace = after(pace, 7)
+    assert pace.factors == {"i": 2}
+    assert after(pace, 14).factors == {}
