@@ -13,12 +13,15 @@ from qlm_batch.control.callback_service import CallbackConfig, CallbackService
 from qlm_batch.control.clock import SystemClock
 from qlm_batch.control.export_service import ExportConfig, ExportService
 from qlm_batch.control.intake_service import IntakeConfig, IntakeService
+from qlm_batch.control.interactive import THREADS as CALL_THREADS
+from qlm_batch.control.interactive import Calls, CallStore
 from qlm_batch.control.leadership import Leadership
 from qlm_batch.control.lifecycle import Service
 from qlm_batch.control.reaper import Reaper, ReaperConfig
 from qlm_batch.control.retention import RetentionConfig, RetentionService
 from qlm_batch.control.scheduler_loop import SchedulerConfig, SchedulerLoop
 from qlm_batch.dispatch.dispatcher import CeleryDispatcher
+from qlm_batch.dispatch.streams import TokenReader
 from qlm_batch.domain.errors import ConfigurationError
 from qlm_batch.domain.ports import BlobStore, Dispatcher
 from qlm_batch.intake.blobs import make_blobs
@@ -53,6 +56,20 @@ def open_dispatcher(settings: Settings) -> Dispatcher:
             "no broker: set REDIS_URL, or use `qlm up`, which starts one of its own"
         )
     return CeleryDispatcher(settings.redis_url)
+
+
+def open_calls(settings: Settings, store: CallStore) -> Calls:
+    """The way of interactive requests to the engines; ConfigurationError without a broker."""
+    if not settings.redis_url:
+        raise ConfigurationError(
+            "no broker: set REDIS_URL, or use `qlm up`, which starts one of its own"
+        )
+    return Calls(
+        store,
+        CeleryDispatcher(settings.redis_url, connections=CALL_THREADS),
+        TokenReader(settings.redis_url),
+        most_open=settings.interactive_open,
+    )
 
 
 def scheduler_services(settings: Settings, stop: threading.Event) -> Sequence[Service]:

@@ -56,6 +56,17 @@ class Settings(BaseSettings):
     heartbeat_s: float = 2.0
     policy: str = "qlm"
 
+    interactive_ttft_s: float = 2.0
+    """Target for the first token where neither the request nor its key names one."""
+    interactive_tpot_s: float = 0.1
+    """Target for each further token; while steps take longer, batch work is held back."""
+    interactive_open: int = 1000
+    """Most interactive requests under way in one API process."""
+    interactive_bodies_s: float = 86_400.0
+    """How long bodies and answers of interactive requests are kept after their end."""
+    interactive_rows_s: float = 30 * 86_400.0
+    """How long it is kept that there was a request, with its timings and token counts."""
+
     instance: str = "gpu-0"
     """This worker's stable name."""
     engine: Literal["vllm", "openai", "simulated"] = "vllm"

@@ -25,7 +25,12 @@ def api() -> None:
     settings = _settings()
     store = bootstrap.open_store(settings)
     try:
-        services = ApiServices(store=store, blobs=bootstrap.open_blobs(settings), settings=settings)
+        services = ApiServices(
+            store=store,
+            blobs=bootstrap.open_blobs(settings),
+            settings=settings,
+            calls=bootstrap.open_calls(settings, store) if settings.redis_url else None,
+        )
         run_api(create_app(services), settings)
     finally:
         store.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib import metadata
@@ -10,7 +11,16 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 
-from qlm_batch.api import batches, errors, files, health, models, results, webhooks
+from qlm_batch.api import (
+    batches,
+    errors,
+    files,
+    health,
+    interactive,
+    models,
+    results,
+    webhooks,
+)
 from qlm_batch.api.auth import KeyRing
 from qlm_batch.api.edge import Edge
 from qlm_batch.api.limits import RateLimiter
@@ -31,7 +41,17 @@ def create_app(services: ApiServices) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await run_in_threadpool(_prepare_spool, services)
-        yield
+        calls = services.calls
+        if calls is None:
+            yield
+            return
+        presence = asyncio.create_task(calls.keep_present())
+        try:
+            yield
+        finally:
+            presence.cancel()
+            await asyncio.gather(presence, return_exceptions=True)
+            await calls.shut()
 
     app = FastAPI(
         title="qlm-batch",
@@ -47,7 +67,7 @@ def create_app(services: ApiServices) -> FastAPI:
     app.state.metrics = Metrics(services.store)
     errors.install(app)
     app.add_middleware(Edge, observe=app.state.metrics.observe)
-    for part in (files, batches, results, models, webhooks, health):
+    for part in (files, batches, results, interactive, models, webhooks, health):
         app.include_router(part.router)
     app.openapi = _honest(app.openapi)  # type: ignore[method-assign]
     return app

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import collections
 from collections.abc import Iterator
 
 from prometheus_client import (
+    Counter,
     GCCollector,
     Histogram,
     PlatformCollector,
@@ -38,11 +39,48 @@ class Metrics:
             buckets=_BUCKETS,
             registry=self._registry,
         )
+        self._first_token = Histogram(
+            "qlm_interactive_first_token_seconds",
+            "Time to the first token of interactive requests.",
+            buckets=_BUCKETS,
+            registry=self._registry,
+        )
+        self._per_token = Histogram(
+            "qlm_interactive_seconds_per_token",
+            "Mean time per further token of interactive streams.",
+            buckets=_BUCKETS,
+            registry=self._registry,
+        )
+        self._interactive = Counter(
+            "qlm_interactive_requests",
+            "Interactive requests by status.",
+            ("status",),
+            registry=self._registry,
+        )
+        self._attained = Counter(
+            "qlm_slo",
+            "Requests by class, and whether their target was met.",
+            ("slo_class", "met"),
+            registry=self._registry,
+        )
 
     def observe(self, method: str, route: str, status: int, seconds: float) -> None:
         """Count one request."""
         known = method if method in ("GET", "POST", "DELETE") else "other"
         self._requests.labels(known, route, str(status)).observe(seconds)
+
+    def first_token(self, seconds: float, target_s: float) -> None:
+        """A client got its first token after so long."""
+        self._first_token.observe(seconds)
+        self._attained.labels("interactive", "yes" if seconds <= target_s else "no").inc()
+
+    def per_token(self, seconds: float) -> None:
+        """The mean time between the tokens of one stream."""
+        self._per_token.observe(seconds)
+
+    def interactive_ended(self, status: int) -> None:
+        """A request was answered with this status."""
+        self._interactive.labels(str(status)).inc()
 
     def text(self) -> bytes:
         """All metrics in Prometheus' text format; the store is asked now."""
@@ -72,7 +110,7 @@ class _Service(Collector):
             ("requests", totals.requests),
         ):
             yield GaugeMetricFamily(f"qlm_queue_{name}", f"Open {name}.", value=value)
-        states = Counter(instance.state for instance in instances)
+        states = collections.Counter(instance.state for instance in instances)
         by_state = GaugeMetricFamily("qlm_instances", "Instances by state.", labels=["state"])
         for state in InstanceState:
             by_state.add_metric([state.value], states[state])
@@ -80,12 +118,19 @@ class _Service(Collector):
         running = GaugeMetricFamily(
             "qlm_instance_running", "Requests inside the engine.", labels=["instance"]
         )
+        interactive = GaugeMetricFamily(
+            "qlm_instance_interactive_running",
+            "Interactive requests inside the engine.",
+            labels=["instance"],
+        )
         rate = GaugeMetricFamily(
             "qlm_instance_tokens_per_second", "Output tokens a second.", labels=["instance"]
         )
         for instance in instances:
             if instance.state is not InstanceState.LOST:
                 running.add_metric([instance.name], instance.running)
+                interactive.add_metric([instance.name], instance.interactive_running)
                 rate.add_metric([instance.name], instance.tokens_per_s)
         yield running
+        yield interactive
         yield rate

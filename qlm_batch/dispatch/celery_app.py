@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import parse_qs
 
 from celery import Celery
 from kombu import Queue
@@ -10,6 +11,7 @@ from kombu import Queue
 from qlm_batch.domain.errors import ConfigurationError
 
 ASSIGNED_TASK = "qlm.assigned"
+INTERACTIVE_TASK = "qlm.interactive"
 STOPPED_COMMAND = "qlm_stopped"
 """The remote-control command every worker gets when slices of a batch were closed."""
 
@@ -44,10 +46,27 @@ def broker_url(redis_url: str) -> str:
     return redis_url
 
 
-def make_app(redis_url: str, *, instance: str | None = None, timeout_s: float = 10.0) -> Celery:
+def client_url(redis_url: str) -> str:
+    """The URL as redis-py wants it. ConfigurationError unless it names a server."""
+    url = broker_url(redis_url)
+    if not url.startswith("redis+socket://"):
+        return url
+    path, _, query = url.removeprefix("redis+socket://").partition("?")
+    database = parse_qs(query).get("virtual_host", ["0"])[0]
+    return f"unix://{path}?db={database}"
+
+
+def make_app(
+    redis_url: str,
+    *,
+    instance: str | None = None,
+    timeout_s: float = 10.0,
+    connections: int = 2,
+) -> Celery:
     """An application on this broker: a worker's when it names its instance, else a sender's.
 
-    A sender gives up on a broker that does not answer within `timeout_s`; a worker tries for ever.
+    A sender gives up on a broker that does not answer within `timeout_s`, and sends over as many
+    `connections` at a time; a worker tries for ever.
     """
     transport: dict[str, Any] = {
         "socket_timeout": timeout_s,
@@ -70,7 +89,7 @@ def make_app(redis_url: str, *, instance: str | None = None, timeout_s: float = 
         broker_connection_timeout=timeout_s,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
-        broker_pool_limit=2,
+        broker_pool_limit=connections,
         result_backend="disabled://",
         task_ignore_result=True,
         task_store_errors_even_if_ignored=False,

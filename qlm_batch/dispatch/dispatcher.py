@@ -1,4 +1,4 @@
-"""The dispatcher over Celery: sends hints, and shrugs when they cannot be sent."""
+"""The dispatcher over Celery: hints, whose loss it shrugs at, and interactive requests."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ from qlm_batch.dispatch import wire
 from qlm_batch.dispatch.celery_app import (
     ASSIGNED_TASK,
     BATCH_PRIORITY,
+    INTERACTIVE_PRIORITY,
+    INTERACTIVE_TASK,
     STOPPED_COMMAND,
     batch_queue,
+    interactive_queue,
     make_app,
 )
-from qlm_batch.domain.messages import Assigned, Stopped
+from qlm_batch.domain.errors import Unavailable
+from qlm_batch.domain.messages import Assigned, Interactive, Stopped
 
 log = structlog.get_logger(__name__)
 
@@ -27,10 +31,15 @@ SEND_TIMEOUT_S = 1.0
 
 
 class CeleryDispatcher:
-    """Hints over Celery. Never raises for a broker that is away; logs once per outage."""
+    """Messages over Celery. A broker that is away is logged once per outage.
 
-    def __init__(self, redis_url: str, *, timeout_s: float = SEND_TIMEOUT_S) -> None:
-        self._app: Any = make_app(redis_url, timeout_s=timeout_s)
+    Hints never raise for it. Safe to share between threads; `connections` may send at a time.
+    """
+
+    def __init__(
+        self, redis_url: str, *, timeout_s: float = SEND_TIMEOUT_S, connections: int = 2
+    ) -> None:
+        self._app: Any = make_app(redis_url, timeout_s=timeout_s, connections=connections)
         self._away = False
         self._lock = threading.Lock()
 
@@ -55,11 +64,26 @@ class CeleryDispatcher:
             )
         )
 
+    def interactive(self, message: Interactive) -> None:
+        """Send a call to its instance, ahead of all hints. Unavailable when it cannot be sent."""
+        sent = self._send(
+            lambda: self._app.send_task(
+                INTERACTIVE_TASK,
+                kwargs={"message": wire.encode(message)},
+                queue=interactive_queue(message.instance),
+                priority=INTERACTIVE_PRIORITY,
+                ignore_result=True,
+                retry=False,
+            )
+        )
+        if not sent:
+            raise Unavailable("The way to the engines is interrupted; try again.")
+
     def close(self) -> None:
         """Give the connections back."""
         self._app.close()
 
-    def _send(self, send: Callable[[], object]) -> None:
+    def _send(self, send: Callable[[], object]) -> bool:
         try:
             send()
         except (KombuError, OperationalError, RedisError, OSError) as error:
@@ -67,8 +91,9 @@ class CeleryDispatcher:
                 first, self._away = not self._away, True
             if first:
                 log.warning("broker is away; workers poll until it is back", error=str(error))
-            return
+            return False
         with self._lock:
             back, self._away = self._away, False
         if back:
             log.info("broker is back")
+        return True

@@ -1,23 +1,30 @@
-"""Hints as JSON objects. A message that does not fit is refused with the field at fault."""
+"""Messages as JSON objects. One that does not fit is refused with the field at fault."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import Field, asdict, fields
+from typing import Any
 
 from qlm_batch.domain.errors import InvalidInput
-from qlm_batch.domain.messages import Assigned, Stopped
+from qlm_batch.domain.messages import Assigned, Interactive, Stopped
 
 VERSION = 1
 MAX_FIELD = 256
 """Longest text of a field, in characters."""
+MAX_BODY = 4 * 1024**2
+"""Longest request body, in characters."""
 
-Message = Assigned | Stopped
-_TYPES: Mapping[str, type[Assigned] | type[Stopped]] = {"assigned": Assigned, "stopped": Stopped}
+Message = Assigned | Stopped | Interactive
+_TYPES: Mapping[str, type[Message]] = {
+    "assigned": Assigned,
+    "stopped": Stopped,
+    "interactive": Interactive,
+}
 _NAMES = {kind: name for name, kind in _TYPES.items()}
 
 
-def encode(message: Message) -> dict[str, str | int]:
+def encode(message: Message) -> dict[str, str | int | float]:
     """The message as a JSON object."""
     return {"v": VERSION, "type": _NAMES[type(message)], **asdict(message)}
 
@@ -35,15 +42,31 @@ def decode(data: object) -> Message:
     wanted = _TYPES.get(kind) if isinstance(kind, str) else None
     if wanted is None:
         raise InvalidInput(f"unknown message type {kind!r}", param="type")
-    names = [field.name for field in fields(wanted)]
-    extra = set(data) - {"v", "type", *names}
+    parts = fields(wanted)
+    extra = set(data) - {"v", "type", *(part.name for part in parts)}
     if extra:
         raise InvalidInput(f"unknown field in a message: {min(map(str, extra))}")
-    return wanted(**{name: _text(data, name) for name in names})
+    return wanted(**{part.name: _value(part, data.get(part.name)) for part in parts})
 
 
-def _text(data: Mapping[object, object], name: str) -> str:
-    value = data.get(name)
-    if not isinstance(value, str) or not 0 < len(value) <= MAX_FIELD:
-        raise InvalidInput(f"{name} must be a text of 1 to {MAX_FIELD} characters", param=name)
-    return value
+def _value(part: Field[Any], value: object) -> Any:
+    name = part.name
+    # Annotations are texts: every module postpones their evaluation.
+    match part.type:
+        case "str":
+            most = MAX_BODY if name == "body" else MAX_FIELD
+            if isinstance(value, str) and 0 < len(value) <= most:
+                return value
+            raise InvalidInput(f"{name} must be a text of 1 to {most} characters", param=name)
+        case "bool":
+            if isinstance(value, bool):
+                return value
+            raise InvalidInput(f"{name} must be true or false", param=name)
+        case "int":
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value
+            raise InvalidInput(f"{name} must be a whole number", param=name)
+        case _:
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                return float(value)
+            raise InvalidInput(f"{name} must be a number", param=name)

@@ -390,7 +390,7 @@ class InteractiveStore(Protocol):
         ...
 
     def forget_interactive(self, bodies_s: float, rows_s: float, limit: int = 1000) -> int:
-        """Empty bodies and results `bodies_s` after their end, drop rows after `rows_s`; how many."""
+        """Empty bodies `bodies_s` after their end and drop rows after `rows_s`; how many."""
         ...
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
+from qlm_batch.domain.interactive import OPEN_INTERACTIVE, InteractiveState
 from qlm_batch.domain.snapshot import InstanceState
 from qlm_batch.store.columns import (
     HOT,
@@ -38,6 +39,48 @@ instance = sa.Table(
     moment("retired_at", nullable=True),
     one_of("state", InstanceState),
     postgresql_with=HOT,
+)
+
+_OPEN = ", ".join(f"'{state.value}'" for state in sorted(OPEN_INTERACTIVE))
+
+interactive_request = sa.Table(
+    "interactive_request",
+    METADATA,
+    key(),
+    text("tenant"),
+    text("endpoint"),
+    text("model"),
+    text("body", nullable=True),
+    sa.Column("streamed", sa.Boolean, nullable=False),
+    sa.Column("ttft_s", sa.Double, nullable=False),
+    text("instance"),
+    text("boot_id"),
+    sa.Column("epoch", sa.Integer, nullable=False),
+    text("state"),
+    moment("created_at"),
+    moment("ended_at", nullable=True),
+    sa.Column("status_code", sa.Integer),
+    text("result", nullable=True),
+    count("input_tokens"),
+    count("cached_tokens"),
+    count("output_tokens"),
+    count("reasoning_tokens"),
+    sa.Column("first_token_s", sa.Double),
+    sa.Column("duration_s", sa.Double),
+    one_of("state", InteractiveState),
+    sa.CheckConstraint(f"(state IN ({_OPEN})) = (ended_at IS NULL)", name="ended"),
+    postgresql_with=HOT,
+)
+sa.Index(
+    "ix_interactive_request_open",
+    interactive_request.c.instance,
+    interactive_request.c.id,
+    postgresql_where=sa.text(f"state IN ({_OPEN})"),
+)
+sa.Index(
+    "ix_interactive_request_ended",
+    interactive_request.c.ended_at,
+    postgresql_where=sa.text("ended_at IS NOT NULL"),
 )
 
 observation = sa.Table("observation", METADATA, serial(), sa.Column("data", JSONB, nullable=False))

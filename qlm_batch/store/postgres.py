@@ -9,6 +9,7 @@ from cryptography.fernet import Fernet
 from sqlalchemy.engine import Connection
 
 from qlm_batch.domain.errors import Unavailable
+from qlm_batch.domain.interactive import InteractiveMark, InteractiveRequest, NewInteractive
 from qlm_batch.domain.jobs import (
     ApiKey,
     Batch,
@@ -42,6 +43,7 @@ from qlm_batch.store import (
     files,
     instances,
     intake,
+    interactive,
     keys,
     leadership,
     ledger,
@@ -264,6 +266,28 @@ class PostgresStore:
 
     def instances(self) -> Sequence[InstanceView]:
         return self._database.read(instances.instances, self._silent_s)
+
+    # Interactive
+
+    def add_interactive(self, new: NewInteractive) -> float:
+        return self._run(interactive.add_interactive, new)
+
+    def reroute_interactive(
+        self, request_id: str, epoch: int, instance: str, boot_id: str
+    ) -> int | None:
+        return self._run(interactive.reroute_interactive, request_id, epoch, instance, boot_id)
+
+    def mark_interactive(self, marks: Sequence[InteractiveMark]) -> int:
+        return self._run(interactive.mark_interactive, marks)
+
+    def interactive(self, tenant: str, request_id: str) -> InteractiveRequest:
+        return self._run(interactive.get_interactive, tenant, request_id)
+
+    def sweep_interactive(self, grace_s: float, limit: int = 1000) -> int:
+        return self._run(interactive.sweep_interactive, self._silent_s, grace_s, limit)
+
+    def forget_interactive(self, bodies_s: float, rows_s: float, limit: int = 1000) -> int:
+        return self._run(interactive.forget_interactive, bodies_s, rows_s, limit)
 
     # Outbox
 

@@ -1,8 +1,9 @@
-"""The JSON shape of hints."""
+"""The JSON shape of messages."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -10,14 +11,22 @@ from hypothesis import strategies as st
 
 from qlm_batch.dispatch.wire import decode, encode
 from qlm_batch.domain.errors import InvalidInput
-from qlm_batch.domain.messages import Assigned, Stopped
+from qlm_batch.domain.messages import Assigned, Interactive, Stopped
 
 text = st.text(st.characters(codec="utf-8"), min_size=1, max_size=64)
-messages = st.builds(Assigned, text, text) | st.builds(Stopped, text)
+numbers = st.integers(0, 2**31)
+times = st.floats(0, 2e9)
+calls = st.builds(
+    Interactive, text, numbers, text, text, text, text, text, text, st.booleans(), times
+)
+messages = st.builds(Assigned, text, text) | st.builds(Stopped, text) | calls
+CALL = Interactive("req", 1, "gpu-0", "boot", "t", "/v1/completions", "m", "{}", True, 1.5)
 
 
 @given(messages)
-def test_a_message_survives_the_journey_through_json(message: Assigned | Stopped) -> None:
+def test_a_message_survives_the_journey_through_json(
+    message: Assigned | Stopped | Interactive,
+) -> None:
     assert decode(json.loads(json.dumps(encode(message)))) == message
 
 
@@ -64,3 +73,23 @@ def test_anything_else_is_refused_in_words_and_never_crashes(data: object) -> No
 def test_a_refusal_names_the_field(change: dict[str, object], word: str) -> None:
     with pytest.raises(InvalidInput, match=word):
         decode(encode(Assigned("gpu-0", "boot")) | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"epoch": "1"}, "epoch"),
+        ({"epoch": True}, "epoch"),
+        ({"streamed": 1}, "streamed"),
+        ({"due_at": None}, "due_at"),
+        ({"body": ""}, "body"),
+    ],
+)
+def test_a_call_with_a_wrong_field_is_refused(change: dict[str, object], word: str) -> None:
+    with pytest.raises(InvalidInput, match=word):
+        decode(encode(CALL) | change)
+
+
+def test_a_call_carries_a_body_longer_than_any_other_field() -> None:
+    long = replace(CALL, body="x" * 100_000)
+    assert decode(encode(long)) == long

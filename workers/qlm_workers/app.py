@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Protocol
 
 import structlog
 
 from qlm_batch.bootstrap import open_store
 from qlm_batch.dispatch.celery_app import make_app
+from qlm_batch.dispatch.streams import TokenWriter
 from qlm_batch.domain.errors import ConfigurationError
+from qlm_batch.domain.ports import InteractiveStore
 from qlm_batch.ids import new_id
 from qlm_batch.settings import Settings
 from qlm_workers.engines import make_engine, served_name
 from qlm_workers.exits import Exit
 from qlm_workers.hosts import Host, parse_model
+from qlm_workers.interactive import InteractiveDesk
 from qlm_workers.lifecycle import EngineThread, end_on_signals
 from qlm_workers.link import WorkerStore
 from qlm_workers.meter import Meter
@@ -44,7 +48,11 @@ def run_worker(settings: Settings) -> int:
     return int(Exit.CRASHED if verdict is None else verdict)
 
 
-def make_runner(settings: Settings, store: WorkerStore) -> Runner:
+class Storage(WorkerStore, InteractiveStore, Protocol):
+    """The part of the store a worker process uses."""
+
+
+def make_runner(settings: Settings, store: Storage) -> Runner:
     """The runner of a fresh boot, with an engine, not started yet, for each model."""
     device = device_name(settings)
     hosts = []
@@ -54,7 +62,8 @@ def make_runner(settings: Settings, store: WorkerStore) -> Runner:
         hosts.append(Host(name, kind, make_engine(settings, model, kind), meter))
     boot_id = new_id(BOOT)
     log.info("worker boots", instance=settings.instance, boot_id=boot_id, device=device)
-    return Runner(store, hosts, settings, boot_id=boot_id, device=device)
+    desk = InteractiveDesk(store, TokenWriter(settings.redis_url), flush_s=settings.flush_s)
+    return Runner(store, hosts, settings, boot_id=boot_id, device=device, desk=desk)
 
 
 def device_name(settings: Settings) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Callable
+from functools import lru_cache
 
 import structlog
 
@@ -39,7 +40,6 @@ class Feeder:
         self._settle = settle
         self._died = died
         self._crashed = crashed
-        self._salts: dict[str, str] = {}
         self._open = True
 
     def feed(self, host: Host) -> None:
@@ -76,7 +76,7 @@ class Feeder:
             endpoint=claimed.endpoint,
             body=request.body,
             priority=lease.priority,
-            cache_salt=self._salt(claimed.tenant),
+            cache_salt=salt_of(claimed.tenant),
         )
         attempts = 0
         while True:
@@ -115,10 +115,8 @@ class Feeder:
         finally:
             host.moved(time.monotonic())
 
-    def _salt(self, tenant: str) -> str:
-        """What keeps this tenant's prefix cache apart from the others'."""
-        salt = self._salts.get(tenant)
-        if salt is None:
-            salt = hashlib.blake2b(tenant.encode(), digest_size=16).hexdigest()
-            self._salts[tenant] = salt
-        return salt
+
+@lru_cache(maxsize=4096)
+def salt_of(tenant: str) -> str:
+    """What keeps this tenant's prefix cache apart from the others'."""
+    return hashlib.blake2b(tenant.encode(), digest_size=16).hexdigest()

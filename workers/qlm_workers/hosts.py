@@ -33,6 +33,7 @@ class Host:
         self.meter = meter
         self.info: EngineInfo | None = None
         self.inside = 0
+        self.interactive = 0
         self.cap = 0
         self._waiting: list[tuple[int, int, Lease, ClaimedRequest]] = []
         self._order = count()
@@ -69,6 +70,11 @@ class Host:
                 return lease, request
         return None
 
+    @property
+    def busy(self) -> bool:
+        """Whether anything is inside, batch or interactive."""
+        return self.inside > 0 or self.interactive > 0
+
     def moved(self, now: float) -> None:
         """Something came out of the engine."""
         self._moved_at = now
@@ -76,12 +82,12 @@ class Host:
     def look(self, now: float) -> EngineStats:
         """Look inside and remember whether it moved. Raises EngineDead where the engine tells."""
         stats = self.engine.stats()
-        if stats.step != self._step or not self.inside:
+        if stats.step != self._step or not self.busy:
             self._step, self._moved_at = stats.step, now
-        self.meter.look(stats, busy=self.inside > 0, now=now)
+        self.meter.look(stats, busy=self.busy, now=now)
         self.stats = replace(stats, steps=())
         return stats
 
     def stalled_s(self, now: float) -> float:
         """How long it has held work without moving."""
-        return now - self._moved_at if self.inside else 0.0
+        return now - self._moved_at if self.busy else 0.0

@@ -15,6 +15,7 @@ from types import FrameType
 
 import structlog
 
+from qlm_batch.domain.messages import Interactive
 from qlm_workers.exits import Exit
 from qlm_workers.runner import Runner
 
@@ -50,6 +51,10 @@ class EngineThread:
     def review(self) -> None:
         """Slices may have been closed."""
         self._order(self._runner.review)
+
+    def interactive(self, message: Interactive) -> None:
+        """Somebody waits for the answer to this."""
+        self._order(lambda: self._runner.interactive(message))
 
     def drain(self, grace_s: float = GRACE_S) -> None:
         """End when the work in hand is done, at most after `grace_s`."""

@@ -13,6 +13,7 @@ import structlog
 from qlm_batch.domain.errors import ConfigurationError, EngineDead, QlmError
 from qlm_batch.domain.jobs import ClaimedSlice, ResultRow
 from qlm_batch.domain.ledger import ReleaseReason
+from qlm_batch.domain.messages import Interactive
 from qlm_batch.domain.snapshot import InstanceState
 from qlm_batch.scheduling import agent
 from qlm_batch.settings import Settings
@@ -21,6 +22,7 @@ from qlm_workers.exits import Exit
 from qlm_workers.feeder import Feeder
 from qlm_workers.flusher import Flusher
 from qlm_workers.hosts import Host
+from qlm_workers.interactive import InteractiveDesk
 from qlm_workers.leases import Lease, LeaseTable
 from qlm_workers.link import Link, WorkerStore, backoff, pause
 from qlm_workers.reporter import Reporter
@@ -51,6 +53,7 @@ class Runner:
         *,
         boot_id: str,
         device: str,
+        desk: InteractiveDesk | None = None,
     ) -> None:
         self._store = store
         self._link = Link(store)
@@ -58,6 +61,7 @@ class Runner:
         self._settings = settings
         self._name = settings.instance
         self._boot_id = boot_id
+        self._desk = desk
         self._table = LeaseTable()
         self._feeder = Feeder(
             self._link, self._settle, self._engine_died, lambda: self.end(Exit.CRASHED)
@@ -89,6 +93,11 @@ class Runner:
         if boot_id in (None, self._boot_id):
             self._claim_now.set()
 
+    def interactive(self, message: Interactive) -> None:
+        """Serve a call that somebody waits for."""
+        if self._desk is not None:
+            self._desk.accept(message)
+
     def review(self) -> None:
         """Leases may have been closed; ask the store about all of them now."""
         self._flusher.review()
@@ -101,6 +110,8 @@ class Runner:
         starting = self._state is InstanceState.STARTING
         self._state = InstanceState.DRAINING
         self._claiming = False
+        if self._desk is not None:
+            self._desk.refuse_more()
         self._drained_by = time.monotonic() + grace_s
         self._claim_now.set()
         if starting or self._all_done():
@@ -121,12 +132,27 @@ class Runner:
         """Start the engines, serve, and return why it ended with nothing left running."""
         loops = [asyncio.create_task(self._guard(self._beat_forever()))]
         try:
+            bodies: list[Coroutine[Any, Any, None]] = []
+            if self._desk is not None:
+                bodies = [
+                    self._desk.write_forever(self._over),
+                    self._desk.record_forever(self._over),
+                ]
+                loops += [asyncio.create_task(self._guard(body)) for body in bodies]
             if await self._start_engines():
-                bodies = (
+                if self._desk is not None:
+                    self._desk.begin(
+                        self._link,
+                        self._hosts,
+                        self._boot_id,
+                        died=self._engine_died,
+                        idle=self._settled_all,
+                    )
+                bodies = [
                     self._claim_forever(),
                     self._flusher.run(self._over),
                     self._watch_forever(),
-                )
+                ]
                 loops += [asyncio.create_task(self._guard(body)) for body in bodies]
             await self._over.wait()
         finally:
@@ -257,8 +283,11 @@ class Runner:
         if not len(self._table):
             # A suspect slice is only leased to an instance that holds nothing.
             self._claim_now.set()
-            if self._state is InstanceState.DRAINING and self._all_done():
-                self.end(Exit.OK)
+            self._settled_all()
+
+    def _settled_all(self) -> None:
+        if self._state is InstanceState.DRAINING and self._all_done():
+            self.end(Exit.OK)
 
     def _engine_died(self, host: Host, death: EngineDead) -> None:
         if self._verdict is None:
@@ -301,7 +330,8 @@ class Runner:
             self.end(Exit.ENGINE_HUNG)
 
     def _all_done(self) -> bool:
-        return not len(self._table) and not self._table.buffered
+        serving = self._desk is not None and self._desk.running
+        return not len(self._table) and not self._table.buffered and not serving
 
     async def _beat_forever(self) -> None:
         failures = 0
@@ -332,6 +362,8 @@ class Runner:
         serving = [task for lease in self._table.leases for task in lease.tasks.values()]
         for task in serving:
             task.cancel()
+        if self._desk is not None:
+            await self._desk.close()
         if self._verdict is Exit.ENGINE_HUNG:
             await self._stop_engines()
         if serving:

@@ -12,6 +12,7 @@ from qlm_batch.store.memory.export import MemoryExport
 from qlm_batch.store.memory.files import MemoryFiles
 from qlm_batch.store.memory.fleet import MemoryInstances
 from qlm_batch.store.memory.intake import MemoryIntake
+from qlm_batch.store.memory.interactive import MemoryInteractive
 from qlm_batch.store.memory.keys import MemoryKeys
 from qlm_batch.store.memory.leadership import MemoryLeadership
 from qlm_batch.store.memory.ledger import MemoryLedger
@@ -29,6 +30,7 @@ class MemoryStore(
     MemoryLeadership,
     MemoryPlanning,
     MemoryInstances,
+    MemoryInteractive,
     MemoryOutbox,
     MemoryKeys,
 ):

@@ -10,6 +10,7 @@ from functools import update_wrapper
 from typing import Concatenate, ParamSpec, TypeVar
 
 from qlm_batch.domain.errors import NotFound
+from qlm_batch.domain.interactive import InteractiveRequest
 from qlm_batch.domain.jobs import (
     ApiKey,
     Batch,
@@ -174,6 +175,7 @@ class State:
         self.expiring: list[tuple[float, int]] = []
         """A heap of (expires_at, slice id)."""
         self.instances: dict[str, InstanceData] = {}
+        self.interactive: dict[str, InteractiveRequest] = {}
         self.leader = LeaderData()
         self.queue: list[QueueEntry] = []
         self.profiles: dict[tuple[str, str], Profile] = {}

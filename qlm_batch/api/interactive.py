@@ -1,0 +1,236 @@
+"""`/v1/chat/completions`, `/v1/completions` and `/v1/embeddings`: answered now."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import orjson
+from fastapi import APIRouter, Header, Request, Response
+from starlette.requests import ClientDisconnect
+
+from qlm_batch.api.auth import Parts, Writer
+from qlm_batch.api.errors import RETRY_AFTER_S
+from qlm_batch.api.responses import errors
+from qlm_batch.api.services import ApiServices
+from qlm_batch.api.sse import DONE, EventResponse, frames_of, gone
+from qlm_batch.api.watch import Watch
+from qlm_batch.control.interactive import Call, Calls, Part
+from qlm_batch.dispatch.streams import End
+from qlm_batch.domain.errors import InvalidInput, Unavailable
+from qlm_batch.domain.jobs import CHAT, COMPLETIONS, EMBEDDINGS, ApiKey
+
+router = APIRouter(tags=["interactive"])
+
+TTFT_LIMIT = "ttft_ms"
+"""The key limit that sets a key's target for the first token."""
+_MAX_TTFT_S = 3600.0
+_MAX_MODEL = 256
+_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "required": ["model"],
+                    "properties": {
+                        "model": {"type": "string"},
+                        "stream": {"type": "boolean", "default": False},
+                    },
+                    "additionalProperties": True,
+                }
+            }
+        },
+    }
+}
+
+Ttft = Annotated[
+    float | None,
+    Header(
+        alias="x-qlm-ttft",
+        description="Target for the first token, in seconds.",
+        gt=0,
+        le=_MAX_TTFT_S,
+    ),
+]
+
+
+@router.post(
+    CHAT,
+    operation_id="create_chat_completion",
+    responses=errors(404),
+    openapi_extra=_BODY,
+    response_class=Response,
+)
+async def chat(request: Request, parts: Parts, key: Writer, ttft: Ttft = None) -> Response:
+    """OpenAI's chat completions; everything the engine's own server takes."""
+    return await _answer(request, parts, key, CHAT, ttft)
+
+
+@router.post(
+    COMPLETIONS,
+    operation_id="create_completion",
+    responses=errors(404),
+    openapi_extra=_BODY,
+    response_class=Response,
+)
+async def completions(request: Request, parts: Parts, key: Writer, ttft: Ttft = None) -> Response:
+    """OpenAI's completions."""
+    return await _answer(request, parts, key, COMPLETIONS, ttft)
+
+
+@router.post(
+    EMBEDDINGS,
+    operation_id="create_embedding",
+    responses=errors(404),
+    openapi_extra=_BODY,
+    response_class=Response,
+)
+async def embeddings(request: Request, parts: Parts, key: Writer, ttft: Ttft = None) -> Response:
+    """OpenAI's embeddings."""
+    return await _answer(request, parts, key, EMBEDDINGS, ttft)
+
+
+async def _answer(
+    request: Request, services: ApiServices, key: ApiKey, endpoint: str, ttft: float | None
+) -> Response:
+    began = time.perf_counter()
+    calls = services.calls
+    if calls is None:
+        raise Unavailable("This process has no way to the engines; set REDIS_URL.")
+    asked = _read(await request.body(), endpoint)
+    target_s = ttft or _target(key, services)
+    call = await calls.open(
+        key.tenant, endpoint, asked.model, asked.body, streamed=asked.streamed, ttft_s=target_s
+    )
+    watch = Watch(request.app.state.metrics, calls, began, target_s)
+    parts = calls.parts(call)
+    try:
+        first = await _unless_gone(request, parts)
+    except BaseException:
+        await calls.close(call)
+        raise
+    headers = {"x-qlm-instance": call.route.instance}
+    if first.end is None or first.end.body is None:
+        frames = _frames(first, parts, calls, call, watch, usage=asked.usage)
+        return EventResponse(frames, headers)
+    await calls.close(call)
+    if first.end.status < 400:
+        watch.told(())
+    watch.ended(first.end.status)
+    return _whole(first.end, headers)
+
+
+def _whole(end: End, headers: dict[str, str]) -> Response:
+    if end.status in (429, 503):
+        headers["retry-after"] = str(round(RETRY_AFTER_S))
+    elif 400 <= end.status < 500:
+        headers["x-should-retry"] = "false"
+    return Response(end.body, end.status, headers, media_type="application/json")
+
+
+async def _frames(
+    part: Part,
+    parts: AsyncGenerator[Part, None],
+    calls: Calls,
+    call: Call,
+    watch: Watch,
+    *,
+    usage: bool,
+) -> AsyncGenerator[bytes, None]:
+    """The whole stream as bytes; closing it gives the request up."""
+    try:
+        while True:
+            shown = [event for event in part.events if usage or not _only_usage(event)]
+            if part.events:
+                watch.told(part.events)
+            end = part.end
+            if end is not None and end.body is not None:
+                shown.append(end.body.replace("\n", " "))
+            if end is None:
+                yield frames_of(shown)
+                part = await anext(parts)
+                continue
+            watch.ended(end.status)
+            yield frames_of(shown) + DONE
+            return
+    finally:
+        await parts.aclose()
+        await calls.close(call)
+
+
+async def _unless_gone(request: Request, parts: AsyncGenerator[Part, None]) -> Part:
+    """The first part. Raises ClientDisconnect once the client has left."""
+    coming = asyncio.ensure_future(anext(parts))
+    leaving = asyncio.ensure_future(gone(request.receive))
+    try:
+        await asyncio.wait({coming, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if coming.done():
+            return coming.result()
+        raise ClientDisconnect
+    finally:
+        for task in (coming, leaving):
+            task.cancel()
+        await asyncio.gather(coming, leaving, return_exceptions=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    model: str
+    body: str
+    streamed: bool
+    usage: bool
+
+
+def _read(raw: bytes, endpoint: str) -> _Asked:
+    """The request as the engine gets it. Raises InvalidInput."""
+    try:
+        body: Any = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise InvalidInput(
+            f"The request body is not valid JSON: {error}", code="invalid_json"
+        ) from None
+    if not isinstance(body, dict):
+        raise InvalidInput("The request body must be a JSON object.", code="invalid_body")
+    model = body.get("model")
+    if not isinstance(model, str) or not 0 < len(model) <= _MAX_MODEL:
+        raise InvalidInput(
+            "Missing required parameter: 'model', the name of a served model.",
+            code="missing_required_parameter",
+            param="model",
+        )
+    streamed = body.pop("stream", None)
+    if streamed not in (None, True, False):
+        raise InvalidInput(
+            "'stream' must be true or false.", code="invalid_value", param="stream"
+        )
+    if streamed and endpoint == EMBEDDINGS:
+        raise InvalidInput(
+            "Embeddings come whole; remove 'stream' from the request.",
+            code="unsupported_value",
+            param="stream",
+        )
+    usage = False
+    if streamed:
+        options = body.get("stream_options") or {}
+        if not isinstance(options, dict):
+            raise InvalidInput(
+                "'stream_options' must be an object.", code="invalid_value", param="stream_options"
+            )
+        usage = options.get("include_usage") is True
+        # Always counted; shown to those who asked.
+        body["stream_options"] = options | {"include_usage": True}
+    return _Asked(model, orjson.dumps(body).decode(), bool(streamed), usage)
+
+
+def _only_usage(event: str) -> bool:
+    return '"choices":[]' in event or '"choices": []' in event
+
+
+def _target(key: ApiKey, services: ApiServices) -> float:
+    limit_ms = key.limits.get(TTFT_LIMIT)
+    return limit_ms / 1000 if limit_ms else services.settings.interactive_ttft_s

@@ -1,0 +1,122 @@
+"""Interactive requests of the in-memory store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+
+from qlm_batch.domain.errors import NotFound
+from qlm_batch.domain.interactive import (
+    OPEN_INTERACTIVE,
+    InteractiveMark,
+    InteractiveRequest,
+    InteractiveState,
+    NewInteractive,
+)
+from qlm_batch.store.interactive import LOST
+from qlm_batch.store.memory.state import Facet, locked
+
+
+class MemoryInteractive(Facet):
+    """InteractiveStore in memory."""
+
+    @locked
+    def add_interactive(self, new: NewInteractive) -> float:
+        """Store a call as leased by its instance; the time it was accepted at."""
+        now = self.state.clock()
+        self.state.interactive[new.id] = InteractiveRequest(
+            **asdict(new), epoch=1, state=InteractiveState.SENT, created_at=now
+        )
+        return now
+
+    @locked
+    def reroute_interactive(
+        self, request_id: str, epoch: int, instance: str, boot_id: str
+    ) -> int | None:
+        """Lease an open request to another boot; its next epoch."""
+        found = self._open(request_id, epoch)
+        if found is None:
+            return None
+        self.state.interactive[request_id] = replace(
+            found,
+            instance=instance,
+            boot_id=boot_id,
+            epoch=epoch + 1,
+            state=InteractiveState.SENT,
+        )
+        return epoch + 1
+
+    @locked
+    def mark_interactive(self, marks: Sequence[InteractiveMark]) -> int:
+        """Record the last mark of each request; how many were taken."""
+        taken = 0
+        for mark in {mark.id: mark for mark in marks}.values():
+            found = self._open(mark.id, mark.epoch)
+            if found is None:
+                continue
+            taken += 1
+            self.state.interactive[mark.id] = replace(
+                found,
+                state=mark.state,
+                ended_at=None if mark.state in OPEN_INTERACTIVE else self.state.clock(),
+                status_code=mark.status_code,
+                result=mark.result,
+                usage=mark.usage,
+                first_token_s=mark.first_token_s,
+                duration_s=mark.duration_s,
+            )
+        return taken
+
+    @locked
+    def interactive(self, tenant: str, request_id: str) -> InteractiveRequest:
+        """The request. Raises NotFound."""
+        found = self.state.interactive.get(request_id)
+        if found is None or found.tenant != tenant:
+            raise NotFound(
+                f"No request found with id '{request_id}'.", code="request_not_found", param="id"
+            )
+        return found
+
+    @locked
+    def sweep_interactive(self, grace_s: float, limit: int = 1000) -> int:
+        """Fail open requests whose boot has been gone for `grace_s`; how many."""
+        now = self.state.clock()
+        lost = [
+            request
+            for request in self.state.interactive.values()
+            if request.state in OPEN_INTERACTIVE
+            and request.created_at < now - grace_s
+            and not self._present(request, now - grace_s)
+        ][:limit]
+        for request in lost:
+            self.state.interactive[request.id] = replace(
+                request, state=InteractiveState.FAILED, ended_at=now, status_code=500, result=LOST
+            )
+        return len(lost)
+
+    @locked
+    def forget_interactive(self, bodies_s: float, rows_s: float, limit: int = 1000) -> int:
+        """Empty bodies and results, and drop rows, whose time is over; how many."""
+        now = self.state.clock()
+        ended = [r for r in self.state.interactive.values() if r.ended_at is not None]
+        kept = [r for r in ended if r.body is not None or r.result is not None]
+        old = [r for r in kept if (r.ended_at or now) < now - bodies_s][:limit]
+        for request in old:
+            self.state.interactive[request.id] = replace(request, body=None, result=None)
+        gone = [r.id for r in ended if (r.ended_at or now) < now - rows_s][:limit]
+        for request_id in gone:
+            del self.state.interactive[request_id]
+        return len(old) + len(gone)
+
+    def _open(self, request_id: str, epoch: int) -> InteractiveRequest | None:
+        found = self.state.interactive.get(request_id)
+        if found is None or found.epoch != epoch or found.state not in OPEN_INTERACTIVE:
+            return None
+        return found
+
+    def _present(self, request: InteractiveRequest, since: float) -> bool:
+        """Whether the request's boot was there after `since`."""
+        known = self.state.instances.get(request.instance)
+        if known is None or known.beat.boot_id != request.boot_id or known.retired:
+            return False
+        return known.at + self.state.silent_s > since

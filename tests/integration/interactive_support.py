@@ -1,0 +1,142 @@
+"""The interactive line as it runs: a real worker process behind the application on a real port."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import redis
+
+from qlm_batch.api.app import create_app
+from qlm_batch.api.server import api_server
+from qlm_batch.api.services import ApiServices
+from qlm_batch.bootstrap import open_calls
+from qlm_batch.dispatch.celery_app import client_url
+from qlm_batch.domain.interactive import InteractiveRequest
+from qlm_batch.domain.jobs import ApiKey
+from qlm_batch.ids import KEY, new_id, new_secret
+from qlm_batch.intake.blobs import LocalBlobs
+from qlm_batch.settings import Settings
+from tests.api_support import wait_until
+from tests.contract.harness import MODEL, TENANT, Bench, PostgresHarness
+from tests.integration.test_worker import worker
+
+Json = dict[str, Any]
+
+
+@dataclass
+class Line:
+    """An API in this process, and a worker of its own."""
+
+    url: str
+    key: str
+    bench: Bench
+    redis: redis.Redis
+
+    @contextlib.contextmanager
+    def client(self, **options: Any) -> Iterator[httpx.Client]:
+        """A client with a key."""
+        headers = {"authorization": f"Bearer {self.key}"} | options.pop("headers", {})
+        with httpx.Client(
+            base_url=self.url, headers=headers, timeout=options.pop("timeout", 30.0), **options
+        ) as client:
+            yield client
+
+    def post(self, path: str, body: Mapping[str, Any], **headers: str) -> httpx.Response:
+        """One call."""
+        with self.client(headers=headers) as client:
+            return client.post(path, json=dict(body))
+
+    def keys(self) -> set[bytes]:
+        """Keys of token streams and readers."""
+        return {key for key in self.redis.keys("qlm:*")}
+
+    def requests(self) -> list[InteractiveRequest]:
+        """Everything stored, oldest first."""
+        harness = self.bench.harness
+        assert isinstance(harness, PostgresHarness)
+        rows = harness._connection.execute(
+            "SELECT tenant, id FROM interactive_request ORDER BY created_at"
+        ).fetchall()
+        return [self.bench.store.interactive(tenant, request_id) for tenant, request_id in rows]
+
+
+@contextlib.contextmanager
+def api_line(
+    postgres_url: str, redis_url: str, data_dir: Path, **changes: Any
+) -> Iterator[Line]:
+    """The API without a worker."""
+    settings = Settings(
+        database_url=postgres_url,
+        redis_url=redis_url,
+        secret_key="for tests",
+        data_dir=data_dir,
+        port=0,
+        **changes,
+    )
+    harness = PostgresHarness(postgres_url)
+    bench = Bench(harness)
+    store = harness.store
+    secret = new_secret()
+    store.add_key(ApiKey(new_id(KEY), TENANT, "", "user", secret[:12], store.now()), secret)
+    calls = open_calls(settings, store)
+    app = create_app(ApiServices(store, LocalBlobs(data_dir / "blobs"), settings, calls=calls))
+    server = api_server(app, settings)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    watcher = redis.Redis.from_url(client_url(redis_url))
+    try:
+        wait_until(lambda: server.started)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield Line(f"http://127.0.0.1:{port}", secret, bench, watcher)
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        watcher.close()
+        harness.close()
+
+
+@contextlib.contextmanager
+def whole_line(
+    postgres_url: str,
+    redis_url: str,
+    data_dir: Path,
+    settings: Mapping[str, Any] | None = None,
+    **changes: Any,
+) -> Iterator[Line]:
+    """The API with one worker that is ready; `changes` are the worker's."""
+    with (
+        api_line(postgres_url, redis_url, data_dir, **(settings or {})) as line,
+        worker(line.bench, postgres_url, redis_url, data_dir, **changes),
+    ):
+        yield line
+
+
+def chat(**more: Any) -> Json:
+    """A chat request."""
+    return {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": "Is it so?"}],
+        "max_tokens": 8,
+    } | more
+
+
+def events(response: httpx.Response) -> list[Json]:
+    """The events of a finished stream, which must end as OpenAI's do."""
+    lines = [line for line in response.text.split("\n\n") if line]
+    assert lines[-1] == "data: [DONE]"
+    assert all(line.startswith("data: ") for line in lines)
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+def text_of(events: list[Json]) -> str:
+    """The text a chat stream says."""
+    return "".join(
+        choice["delta"].get("content") or "" for event in events for choice in event["choices"]
+    )
