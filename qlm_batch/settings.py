@@ -6,8 +6,11 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from pydantic import AliasChoices, Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AliasChoices, Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+
+from qlm_batch.domain.errors import ConfigurationError
+from qlm_batch.scheduling.eviction import Favour
 
 
 def default_data_dir() -> Path:
@@ -24,7 +27,8 @@ class Settings(BaseSettings):
     )
 
     database_url: str = Field(
-        default="", validation_alias=AliasChoices("database_url", "DATABASE_URL", "QLM_DATABASE_URL")
+        default="",
+        validation_alias=AliasChoices("database_url", "DATABASE_URL", "QLM_DATABASE_URL"),
     )
     redis_url: str = Field(
         default="", validation_alias=AliasChoices("redis_url", "REDIS_URL", "QLM_REDIS_URL")
@@ -80,6 +84,8 @@ class Settings(BaseSettings):
     kv_cache_bytes: int | None = None
     dtype: str = "auto"
     enforce_eager: bool = False
+    favour: Favour = "balanced"
+    """What engines favour where batch throughput and interactive latency are at odds."""
     engine_args: dict[str, object] = Field(default_factory=dict)
     """Further vLLM engine arguments, as JSON."""
     simulated_time_scale: float = 1.0
@@ -99,3 +105,19 @@ class Settings(BaseSettings):
     webhook_timeout_s: float = 20.0
     secret_key: str = ""
     """Encrypts webhook secrets at rest; empty reads or makes `data_dir/secret.key` (0600)."""
+
+
+def load_settings(**given: object) -> Settings:
+    """Settings from the environment with `given` on top.
+
+    Raises ConfigurationError that names each setting that cannot be used, and why.
+    """
+    try:
+        return Settings(**given)  # type: ignore[arg-type]
+    except ValidationError as error:
+        faults = "; ".join(
+            f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()
+        )
+    except SettingsError as error:
+        faults = f"{error}; lists and objects are given as JSON"
+    raise ConfigurationError(f"the settings cannot be used: {faults}")

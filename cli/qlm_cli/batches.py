@@ -246,8 +246,7 @@ def describe(batch: Json) -> str:
     if usage:
         lines.append(f"tokens     {usage['input_tokens']} in, {usage['output_tokens']} out")
     for error in (batch.get("errors") or {}).get("data", [])[:10]:
-        where = f"line {error['line']}: " if error.get("line") else ""
-        lines.append(f"error      {where}{error['message']} ({error['code']})")
+        lines.append(f"error      {error['message']} ({error['code']})")
     for kind in ("output_file_id", "error_file_id"):
         if batch.get(kind):
             lines.append(f"{kind.replace('_file_id', ''):<10} {batch[kind]}")

@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import click
-from qlm_batch.store.postgres import PostgresStore
 
 from qlm_batch.bootstrap import open_store
 from qlm_batch.domain.errors import ConfigurationError
 from qlm_batch.domain.jobs import ApiKey
 from qlm_batch.ids import KEY, new_id, new_secret
-from qlm_batch.settings import Settings
+from qlm_batch.settings import load_settings
+from qlm_batch.store.postgres import PostgresStore
 from qlm_cli.context import data_dir_option, json_option
 from qlm_cli.output import Output, clock
 
@@ -77,7 +77,7 @@ def revoke(key_id: str, data_dir: Path, as_json: bool) -> None:
 
 def _store(data_dir: Path) -> PostgresStore:
     """The store of DATABASE_URL, or of the service running in `data_dir`."""
-    settings = Settings()
+    settings = load_settings(data_dir=data_dir)
     if not settings.database_url:
         state = data_dir / "service.json"
         if not state.exists():
@@ -86,7 +86,10 @@ def _store(data_dir: Path) -> PostgresStore:
             )
         found = json.loads(state.read_text())
         settings = settings.model_copy(
-            update={"database_url": found["database_url"], "data_dir": data_dir}
+            update={
+                "database_url": found["database_url"],
+                "secret_key": (data_dir / "secret.key").read_text().strip(),
+            }
         )
     return open_store(settings)
 

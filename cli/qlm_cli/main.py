@@ -4,55 +4,61 @@ from __future__ import annotations
 
 import json
 import sys
-from importlib import metadata
+from collections.abc import Mapping
+from importlib import import_module, metadata
 
 import click
-from click.shell_completion import get_completion_class
 
 from qlm_batch.domain.errors import ConfigurationError, QlmError, Unavailable
-from qlm_cli import batches, demo, keys, processes, up
 from qlm_cli.context import EXIT_FAILED, EXIT_UNREACHABLE
 
 EXIT_CONFIGURATION = 78
 
+COMMANDS: Mapping[str, str] = {
+    "up": "qlm_cli.up:up",
+    "demo": "qlm_cli.demo:demo",
+    "submit": "qlm_cli.batches:submit",
+    "status": "qlm_cli.batches:status",
+    "results": "qlm_cli.batches:results",
+    "cancel": "qlm_cli.batches:cancel",
+    "retry": "qlm_cli.batches:retry",
+    "list": "qlm_cli.batches:list_batches",
+    "keys": "qlm_cli.keys:keys",
+    "db": "qlm_cli.processes:db",
+    "api": "qlm_cli.processes:api",
+    "scheduler": "qlm_cli.processes:scheduler",
+    "files": "qlm_cli.processes:files",
+    "callbacks": "qlm_cli.processes:callbacks",
+    "worker": "qlm_cli.processes:worker",
+    "completion": "qlm_cli.completion:completion",
+}
+"""Where each command is, in the order of the help: what most need first."""
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+
+class _Commands(click.Group):
+    """Imports a command when it is used, so that a client command starts without the service."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, name = COMMANDS[cmd_name].partition(":")
+        command: click.Command = getattr(import_module(module), name)
+        return command
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(metadata.version("qlm-batch"), prog_name="qlm")
 def cli() -> None:
     """Run LLM batch files with deadlines beside interactive traffic, on your own GPUs.
 
     Start with `qlm up`, then `qlm submit FILE --wait`.
     """
-
-
-@cli.command()
-@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
-def completion(shell: str) -> None:
-    """Print the completion script for SHELL; `eval "$(qlm completion bash)"` turns it on."""
-    kind = get_completion_class(shell)
-    if kind is None:
-        raise click.BadParameter(f"no completion for {shell}")
-    click.echo(kind(cli, {}, "qlm", "_QLM_COMPLETE").source())
-
-
-for command in (
-    batches.submit,
-    batches.status,
-    batches.results,
-    batches.cancel,
-    batches.retry,
-    batches.list_batches,
-    keys.keys,
-    up.up,
-    demo.demo,
-    processes.db,
-    processes.api,
-    processes.scheduler,
-    processes.files,
-    processes.callbacks,
-    processes.worker,
-):
-    cli.add_command(command)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from qlm_batch.control.clock import SystemClock
 from qlm_batch.control.lifecycle import Service, run_services, stop_on_signals
 from qlm_batch.domain.errors import ConfigurationError
 from qlm_batch.logs import configure_logging
-from qlm_batch.settings import Settings
+from qlm_batch.settings import Settings, load_settings
 
 
 @click.command()
@@ -83,7 +83,7 @@ def upgrade(revision: str) -> None:
 
 
 def _settings() -> Settings:
-    settings = Settings()
+    settings = load_settings()
     configure_logging(settings)
     return settings
 

@@ -14,7 +14,7 @@ import httpx
 
 from qlm_batch.domain.errors import ConfigurationError
 from qlm_batch.embedded.service import EmbeddedService
-from qlm_batch.settings import Settings
+from qlm_batch.settings import Settings, load_settings
 from qlm_cli.context import data_dir_option, json_option
 from qlm_cli.output import Output
 
@@ -99,7 +99,7 @@ def settings_for_up(
     ):
         if value is not None:
             given[name] = value
-    settings = Settings(**given)  # type: ignore[arg-type]
+    settings = load_settings(**given)
     if settings.engine == "openai" and not settings.engine_url:
         raise ConfigurationError("--engine openai needs --url, the address of a running server")
     if not settings.models and settings.engine != "openai":

@@ -1,0 +1,89 @@
+"""The command line as such: what it lists, loads and says when it cannot go on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from qlm_cli.main import COMMANDS, cli, main
+
+
+def _run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str
+) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["qlm", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+        raise SystemExit(0)
+    printed = capsys.readouterr()
+    return int(ended.value.code or 0), printed.out, printed.err
+
+
+def test_the_help_lists_every_command_in_order() -> None:
+    text = CliRunner().invoke(cli, ["--help"]).output
+    places = [text.index(f"\n  {name} ") for name in COMMANDS]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself(name: str) -> None:
+    outcome = CliRunner().invoke(cli, [name, "--help"])
+    assert outcome.exit_code == 0
+    assert len(outcome.output.splitlines()) > 3
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_scripts_name_the_command(shell: str) -> None:
+    outcome = CliRunner().invoke(cli, ["completion", shell])
+    assert "_QLM_COMPLETE" in outcome.output
+
+
+def test_a_client_command_starts_without_the_service(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.argv = ['qlm', 'list', '--data-dir', sys.argv[1]]\n"
+        "from qlm_cli.main import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print({'sqlalchemy', 'celery', 'fastapi', 'torch', 'vllm'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "set()"
+
+
+def test_without_a_service_a_client_says_how_to_start_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("QLM_URL", raising=False)
+    status, _, said = _run(capsys, monkeypatch, "list", "--data-dir", str(tmp_path))
+    assert status == 4 and "qlm up" in said
+
+
+def test_errors_are_json_when_json_is_asked_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("QLM_URL", raising=False)
+    _, printed, _ = _run(capsys, monkeypatch, "list", "--json", "--data-dir", str(tmp_path))
+    assert set(json.loads(printed)["error"]) == {"message", "type", "param", "code"}
+
+
+def test_an_unusable_setting_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QLM_PORT", "eighty")
+    status, _, said = _run(capsys, monkeypatch, "api")
+    assert status == 78 and "port" in said
+
+
+def test_a_process_without_a_database_says_what_to_set(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    status, _, said = _run(capsys, monkeypatch, "db", "upgrade")
+    assert status == 78 and "DATABASE_URL" in said
