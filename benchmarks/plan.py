@@ -33,8 +33,10 @@ from qlm_batch.scheduling.compiled import AVAILABLE
 from qlm_batch.scheduling.estimator import Estimator
 from qlm_batch.scheduling.grouping import form_groups
 from qlm_batch.scheduling.policies import policy
+from qlm_batch.scheduling.policies.base import standing
+from qlm_batch.scheduling.problem import Problem
 from qlm_batch.scheduling.profile import fold
-from qlm_batch.scheduling.replanning import Incumbent, fleet_signature, with_arrivals
+from qlm_batch.scheduling.replanning import Incumbent, ReplanConfig, carried_on, fleet_signature
 
 MODELS = tuple(f"model-{n}-{size}b" for n, size in enumerate((7, 7, 13, 13, 70)))
 DEVICES = ("A100-80GB", "A10-24GB")
@@ -182,10 +184,27 @@ def arrivals(groups: int, machines: int, runs: int, moves: int) -> list[float]:
     formed = each_run(snapshot)
     plan = policy("qlm").plan(snapshot, formed, estimator, moves, 0)
     incumbent = Incumbent(plan, snapshot.now, fleet_signature(snapshot))
-    times = []
+    times, whole = [], []
     for n in range(runs + 1):
-        new = replace(formed[(7 * n) % len(formed)], key=f"new-{n}")
-        times.append(timed(lambda new=new: with_arrivals(incumbent, snapshot, (new,), estimator)))
+        source = formed[(7 * n) % len(formed)]
+        late = snapshot.now + 2.0 * (max(g.deadline for g in formed) - snapshot.now)
+        new = replace(source, key=f"new-{n}", deadline=late)
+        now = [*formed, new]
+        problem = Problem(snapshot, now, estimator)
+        kept = standing(problem, plan)
+        assert kept is not None and len(kept.new) == 1
+        _ = problem.columns
+        times.append(timed(lambda kept=kept, problem=problem: kept.insert(problem)))
+        assert not kept.new
+        fresh = Estimator(snapshot)
+        whole.append(
+            timed(
+                lambda now=now, fresh=fresh: carried_on(
+                    snapshot, now, fresh, incumbent, ReplanConfig()
+                )
+            )
+        )
+    print(f"the whole pass around it, all times renewed: median {np.median(whole[1:]):.1f} ms")
     print(
         f"one arrival: median {np.median(times[1:]):.2f} ms, p99 {np.percentile(times[1:], 99):.2f}"
     )

@@ -24,7 +24,6 @@ from qlm_batch.scheduling.forecasts import Forecasts
 from qlm_batch.scheduling.grouping import form_groups
 from qlm_batch.scheduling.pacing import Pace
 from qlm_batch.scheduling.policies import Policy
-from qlm_batch.scheduling.problem import Problem
 from qlm_batch.scheduling.profile import Knowledge, fold
 from qlm_batch.scheduling.promises import with_estimates
 from qlm_batch.scheduling.replanning import Incumbent, ReplanConfig, carried_on, fleet_signature
@@ -44,8 +43,8 @@ class SchedulerConfig:
     term_s: float = 10.0
     tick_s: float = 0.5
     refresh_s: float = 2.0
-    plan_ms: float = 100.0
-    moves_per_ms: float = 2.0
+    plan_ms: float = 20.0
+    moves_per_ms: float = 100.0
     seed: int = 0
     observations: int = 1000
     replan: ReplanConfig = field(default_factory=ReplanConfig)
@@ -141,6 +140,7 @@ class SchedulerLoop:
         self._forecasts = Forecasts()
         self._pace = Pace()
         self._rescued: set[str] = set()
+        self._stale = "the first plan"
 
     def _step_down(self) -> None:
         if self._leadership.epoch is not None:
@@ -161,6 +161,8 @@ class SchedulerLoop:
         self._forecasts = self._forecasts.planned(plan)
         self._save(epoch, plan, snapshot, changed=bool(why))
         recalled = self._recalled(snapshot, plan, estimator)
+        if recalled:
+            self._stale = "work was taken back"
         for instance in recalled:
             self._store.unassign(epoch, instance)
         assigned = self._dispatch(epoch, snapshot, plan, estimator, recalled)
@@ -198,14 +200,18 @@ class SchedulerLoop:
         self, snapshot: Snapshot, groups: Sequence[RequestGroup], estimator: Estimator
     ) -> tuple[Plan, str]:
         """The plan in force and why it is a new one, or an empty word."""
-        why = "the first plan"
-        if self._incumbent is not None:
-            problem = Problem(snapshot, groups, estimator)
-            kept, why = carried_on(problem, snapshot, self._incumbent, self._config.replan)
+        why = self._stale
+        if not why and self._incumbent is not None:
+            kept, why = carried_on(
+                snapshot, groups, estimator, self._incumbent, self._config.replan
+            )
             if kept is not None:
-                return kept, ""
+                if why:
+                    self._incumbent = replace(self._incumbent, plan=kept)
+                return kept, why
         moves = self._config.moves
         plan = self._policy.plan(snapshot, groups, estimator, moves, self._config.seed)
+        self._stale = ""
         self._incumbent = Incumbent(plan, snapshot.now, fleet_signature(snapshot))
         if groups:
             log.info(

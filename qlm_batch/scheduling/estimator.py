@@ -25,15 +25,17 @@ from qlm_batch.domain.snapshot import (
     Residency,
     Snapshot,
 )
+from qlm_batch.scheduling.fairness import Served
 from qlm_batch.scheduling.grouping import ModelCapacity
 from qlm_batch.scheduling.lengths import LengthDistribution
 from qlm_batch.scheduling.profile import Knowledge
-from qlm_batch.scheduling.speed import Speed
+from qlm_batch.scheduling.speed import Speed, StepTime
 
 VERSION = "flow-1"
 """Names this estimator in promises."""
 
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 
 SERVING = frozenset({InstanceState.READY, InstanceState.STARTING, InstanceState.SWAPPING})
 """States in which an instance has, or will shortly have, time to give."""
@@ -97,6 +99,32 @@ class GroupWork:
     tail: Floats
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class WorkTable:
+    """What many groups take everywhere: occupation is `mean[kind] · count`, variance alike.
+
+    Tails are `tails[tail_kind]`. Rows of `mean`, `var` and `tails` are kinds of work, their columns
+    instances in the snapshot's order; inf where not served.
+    """
+
+    kind: Ints
+    count: Floats
+    mean: Floats
+    var: Floats
+    tail_kind: Ints
+    tails: Floats
+
+    @staticmethod
+    def of(works: Sequence[GroupWork], instances: int) -> WorkTable:
+        """A table in which every group is of its own kind."""
+        rows = np.arange(len(works), dtype=np.int64)
+        mean, var, tail = (
+            np.array([getattr(work, name) for work in works]).reshape(len(works), instances)
+            for name in ("mean", "var", "tail")
+        )
+        return WorkTable(rows, np.ones(len(works)), mean, var, rows, tail)
+
+
 @dataclass(frozen=True, slots=True)
 class Ready:
     """When an instance has absorbed what it was given already, and which models are awake then."""
@@ -123,6 +151,20 @@ class Estimator:
         self._flows: dict[tuple[_Shape, str, int, int], Flow] = {}
         self._arrays: dict[_Shape, tuple[Floats, Floats, float]] = {}
         self._tails: dict[tuple[_Shape, int], Floats] = {}
+        self._speeds: dict[tuple[str, str], tuple[Speed, StepTime]] = {}
+        self._drains: dict[tuple[str, str, int, int], float] = {}
+        # Instances alike in device, slots and memory are told apart only by their slowdown.
+        alike: dict[tuple[str, int, int], list[int]] = {}
+        for i, view in enumerate(snapshot.instances):
+            alike.setdefault((view.device, view.slots, view.kv_tokens), []).append(i)
+        self._alike = [np.array(members, dtype=np.int64) for members in alike.values()]
+        self._slow = np.array([_slowdown(view) for view in snapshot.instances])
+        self._hosts: dict[str, NDArray[np.bool_]] = {}
+
+    @property
+    def served(self) -> Served:
+        """What tenants were served lately."""
+        return self.knowledge.served
 
     # Speed
 
@@ -146,8 +188,13 @@ class Estimator:
         if found is None:
             model, kind, tenant, prompt, cap = shape
             lengths = self._length(model, kind, tenant).capped(max(1.0, _ungrid(cap)))
-            speed = self.knowledge.speed(model, view.device)
-            found = _saturated(speed, lengths, _ungrid(prompt), view.slots, view.kv_tokens, kind)
+            pair = (model, view.device)
+            if pair not in self._speeds:
+                speed = self.knowledge.speed(*pair)
+                self._speeds[pair] = (speed, speed.step_time())
+            found = _saturated(
+                *self._speeds[pair], lengths, _ungrid(prompt), view.slots, view.kv_tokens, kind
+            )
             self._flows[key] = found
         return found
 
@@ -185,35 +232,74 @@ class Estimator:
 
     def work(self, group: RequestGroup) -> GroupWork:
         """What the group would take at each instance, in the snapshot's order."""
-        count = max(1, group.requests)
-        shape = _shape_of_group(group)
-        if shape not in self._arrays:
-            self._arrays[shape] = self._unit(shape)
-        mean, var, largest = self._arrays[shape]
-        last = int(min(count, math.ceil(largest)))
-        if (shape, last) not in self._tails:
-            self._tails[shape, last] = np.array(
-                [
-                    self._flow(i, shape).tail_s(last) * self._slowdown(i) if ok else np.inf
-                    for i, ok in enumerate(np.isfinite(mean))
-                ]
-            )
-        return GroupWork(mean * count, var * count, self._tails[shape, last])
+        table = self.table((group,))
+        count = table.count[0]
+        return GroupWork(table.mean[0] * count, table.var[0] * count, table.tails[0])
+
+    def table(self, groups: Sequence[RequestGroup]) -> WorkTable:
+        """What these groups would take at each instance, in the snapshot's order."""
+        count = np.array([max(1, group.requests) for group in groups], dtype=np.float64)
+        kinds: dict[_Shape, int] = {}
+        tails: dict[tuple[_Shape, int], int] = {}
+        kind, tail_kind = [], []
+        for group, prompt, most in zip(
+            groups,
+            _grids(np.array([group.prompt_tokens for group in groups]) / count),
+            _grids(np.array([group.max_tokens for group in groups]) / count),
+            strict=True,
+        ):
+            shape = (group.model, group.kind, group.tenant, prompt, most)
+            kind.append(kinds.setdefault(shape, len(kinds)))
+            _, _, largest = self._unit(shape)
+            last = _few(min(group.requests, math.ceil(largest)))
+            tail_kind.append(tails.setdefault((shape, last), len(tails)))
+        rows = [self._unit(shape) for shape in kinds]
+        n = len(self.instances)
+        return WorkTable(
+            np.array(kind, dtype=np.int64),
+            count,
+            np.array([mean for mean, _, _ in rows]).reshape(len(rows), n),
+            np.array([var for _, var, _ in rows]).reshape(len(rows), n),
+            np.array(tail_kind, dtype=np.int64),
+            np.array([self._tail(shape, last) for shape, last in tails]).reshape(len(tails), n),
+        )
+
+    def _tail(self, shape: _Shape, last: int) -> Floats:
+        found = self._tails.get((shape, last))
+        if found is None:
+            found = np.full(len(self.instances), np.inf)
+            hosts = self._hosting(shape[0])
+            for members in self._alike:
+                own = members[hosts[members]]
+                if own.size:
+                    flow = self._flow(int(own[0]), shape)
+                    found[own] = flow.tail_s(last) * self._slow[own]
+            self._tails[shape, last] = found
+        return found
 
     def _unit(self, shape: _Shape) -> tuple[Floats, Floats, float]:
         """Occupation per request everywhere, and the largest running batch."""
-        n = len(self.instances)
-        mean, var, largest = np.full(n, np.inf), np.full(n, np.inf), 1.0
-        for i in range(n):
-            if self.serves(i, shape[0]):
-                flow, slow = self._flow(i, shape), self._slowdown(i)
-                mean[i], var[i] = flow.request_s * slow, flow.request_var * slow**2
-                largest = max(largest, flow.running)
-        return mean, var, largest
+        found = self._arrays.get(shape)
+        if found is None:
+            n = len(self.instances)
+            mean, var, largest = np.full(n, np.inf), np.full(n, np.inf), 1.0
+            hosts = self._hosting(shape[0])
+            for members in self._alike:
+                own = members[hosts[members]]
+                if own.size:
+                    flow, slow = self._flow(int(own[0]), shape), self._slow[own]
+                    mean[own], var[own] = flow.request_s * slow, flow.request_var * slow**2
+                    largest = max(largest, flow.running)
+            found = self._arrays[shape] = (mean, var, largest)
+        return found
 
-    def _slowdown(self, instance: int) -> float:
-        """How much longer everything takes while interactive work is served first."""
-        return 1.0 / (1.0 - min(0.95, max(0.0, self.instances[instance].interactive_share)))
+    def _hosting(self, model: str) -> NDArray[np.bool_]:
+        """Which instances serve the model."""
+        found = self._hosts.get(model)
+        if found is None:
+            serving = [self.serves(i, model) for i in range(len(self.instances))]
+            found = self._hosts[model] = np.array(serving, dtype=np.bool_)
+        return found
 
     # The state of an instance
 
@@ -251,16 +337,16 @@ class Estimator:
                 mean += self.swap_s(instance, own.model)
                 awake = frozenset({own.model})
             shape = _shape_of_assigned(own, models[own.model])
-            flow, slow = self._flow(instance, shape), self._slowdown(instance)
+            flow, slow = self._flow(instance, shape), float(self._slow[instance])
             rest = _claimed(own) if claimed_only else own.requests
             if own.model == sole:
                 # Their tokens so far are behind them; which run each belongs to is not reported.
                 inside, running = running[:rest], running[rest:]
                 rest -= len(inside)
-                for age in inside:
-                    left, spread = flow.lengths.residual(age)
-                    mean += left * flow.step_s / flow.running * slow
-                    var += spread * (flow.step_s / flow.running * slow) ** 2
+                left, spread = flow.lengths.residuals(inside)
+                per_token = flow.step_s / flow.running * slow
+                mean += float(left.sum()) * per_token
+                var += float(spread.sum()) * per_token**2
             mean += rest * flow.request_s * slow
             var += rest * flow.request_var * slow**2
         return Ready(mean, var, awake)
@@ -268,7 +354,7 @@ class Estimator:
     def tail_s(self, instance: int, own: AssignedView) -> float:
         """How much later than its occupation the last of an instance's own work ends."""
         shape = _shape_of_assigned(own, self._views[instance][own.model])
-        return self._flow(instance, shape).tail_s(own.requests) * self._slowdown(instance)
+        return self._flow(instance, shape).tail_s(own.requests) * float(self._slow[instance])
 
     def flow_of(self, instance: int, group: RequestGroup) -> Flow:
         """The group's kind of work at an instance that hosts its model."""
@@ -284,9 +370,14 @@ class Estimator:
 
     def drain_s(self, instance: int, model: str) -> float:
         """Time lost while the running batch of `model` empties before another model can run."""
-        shape = (model, EngineKind.GENERATE, "", _grid(256.0), _grid(1024.0))
-        flow = self._flow(instance, shape)
-        return 0.5 * flow.lengths.mean * flow.step_s * self._slowdown(instance)
+        view = self.instances[instance]
+        key = (model, view.device, view.slots, view.kv_tokens)
+        half_s = self._drains.get(key)
+        if half_s is None:
+            shape = (model, EngineKind.GENERATE, "", _grid(256.0), _grid(1024.0))
+            flow = self._flow(instance, shape)
+            half_s = self._drains[key] = 0.5 * flow.lengths.mean * flow.step_s
+        return half_s * float(self._slow[instance])
 
     # Distributions
 
@@ -317,6 +408,7 @@ class Estimator:
 
 def _saturated(
     speed: Speed,
+    step: StepTime,
     lengths: LengthDistribution,
     prompt: float,
     slots: int,
@@ -339,7 +431,6 @@ def _saturated(
         else:
             step_s = running * mean * speed.busy_s / max(1.0, speed.requests)
     else:
-        step = speed.step_time()
         seconds = step.seconds(running, running * held, running * prompt / mean)
         step_s = seconds / speed.efficiency
     step_s = max(_EPSILON_S, step_s)
@@ -372,6 +463,23 @@ def _shape_of_assigned(own: AssignedView, model: ModelView) -> _Shape:
 def _claimed(own: AssignedView) -> int:
     """Its requests in leased slices, all slices taken for equally full."""
     return math.ceil(own.requests * own.leased_slices / max(1, own.slices))
+
+
+def _slowdown(view: InstanceView) -> float:
+    """How much longer everything takes while interactive work is served first."""
+    return 1.0 / (1.0 - min(0.95, max(0.0, view.interactive_share)))
+
+
+def _few(count: int) -> int:
+    """A number of requests, above 8 on a 25 % grid, so that tails are shared."""
+    return count if count <= 8 else round(1.25 ** round(math.log(count, 1.25)))
+
+
+def _grids(tokens: Floats) -> list[int]:
+    points: list[int] = (
+        np.rint(np.log(np.maximum(1.0, tokens)) / math.log(_GRID)).astype(np.int64).tolist()
+    )
+    return points
 
 
 def _grid(tokens: float) -> int:

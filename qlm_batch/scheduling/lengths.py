@@ -66,11 +66,26 @@ class LengthDistribution:
         mean = float(rest @ share)
         return mean, max(0.0, float(rest**2 @ share) - mean**2)
 
+    def residuals(self, ages: Sequence[float]) -> tuple[Floats, Floats]:
+        """`residual` of each age."""
+        given = np.asarray(ages, dtype=np.float64)
+        chances, values = self.probabilities, self.values
+        ahead = np.searchsorted(values, given, side="right")
+        mass, first, second = (
+            np.append(np.cumsum(moment[::-1])[::-1], 0.0)[ahead]
+            for moment in (chances, chances * values, chances * values**2)
+        )
+        known = mass > 1e-12
+        share = np.where(known, mass, 1.0)
+        mean = first / share
+        var = np.maximum(0.0, second / share - mean**2)
+        return np.where(known, mean - given, 1.0), np.where(known, var, 0.0)
+
     def largest_of(self, count: float) -> float:
         """Expected largest of `count` independent lengths; `count` below 1 means 1."""
-        below = np.cumsum(self.probabilities)
-        power = np.minimum(below, 1.0) ** max(1.0, count)
-        return float(self.values @ np.diff(power, prepend=0.0))
+        power = np.minimum(np.cumsum(self.probabilities), 1.0) ** max(1.0, count)
+        steps = self.values[1:] - self.values[:-1]
+        return float(self.values[-1] - steps @ power[:-1])
 
     def mixed(self, weight: float, other: LengthDistribution, lean: float) -> LengthDistribution:
         """This distribution with `weight` beside `other` with weight `lean`."""
@@ -107,9 +122,7 @@ def kaplan_meier(
     times, where = np.unique(finished, return_inverse=True)
     ended = np.zeros(times.size)
     np.add.at(ended, where, mass[: finished.size])
-    over = seen[None, :] - times[:, None]
-    fade = np.exp(-fading * np.maximum(over, 0.0)) if fading > 0.0 else 1.0
-    at_risk = (np.where(over >= 0.0, mass[None, :], 0.0) * fade).sum(axis=1)
+    at_risk = _at_risk(times, seen, mass, fading)
     survival = np.cumprod(1.0 - np.minimum(1.0, ended / np.maximum(at_risk, 1e-300)))
     chances = -np.diff(survival, prepend=1.0)
     rest = float(survival[-1]) if times.size else 1.0
@@ -117,6 +130,21 @@ def kaplan_meier(
         times = np.append(times, seen.max())
         chances = np.append(chances, rest)
     return LengthDistribution(times, chances / chances.sum())
+
+
+def _at_risk(times: Floats, seen: Floats, mass: Floats, fading: float) -> Floats:
+    """The mass still to end at each of the ascending `times`, faded by the tokens since."""
+    interval = np.searchsorted(times, seen, side="right") - 1
+    own = interval >= 0
+    since = seen[own] - times[interval[own]]
+    joined = np.bincount(
+        interval[own], weights=mass[own] * np.exp(-fading * since), minlength=times.size
+    )
+    kept = np.exp(-fading * np.diff(times))
+    at_risk: Floats = joined.astype(np.float64)
+    for n in range(times.size - 2, -1, -1):
+        at_risk[n] += at_risk[n + 1] * kept[n]
+    return at_risk
 
 
 def prior(kind: EngineKind) -> LengthDistribution:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import NormalDist
 from typing import Final, Protocol
 
@@ -19,7 +20,9 @@ from numpy.typing import NDArray
 
 from qlm_batch.domain.jobs import SloClass
 from qlm_batch.domain.snapshot import InstanceView, RequestGroup, Snapshot
-from qlm_batch.scheduling.estimator import EstimatorConfig, GroupWork, Ready
+from qlm_batch.scheduling.estimator import EstimatorConfig, Ready, WorkTable
+from qlm_batch.scheduling.fairness import Served, aged, fair_factors, on_floor, virtual_times
+from qlm_batch.scheduling.kernels import Columns, Ints, walk_all
 
 Floats = NDArray[np.float64]
 
@@ -28,6 +31,7 @@ SWAP_PRICE: Final = 0.5
 swap made for a plan that did not last is paid twice."""
 CLASS_RANK: Final = {SloClass.INTERACTIVE: 0, SloClass.BATCH: 1}
 _CLASS_FACTOR: Final = {SloClass.INTERACTIVE: 1e6, SloClass.BATCH: 1.0}
+_FLOOR_FACTOR: Final = 2e6
 START: Final = -1
 """Stands for the model before a queue's first group."""
 
@@ -37,12 +41,17 @@ class Durations(Protocol):
 
     config: EstimatorConfig
 
+    @property
+    def served(self) -> Served:
+        """What tenants were served lately."""
+        ...
+
     def serves(self, instance: int, model: str) -> bool:
         """Whether the instance takes work of the model."""
         ...
 
-    def work(self, group: RequestGroup) -> GroupWork:
-        """A group's occupation and tail at every instance; inf where not served."""
+    def table(self, groups: Sequence[RequestGroup]) -> WorkTable:
+        """What these groups take at every instance; inf where not served."""
         ...
 
     def ready(self, instance: int) -> Ready:
@@ -81,6 +90,23 @@ class Walk:
     swap_s: float
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Times:
+    """Times of all queues end to end: queue i is `flat[bounds[i] : bounds[i + 1]]`.
+
+    Per group its start, its occupation's end as mean and variance, and when it is done at the
+    planning quantile; per instance the seconds spent swapping.
+    """
+
+    flat: Ints
+    bounds: Ints
+    starts: Floats
+    ends: Floats
+    variances: Floats
+    done: Floats
+    swap_s: Floats
+
+
 class Problem:
     """One planning problem; never changed once made."""
 
@@ -90,20 +116,19 @@ class Problem:
         self.now = snapshot.now
         self.groups = tuple(groups)
         self.instances: tuple[InstanceView, ...] = snapshot.instances
-        g, m = len(self.groups), len(self.instances)
         self.models = sorted({group.model for group in self.groups})
         index = {model: k for k, model in enumerate(self.models)}
         self.model = [index[group.model] for group in self.groups]
-        self.due = [group.deadline - self.now for group in self.groups]
-        self.mean, self.var, self.tail = (np.full((g, m), np.inf) for _ in range(3))
-        for row, group in enumerate(self.groups):
-            work = estimator.work(group)
-            self.mean[row], self.var[row], self.tail[row] = work.mean, work.var, work.tail
-        self.least: list[float] = self.mean.min(axis=1, initial=math.inf).tolist()
+        self.table = estimator.table(self.groups)
+        self._kind: list[int] = self.table.kind.tolist()
+        self._count: list[float] = self.table.count.tolist()
+        self._tail_kind: list[int] = self.table.tail_kind.tolist()
+        fastest = self.table.mean.min(axis=1, initial=math.inf)
+        self.least: list[float] = (fastest[self.table.kind] * self.table.count).tolist()
         self.z = NormalDist().inv_cdf(estimator.config.quantile)
         self.inflation = 1.0 + self.z * estimator.config.model_error
-        self.weight = self._weights()
         self._machines(estimator)
+        self._worth(estimator.served)
         known = {entry.group_key: entry.instance for entry in snapshot.queues}
         names = {view.name: i for i, view in enumerate(self.instances)}
         self.before = [names.get(known.get(group.key, ""), -1) for group in self.groups]
@@ -111,19 +136,39 @@ class Problem:
         reachable = sum(w for w, s in zip(self.weight, self.least, strict=True) if math.isfinite(s))
         self.density = reachable / work_s if work_s > 0.0 else 0.0
 
-    def _weights(self) -> list[float]:
-        """Every request of a class counts as much as its class's mean request takes."""
+    def _worth(self, served: Served) -> None:
+        """Due times and weights: a request counts what its class's mean request takes, by shares.
+
+        `virtual` are virtual times; see `fairness`.
+        """
+        finite = [least if math.isfinite(least) else 0.0 for least in self.least]
+        tenants = len({group.tenant for group in self.groups})
+        if tenants > 1:
+            order = sorted(range(len(finite)), key=lambda g: (self.groups[g].deadline, g))
+            ordered = [self.groups[g] for g in order]
+            times = virtual_times(ordered, [finite[g] for g in order], served)
+            self.virtual = [t for _, t in sorted(zip(order, times, strict=True))]
+        else:
+            self.virtual = [0.0] * len(finite)
         work: dict[SloClass, float] = {}
         requests: dict[SloClass, int] = {}
-        for group, least in zip(self.groups, self.least, strict=True):
-            if math.isfinite(least):
+        for group, least in zip(self.groups, finite, strict=True):
+            if least > 0.0:
                 work[group.slo_class] = work.get(group.slo_class, 0.0) + least
                 requests[group.slo_class] = requests.get(group.slo_class, 0) + group.requests
-        each = {
-            slo_class: _CLASS_FACTOR[slo_class] * total / max(1, requests[slo_class])
-            for slo_class, total in work.items()
-        }
-        return [group.requests * each.get(group.slo_class, 0.0) for group in self.groups]
+        each = {slo: total / max(1, requests[slo]) for slo, total in work.items()}
+        fleet = int(np.isfinite(self.ready).sum())
+        self.floor = on_floor(self.groups, finite, fleet, self.now)
+        factors = fair_factors(self.virtual, tenants)
+        self.due: list[float] = []
+        self.weight: list[float] = []
+        for g, group in enumerate(self.groups):
+            due, age = aged(group, self.now, finite[g])
+            slo = _FLOOR_FACTOR if self.floor[g] else _CLASS_FACTOR[group.slo_class]
+            self.due.append(due)
+            self.weight.append(
+                group.requests * each.get(group.slo_class, 0.0) * slo * factors[g] * age
+            )
 
     def _machines(self, estimator: Durations) -> None:
         m, k = len(self.instances), len(self.models)
@@ -133,28 +178,73 @@ class Problem:
         # setup[i, a, b] is the time lost at i between work of a and of b; a = START is the last.
         self.setup = np.full((m, k + 1, k), np.inf)
         for i in range(m):
-            self.serves[i] = [estimator.serves(i, model) for model in self.models]
-            if not self.serves[i].any():
+            hosted = [b for b in range(k) if estimator.serves(i, self.models[b])]
+            if not hosted:
                 continue
+            self.serves[i, hosted] = True
             ready = estimator.ready(i)
             self.ready[i], self.ready_var[i] = ready.mean, ready.var
-            self.awake[i] = [model in ready.awake for model in self.models]
-            for b in np.flatnonzero(self.serves[i]):
-                swap_s = estimator.swap_s(i, self.models[b])
-                self.setup[i, START, b] = 0.0 if self.awake[i, b] else swap_s
-                for a in np.flatnonzero(self.serves[i]):
-                    together = a == b or (self.awake[i, a] and self.awake[i, b])
-                    lost_s = swap_s + estimator.drain_s(i, self.models[a])
-                    self.setup[i, a, b] = 0.0 if together else lost_s
+            awake = [model in ready.awake for model in self.models]
+            self.awake[i] = awake
+            setup = self.setup[i]
+            swaps = {b: estimator.swap_s(i, self.models[b]) for b in hosted}
+            drains = {a: estimator.drain_s(i, self.models[a]) for a in hosted}
+            for b in hosted:
+                setup[START, b] = 0.0 if awake[b] else swaps[b]
+                for a in hosted:
+                    together = a == b or (awake[a] and awake[b])
+                    setup[a, b] = 0.0 if together else swaps[b] + drains[a]
+
+    @cached_property
+    def columns(self) -> Columns:
+        """The same as arrays, for the compiled loops."""
+        table = self.table
+        return Columns(
+            model=np.array(self.model, dtype=np.int64),
+            due=np.array(self.due, dtype=np.float64),
+            weight=np.array(self.weight, dtype=np.float64),
+            kind=table.kind,
+            amount=table.count,
+            mean=table.mean,
+            var=table.var,
+            tail_kind=table.tail_kind,
+            tails=table.tails,
+            before=np.array(self.before, dtype=np.int64),
+            serves=self.serves,
+            awake=self.awake,
+            ready=self.ready,
+            ready_var=self.ready_var,
+            setup=self.setup,
+            z=self.z,
+            inflation=self.inflation,
+        )
 
     @property
     def empty(self) -> Queues:
         """A queue without groups for every instance."""
         return [[] for _ in self.instances]
 
+    def mean(self, group: int, instance: int) -> float:
+        """The mean of a group's occupation of an instance; inf where not served."""
+        return float(self.table.mean[self._kind[group], instance]) * self._count[group]
+
+    def var(self, group: int, instance: int) -> float:
+        """Its variance."""
+        return float(self.table.var[self._kind[group], instance]) * self._count[group]
+
+    def tail(self, group: int, instance: int) -> float:
+        """How much later than its occupation its last request ends."""
+        return float(self.table.tails[self._tail_kind[group], instance])
+
     def placeable(self, group: int) -> bool:
         """Whether any instance serves the group's model."""
         return math.isfinite(self.least[group])
+
+    def in_order(self, ranks: Sequence[object]) -> Ints:
+        """Placeable groups by ascending rank, equal ones as they stand."""
+        able = [g for g in range(len(self.groups)) if math.isfinite(self.least[g])]
+        able.sort(key=ranks.__getitem__)  # type: ignore[arg-type]
+        return np.array(able, dtype=np.int64)
 
     def done(self, mean: float, var: float) -> float:
         """When something of this mean and variance is done, at the planning quantile."""
@@ -172,11 +262,11 @@ class Problem:
                 swap_s += lost
                 end += lost
                 last = k
-            end += float(self.mean[g, instance])
-            var += float(self.var[g, instance])
+            end += self.mean(g, instance)
+            var += self.var(g, instance)
             walk.ends.append(end)
             walk.variances.append(var)
-            walk.done.append(self.done(end + float(self.tail[g, instance]), var))
+            walk.done.append(self.done(end + self.tail(g, instance), var))
         return Walk(walk.ends, walk.variances, walk.done, swap_s)
 
     def slack(self, queue: Sequence[int], walk: Walk) -> list[float]:
@@ -186,19 +276,20 @@ class Problem:
             slack[p] = min(slack[p + 1], self.due[queue[p]] - walk.done[p])
         return slack
 
+    def times(self, queues: Queues) -> Times:
+        """Times along all queues at once."""
+        bounds = np.zeros(len(queues) + 1, dtype=np.int64)
+        np.cumsum([len(queue) for queue in queues], out=bounds[1:])
+        flat = np.fromiter((g for queue in queues for g in queue), np.int64, int(bounds[-1]))
+        return Times(flat, bounds, *walk_all(self.columns, flat, bounds))
+
     def score(self, queues: Queues) -> Score:
         """What these queues are worth, groups that are late counting nothing."""
-        made: list[float] = []
-        swap_s = 0.0
-        for i, queue in enumerate(queues):
-            if queue:
-                walk = self.walk(i, queue)
-                swap_s += walk.swap_s
-                for g, done in zip(queue, walk.done, strict=True):
-                    if done <= self.due[g]:
-                        made.append(self.weight[g])
+        times = self.times(queues)
+        made = times.done <= self.columns.due[times.flat]
+        swap_s = math.fsum(times.swap_s)
         # Exact, so that equal sets of groups are worth the same in any order.
-        on_time = math.fsum(made)
+        on_time = math.fsum(self.columns.weight[times.flat[made]])
         return Score(on_time, swap_s, on_time - self.price(swap_s))
 
     def price(self, swap_s: float) -> float:

@@ -1,7 +1,7 @@
 """What the estimator remembers, in and out of the store's opaque profiles.
 
 Speeds stand under (model, device); lengths and calibration belong to the model wherever it runs,
-so they stand under (model, "*").
+so they stand under (model, "*"). What tenants were served stands under ("*", "*").
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from dataclasses import dataclass, field, replace
 from qlm_batch.domain.jobs import SloClass
 from qlm_batch.domain.snapshot import Observation, Profile
 from qlm_batch.scheduling.calibration import Calibration
+from qlm_batch.scheduling.fairness import Served
 from qlm_batch.scheduling.lengths import LengthBook
 from qlm_batch.scheduling.speed import Speed, prior_step_time
 
 ANY_DEVICE = "*"
+ANY_MODEL = "*"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,7 @@ class Knowledge:
     books: Mapping[str, LengthBook] = field(default_factory=dict)
     speeds: Mapping[tuple[str, str], Speed] = field(default_factory=dict)
     calibrations: Mapping[str, Calibration] = field(default_factory=dict)
+    served: Served = field(default_factory=Served)
 
     @staticmethod
     def of(profiles: Iterable[Profile]) -> Knowledge:
@@ -32,15 +35,18 @@ class Knowledge:
         books: dict[str, LengthBook] = {}
         speeds: dict[tuple[str, str], Speed] = {}
         calibrations: dict[str, Calibration] = {}
+        served = Served()
         for profile in profiles:
-            if profile.device == ANY_DEVICE:
+            if profile.model == ANY_MODEL:
+                served = Served.from_data(profile.data.get("served"))
+            elif profile.device == ANY_DEVICE:
                 books[profile.model] = LengthBook.from_data(profile.data.get("lengths"))
                 calibrations[profile.model] = Calibration.from_data(profile.data.get("calibration"))
             else:
                 start = prior_step_time(profile.model, profile.device)
                 key = (profile.model, profile.device)
                 speeds[key] = Speed.from_data(start, profile.data.get("speed"))
-        return Knowledge(books, speeds, calibrations)
+        return Knowledge(books, speeds, calibrations, served)
 
     def book(self, model: str) -> LengthBook:
         """The model's lengths; empty for one not seen yet."""
@@ -72,7 +78,8 @@ class Knowledge:
             Profile(model, device, {"speed": speed.to_data()})
             for (model, device), speed in sorted(self.speeds.items(), key=lambda item: item[0])
         ]
-        return (*by_model, *by_pair)
+        tenants = Profile(ANY_MODEL, ANY_DEVICE, {"served": self.served.to_data()})
+        return (*((tenants,) if self.served.tokens else ()), *by_model, *by_pair)
 
     def observed(self, observations: Sequence[Observation]) -> Knowledge:
         """What is known after these reports, oldest first."""
@@ -86,7 +93,8 @@ class Knowledge:
                 speeds[key] = before.after_steps(seen.steps).after_busy(
                     seen.tokens, seen.requests, seen.seconds, seen.steps
                 )
-        return replace(self, books=books, speeds=speeds)
+        served = self.served.after(observations)
+        return replace(self, books=books, speeds=speeds, served=served)
 
     def waited(self, outcomes: Iterable[tuple[str, SloClass, float, float]]) -> Knowledge:
         """What is known after these waits: (model, class, predicted seconds, actual seconds)."""

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qlm_batch.domain.snapshot import InstanceState, Plan, Snapshot
+from qlm_batch.domain.snapshot import InstanceState, Plan, RequestGroup, Snapshot
 from qlm_batch.scheduling.policies.base import standing, to_plan
-from qlm_batch.scheduling.problem import Problem
+from qlm_batch.scheduling.problem import Durations, Problem
 
 
 @dataclass(frozen=True, slots=True)
 class ReplanConfig:
-    """A plan stands for at most `every_s`; an idle instance replaces it after `least_s`."""
+    """A plan stands for at most `every_s`; an idle instance replaces it after `least_s`.
+
+    Up to `arrivals` new groups at once are put into it without planning anew.
+    """
 
     every_s: float = 5.0
     least_s: float = 1.0
+    arrivals: int = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,25 +40,38 @@ def fleet_signature(snapshot: Snapshot) -> tuple[tuple[str, ...], ...]:
 
 
 def carried_on(
-    problem: Problem, snapshot: Snapshot, incumbent: Incumbent, config: ReplanConfig
+    snapshot: Snapshot,
+    groups: Sequence[RequestGroup],
+    estimator: Durations,
+    incumbent: Incumbent,
+    config: ReplanConfig,
 ) -> tuple[Plan | None, str]:
-    """The incumbent's order with today's groups and times, or None and why it must go."""
+    """The incumbent's order with today's groups and times, and why it changed; or None and why not.
+
+    The reason is empty where the order stands. Few arrivals are put where they make nothing late;
+    their plan is whole again when the incumbent's time is over.
+    """
     age_s = snapshot.now - incumbent.made_at
     if fleet_signature(snapshot) != incumbent.fleet:
         return None, "the fleet changed"
     if not 0.0 <= age_s < config.every_s:
         return None, "the plan is old"
+    problem = Problem(snapshot, groups, estimator)
     kept = standing(problem, incumbent.plan)
     if kept is None:
+        return None, "the fleet changed"
+    came = len(kept.new)
+    if came > config.arrivals:
         return None, "work came"
-    queues, shed = kept
-    for i, queue in enumerate(queues):
-        for g, done in zip(queue, problem.walk(i, queue).done, strict=True):
-            if done > problem.due[g]:
-                return None, "a deadline is in danger"
-    if age_s >= config.least_s and _idle_beside_work(problem, queues):
+    times = problem.times(kept.queues)
+    if (times.done > problem.columns.due[times.flat]).any():
+        return None, "a deadline is in danger"
+    if age_s >= config.least_s and _idle_beside_work(problem, kept.queues):
         return None, "an instance became free"
-    return to_plan(problem, queues, shed, incumbent.plan.policy), ""
+    if came and not kept.insert(problem):
+        return None, "work came"
+    plan = to_plan(problem, kept.queues, kept.shed, incumbent.plan.policy)
+    return plan, "work came" if came else ""
 
 
 def _idle_beside_work(problem: Problem, queues: list[list[int]]) -> bool:

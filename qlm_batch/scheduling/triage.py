@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
+
+from qlm_batch.scheduling.kernels import behind
 from qlm_batch.scheduling.problem import CLASS_RANK, START, Problem, Queues
 
 _HOPELESS_S = 1e-9
@@ -25,23 +28,19 @@ def append_tail(problem: Problem, queues: Queues, shed: Iterable[int]) -> None:
 
     Groups that nobody serves are left out.
     """
-    ends = []
+    order = np.array([g for g in tail_order(problem, shed) if problem.placeable(g)], dtype=np.int64)
+    if not order.size:
+        return
+    times = problem.times(queues)
+    ends = problem.ready.copy()
+    last = np.full(len(queues), START, dtype=np.int64)
     for i, queue in enumerate(queues):
-        walk = problem.walk(i, queue)
-        ends.append(walk.ends[-1] if queue else float(problem.ready[i]))
-    last = [problem.model[queue[-1]] if queue else START for queue in queues]
-    for g in tail_order(problem, shed):
-        if not problem.placeable(g):
-            continue
-        k = problem.model[g]
-        options = [
-            (end + float(problem.setup[i, last[i], k]) + float(problem.mean[g, i]), i)
-            for i, end in enumerate(ends)
-            if problem.serves[i, k]
-        ]
-        end, best = min(options)
-        ends[best], last[best] = end, k
-        queues[best].append(g)
+        if queue:
+            ends[i] = times.ends[times.bounds[i + 1] - 1]
+            last[i] = problem.model[queue[-1]]
+    owners = behind(problem.columns, order, ends, last).tolist()
+    for g, i in zip(order.tolist(), owners, strict=True):
+        queues[i].append(g)
 
 
 def why_shed(problem: Problem, group: int) -> str:

@@ -19,7 +19,8 @@ from qlm_batch.domain.snapshot import (
     RunView,
     Snapshot,
 )
-from qlm_batch.scheduling.estimator import EstimatorConfig, GroupWork, Ready
+from qlm_batch.scheduling.estimator import EstimatorConfig, GroupWork, Ready, WorkTable
+from qlm_batch.scheduling.fairness import Served
 
 DAY = 86_400.0
 
@@ -149,18 +150,27 @@ class KnownDurations:
         awake: Sequence[frozenset[str]] | None = None,
         swap: float = 0.0,
         ready: Sequence[float] | None = None,
+        served: Served | None = None,
     ) -> None:
         self.config = EstimatorConfig(quantile=0.5, model_error=0.0)
         self._work = work
         self._serving = serving
         self._awake = awake or serving
         self._swap = swap
+        self._served = served or Served()
         self._ready = ready or [0.0] * len(serving)
 
     def serves(self, instance: int, model: str) -> bool:
         return model in self._serving[instance]
 
-    def work(self, group: RequestGroup) -> GroupWork:
+    @property
+    def served(self) -> Served:
+        return self._served
+
+    def table(self, groups: Sequence[RequestGroup]) -> WorkTable:
+        return WorkTable.of([self._takes(group) for group in groups], len(self._serving))
+
+    def _takes(self, group: RequestGroup) -> GroupWork:
         mean = np.array(
             [
                 seconds if self.serves(i, group.model) else np.inf

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Protocol
+
+import numpy as np
 
 from qlm_batch.domain.snapshot import (
     Plan,
@@ -12,7 +15,8 @@ from qlm_batch.domain.snapshot import (
     Snapshot,
     VirtualQueue,
 )
-from qlm_batch.scheduling.problem import START, Durations, Problem, Queues
+from qlm_batch.scheduling.kernels import insert_one
+from qlm_batch.scheduling.problem import START, SWAP_PRICE, Durations, Problem, Queues
 from qlm_batch.scheduling.triage import append_tail, why_shed
 
 
@@ -48,27 +52,28 @@ def to_plan(problem: Problem, queues: Queues, shed: Collection[int], policy: str
     full = [list(queue) for queue in queues]
     append_tail(problem, full, let_go)
     now = problem.now
+    times = problem.times(full)
+    starts, ends = (times.starts + now).tolist(), times.ends.tolist()
+    variances, bounds = times.variances.tolist(), times.bounds.tolist()
     planned: list[VirtualQueue] = []
     for i, queue in enumerate(full):
-        walk = problem.walk(i, queue)
+        name, states = problem.instances[i].name, _states(problem, i)
         entries = []
-        start = float(problem.ready[i])
-        for p, g in enumerate(queue):
-            last = problem.model[queue[p - 1]] if p else START
-            start += float(problem.setup[i, last, problem.model[g]])
-            finish = walk.ends[p] + float(problem.tail[g, i])
+        for p, (g, n) in enumerate(zip(queue, range(bounds[i], bounds[i + 1]), strict=True)):
+            shed_here = g in let_go
             entries.append(
                 PlannedGroup(
                     problem.groups[g],
-                    start=now + start,
-                    finish_mean=now + finish,
-                    finish_var=walk.variances[p],
-                    reason=why_shed(problem, g) if g in let_go else _place(problem, i, p, queue),
-                    shed=g in let_go,
+                    start=starts[n],
+                    finish_mean=now + ends[n] + problem.tail(g, i),
+                    finish_var=variances[n],
+                    reason=why_shed(problem, g)
+                    if shed_here
+                    else f"{_where(p, name)}; {states[problem.model[g]]}",
+                    shed=shed_here,
                 )
             )
-            start = walk.ends[p]
-        planned.append(VirtualQueue(problem.instances[i].name, tuple(entries)))
+        planned.append(VirtualQueue(name, tuple(entries)))
     unplaced = tuple(
         PlannedGroup(
             group,
@@ -83,21 +88,53 @@ def to_plan(problem: Problem, queues: Queues, shed: Collection[int], policy: str
     return Plan(now, policy, tuple(planned), unplaced)
 
 
-def _place(problem: Problem, instance: int, position: int, queue: Sequence[int]) -> str:
-    k = problem.model[queue[position]]
-    name = problem.instances[instance].name
-    ahead = f"{position} group{'s' if position != 1 else ''}"
-    where = f"starts after {ahead} on {name}" if position else f"next on {name}"
-    lost_s = float(problem.setup[instance, START, k])
-    state = "awake" if lost_s == 0.0 else f"to be woken in {lost_s:.0f} s"
-    return f"{where}; model {problem.models[k]} {state}"
+def _states(problem: Problem, instance: int) -> list[str]:
+    """For each model, what stands between it and its first token there."""
+    lost = problem.setup[instance, START].tolist()
+    return [
+        f"model {model} {'awake' if lost_s == 0.0 else f'to be woken in {lost_s:.0f} s'}"
+        for model, lost_s in zip(problem.models, lost, strict=True)
+    ]
 
 
-def standing(problem: Problem, plan: Plan) -> tuple[Queues, list[int]] | None:
-    """An earlier plan's order for today's groups, and those let go; None where it has no place.
+def _where(position: int, name: str) -> str:
+    if not position:
+        return f"next on {name}"
+    return f"starts after {position} group{'s' if position != 1 else ''} on {name}"
 
-    Groups that are gone drop out. None when a group was not in the plan, or an instance of it
-    cannot serve any more.
+
+@dataclass(slots=True)
+class Standing:
+    """An earlier plan's order for today's groups, those it let go, and those it does not know."""
+
+    queues: Queues
+    shed: list[int]
+    new: list[int]
+
+    def insert(self, problem: Problem) -> bool:
+        """Put the new groups where they make nothing late; False where one fits nowhere."""
+        if not self.queues:
+            return not self.new
+        room = max(len(queue) for queue in self.queues) + len(self.new)
+        place = np.empty((len(self.queues), max(1, room)), dtype=np.int64)
+        for i, queue in enumerate(self.queues):
+            place[i, : len(queue)] = queue
+        size = np.array([len(queue) for queue in self.queues], dtype=np.int64)
+        for g in self.new:
+            i, at = insert_one(problem.columns, place, size, g, SWAP_PRICE)
+            if i < 0:
+                return False
+            self.queues[i].insert(at, g)
+            size[i] += 1
+            place[i, : size[i]] = self.queues[i]
+        self.new = []
+        return True
+
+
+def standing(problem: Problem, plan: Plan) -> Standing | None:
+    """What an earlier plan says of today's groups; None where an instance lost a group's model.
+
+    Groups that are gone drop out, and new ones that nobody serves are left out.
     """
     index = {group.key: g for g, group in enumerate(problem.groups)}
     names = {view.name: i for i, view in enumerate(problem.instances)}
@@ -114,6 +151,4 @@ def standing(problem: Problem, plan: Plan) -> tuple[Queues, list[int]] | None:
                 queues[i].append(g)
             else:
                 return None
-    if any(problem.placeable(g) for g in index.values()):
-        return None
-    return queues, shed
+    return Standing(queues, shed, [g for g in index.values() if problem.placeable(g)])

@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-import numpy as np
-
 from qlm_batch.domain.snapshot import Plan, RequestGroup, Snapshot
+from qlm_batch.scheduling.kernels import in_order
 from qlm_batch.scheduling.policies.base import to_plan
-from qlm_batch.scheduling.problem import CLASS_RANK, START, Durations, Problem, Queues
+from qlm_batch.scheduling.problem import CLASS_RANK, Durations, Problem, Queues
 
 Order = Callable[[Problem, int], tuple[float, ...]]
 
@@ -27,8 +26,8 @@ def by_class(problem: Problem, group: int) -> tuple[float, ...]:
 
 
 def by_deadline(problem: Problem, group: int) -> tuple[float, ...]:
-    """Earliest deadline first."""
-    return (problem.due[group], problem.groups[group].arrived_at)
+    """Earliest deadline first; of equal ones, the tenant's that had less."""
+    return (problem.due[group], problem.virtual[group], problem.groups[group].arrived_at)
 
 
 def by_laxity(problem: Problem, group: int) -> tuple[float, ...]:
@@ -40,24 +39,13 @@ def by_laxity(problem: Problem, group: int) -> tuple[float, ...]:
 def list_schedule(problem: Problem, order: Order, *, shed: bool) -> tuple[Queues, list[int]]:
     """Queues, and the groups let go: with `shed`, those that could be on time nowhere."""
     queues, let_go = problem.empty, []
-    rows = np.arange(len(problem.instances))
-    ends, variances = problem.ready.copy(), problem.ready_var.copy()
-    last = np.full(len(rows), START)
-    for g in sorted(range(len(problem.groups)), key=lambda g: order(problem, g)):
-        if not problem.placeable(g):
-            continue
-        k = problem.model[g]
-        after = ends + problem.setup[rows, last, k] + problem.mean[g]
-        var = variances + problem.var[g]
-        with np.errstate(invalid="ignore"):
-            done = (after + problem.tail[g]) * problem.inflation + problem.z * np.sqrt(var)
-        done = np.where(problem.serves[:, k], done, np.inf)
-        i = int(done.argmin())
-        if shed and done[i] > problem.due[g]:
+    ranked = problem.in_order([order(problem, g) for g in range(len(problem.groups))])
+    owner = in_order(problem.columns, ranked, shed).tolist()
+    for g in ranked.tolist():
+        if owner[g] >= 0:
+            queues[owner[g]].append(g)
+        else:
             let_go.append(g)
-            continue
-        queues[i].append(g)
-        ends[i], variances[i], last[i] = after[i], var[i], k
     return queues, let_go
 
 

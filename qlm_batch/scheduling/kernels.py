@@ -1,0 +1,479 @@
+"""The hot loops of planning over flat arrays: in order, by insertion, and by ruin and recreate.
+
+Written in the subset that compiles. Queues are rows of `place` (instance, position), filled up to
+`size`. What a group takes at instance i is `mean[kind, i] · amount`; its tail, beyond that,
+`tails[tail_kind, i]`.
+`setup[i, a, b]` is the time lost between work of models a and b, a = -1 standing for the start.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qlm_batch.scheduling.compiled import compiled
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Flags = NDArray[np.bool_]
+
+NOWHERE = -1
+RUIN_QUEUES = 3
+RUIN_GROUPS = 5
+RECALLED = 4
+"""Most groups let go that are tried again in one move."""
+POSITIONS_PER_MOVE = 2048
+"""Insertions tried in one move; a longer one is charged as several."""
+_MOST_OUT = RUIN_QUEUES * RUIN_GROUPS + RECALLED
+_MODULUS = 2147483647
+_TRIES = 4
+
+
+class Columns(NamedTuple):
+    """A planning problem as arrays; see the module. `before` is -1 for a group without a place."""
+
+    model: Ints
+    due: Floats
+    weight: Floats
+    kind: Ints
+    amount: Floats
+    mean: Floats
+    var: Floats
+    tail_kind: Ints
+    tails: Floats
+    before: Ints
+    serves: Flags
+    awake: Flags
+    ready: Floats
+    ready_var: Floats
+    setup: Floats
+    z: float
+    inflation: float
+
+
+@compiled
+def in_order(c: Columns, order: Ints, shed: bool) -> Ints:
+    """The instance of each group, or NOWHERE: taken in `order`, each where it is done soonest.
+
+    With `shed`, what would be late everywhere goes nowhere.
+    """
+    owner = np.full(c.due.size, NOWHERE, dtype=np.int64)
+    ends, variances = c.ready.copy(), c.ready_var.copy()
+    last = np.full(c.ready.size, -1, dtype=np.int64)
+    for g in order:
+        k, kind, count = c.model[g], c.kind[g], c.amount[g]
+        best, soonest = NOWHERE, math.inf
+        for i in range(c.ready.size):
+            if not c.serves[i, k]:
+                continue
+            after = ends[i] + c.setup[i, last[i], k] + c.mean[kind, i] * count
+            var = variances[i] + c.var[kind, i] * count
+            done = (after + c.tails[c.tail_kind[g], i]) * c.inflation + c.z * math.sqrt(var)
+            if done < soonest:
+                best, soonest = i, done
+        if best < 0 or (shed and soonest > c.due[g]):
+            continue
+        owner[g] = best
+        ends[best] += c.setup[best, last[best], k] + c.mean[kind, best] * count
+        variances[best] += c.var[kind, best] * count
+        last[best] = k
+    return owner
+
+
+@compiled
+def walk(
+    c: Columns, i: int, queue: Ints, size: int, ends: Floats, variances: Floats, slack: Floats
+) -> float:
+    """Fill in the times of a queue and what each position and all behind it may be delayed.
+
+    Returns the seconds spent swapping. `slack` has one entry more than the queue: inf.
+    """
+    end, var, last, swap_s = c.ready[i], c.ready_var[i], -1, 0.0
+    for p in range(size):
+        g = queue[p]
+        k = c.model[g]
+        if k != last:
+            lost = c.setup[i, last, k]
+            swap_s += lost
+            end += lost
+            last = k
+        end += c.mean[c.kind[g], i] * c.amount[g]
+        var += c.var[c.kind[g], i] * c.amount[g]
+        ends[p], variances[p] = end, var
+    slack[size] = math.inf
+    for p in range(size - 1, -1, -1):
+        g = queue[p]
+        done = (ends[p] + c.tails[c.tail_kind[g], i]) * c.inflation + c.z * math.sqrt(variances[p])
+        slack[p] = min(slack[p + 1], c.due[g] - done)
+    return swap_s
+
+
+@compiled
+def walk_all(c: Columns, flat: Ints, bounds: Ints) -> tuple[Floats, Floats, Floats, Floats, Floats]:
+    """Times along all queues, queue i being `flat[bounds[i] : bounds[i + 1]]`.
+
+    For each group its start, the mean and variance of its occupation's end, and when it is done at
+    the planning quantile; for each instance the seconds spent swapping.
+    """
+    starts, ends = np.empty(flat.size), np.empty(flat.size)
+    variances, done = np.empty(flat.size), np.empty(flat.size)
+    swap_s = np.zeros(bounds.size - 1)
+    for i in range(bounds.size - 1):
+        end, var, last = c.ready[i], c.ready_var[i], -1
+        for p in range(bounds[i], bounds[i + 1]):
+            g = flat[p]
+            k = c.model[g]
+            if k != last:
+                lost = c.setup[i, last, k]
+                swap_s[i] += lost
+                end += lost
+                last = k
+            starts[p] = end
+            end += c.mean[c.kind[g], i] * c.amount[g]
+            var += c.var[c.kind[g], i] * c.amount[g]
+            ends[p], variances[p] = end, var
+            tail = c.tails[c.tail_kind[g], i]
+            done[p] = (end + tail) * c.inflation + c.z * math.sqrt(var)
+    return starts, ends, variances, done, swap_s
+
+
+@compiled
+def behind(c: Columns, order: Ints, ends: Floats, last: Ints) -> Ints:
+    """The instance of each group of `order` when all are put behind what ends at `ends`.
+
+    Each goes where it would end soonest; `last` is the model of each queue's last group. Both are
+    changed.
+    """
+    owner = np.full(order.size, NOWHERE, dtype=np.int64)
+    for n in range(order.size):
+        g = order[n]
+        k, kind, amount = c.model[g], c.kind[g], c.amount[g]
+        soonest = math.inf
+        for i in range(ends.size):
+            if c.serves[i, k]:
+                end = ends[i] + c.setup[i, last[i], k] + c.mean[kind, i] * amount
+                if end < soonest:
+                    soonest, owner[n] = end, i
+        if owner[n] >= 0:
+            ends[owner[n]], last[owner[n]] = soonest, k
+    return owner
+
+
+@compiled
+def insert_one(c: Columns, place: Ints, size: Ints, g: int, swap_price: float) -> tuple[int, int]:
+    """Where one more group fits all queues at the least cost: instance and position, or NOWHERE.
+
+    `place` is not changed.
+    """
+    room = place.shape[1]
+    ends, variances, slack = np.empty(room), np.empty(room), np.empty(room + 1)
+    best, owner, at = math.inf, NOWHERE, 0
+    for i in range(size.size):
+        if not c.serves[i, c.model[g]]:
+            continue
+        walk(c, i, place[i], size[i], ends, variances, slack)
+        cost, position = cheapest(c, i, place[i], size[i], ends, variances, slack, g, swap_price)
+        if cost < math.inf:
+            # Where it ends soonest; among equals where it adds least.
+            cost += c.ready[i] if size[i] == 0 else ends[size[i] - 1]
+            if cost < best:
+                best, owner, at = cost, i, position
+    return owner, at
+
+
+@compiled
+def by_insertion(
+    c: Columns, order: Ints, place: Ints, size: Ints, stay_s: float, swap_price: float
+) -> Ints:
+    """Fill queues in `order`, each group behind the last run of its model or at a queue's end.
+
+    It goes where its queue then ends soonest, a swap counting more than its time, and only where
+    nothing becomes late. Returns the instance of each group, or NOWHERE.
+    """
+    m, models = c.serves.shape
+    owner = np.full(c.due.size, NOWHERE, dtype=np.int64)
+    ends, variances = c.ready.copy(), c.ready_var.copy()
+    last = np.full(m, -1, dtype=np.int64)
+    spot = np.zeros((m, models), dtype=np.int64)
+    spot_end = np.full((m, models), math.inf)
+    spot_var = np.zeros((m, models))
+    spot_slack = np.full((m, models), math.inf)
+    for i in range(m):
+        for k in range(models):
+            spot_var[i, k] = c.ready_var[i]
+            if c.awake[i, k]:
+                spot_end[i, k] = c.ready[i]
+    room = place.shape[1]
+    q_ends, q_vars, q_slack = np.empty(room + 1), np.empty(room + 1), np.empty(room + 2)
+    for g in order:
+        k, kind, count, due = c.model[g], c.kind[g], c.amount[g], c.due[g]
+        best, cheapest, appended = NOWHERE, math.inf, False
+        for i in range(m):
+            if not c.serves[i, k]:
+                continue
+            mean, var = c.mean[kind, i] * count, c.var[kind, i] * count
+            tail = c.tails[c.tail_kind[g], i]
+            setup = c.setup[i, last[i], k]
+            end = ends[i] + setup + mean
+            price = in_run = math.inf
+            late = (end + tail) * c.inflation + c.z * math.sqrt(variances[i] + var) - due
+            if late <= 0.0:
+                price = end + swap_price * setup
+            in_time = (spot_end[i, k] + mean + tail) * c.inflation
+            in_time += c.z * math.sqrt(spot_var[i, k] + var) - due
+            if in_time <= 0.0 and mean * c.inflation + c.z * math.sqrt(var) <= spot_slack[i, k]:
+                in_run = ends[i] + mean
+            cost = min(price, in_run)
+            if i == c.before[g]:
+                cost -= stay_s
+            if cost < cheapest:
+                best, cheapest, appended = i, cost, price <= in_run
+        if best < 0:
+            continue
+        owner[g] = best
+        i = best
+        queue = place[i]
+        if appended:
+            first = last[i] < 0
+            ends[i] += c.setup[i, last[i], k] + c.mean[kind, i] * count
+            variances[i] += c.var[kind, i] * count
+            done = (ends[i] + c.tails[c.tail_kind[g], i]) * c.inflation
+            done += c.z * math.sqrt(variances[i])
+            for other in range(models):
+                # A run at the end has nothing behind it yet, and so no bound; now it has one.
+                spot_slack[i, other] = min(spot_slack[i, other], due - done)
+                # A head spot stays only where using it would not make the first swap longer.
+                longer = c.setup[i, other, k] - c.setup[i, -1, k] > 0.0
+                if first and c.awake[i, other] and longer:
+                    spot_end[i, other] = math.inf
+            queue[size[i]] = g
+            size[i] += 1
+            last[i] = k
+            spot[i, k] = size[i]
+            spot_end[i, k], spot_var[i, k] = ends[i], variances[i]
+            spot_slack[i, k] = math.inf
+            continue
+        at = spot[i, k]
+        for p in range(size[i], at, -1):
+            queue[p] = queue[p - 1]
+        queue[at] = g
+        size[i] += 1
+        walk(c, i, queue, size[i], q_ends, q_vars, q_slack)
+        head = c.model[queue[0]]
+        for other in range(models):
+            if c.awake[i, other]:
+                free = c.setup[i, other, head] <= c.setup[i, -1, head]
+                spot[i, other] = 0
+                spot_end[i, other] = c.ready[i] if free else math.inf
+                spot_var[i, other] = c.ready_var[i]
+                spot_slack[i, other] = q_slack[0]
+        for p in range(size[i]):
+            other = c.model[queue[p]]
+            spot[i, other] = p + 1
+            spot_end[i, other], spot_var[i, other] = q_ends[p], q_vars[p]
+            spot_slack[i, other] = q_slack[p + 1]
+        ends[i], variances[i] = q_ends[size[i] - 1], q_vars[size[i] - 1]
+        last[i] = c.model[queue[size[i] - 1]]
+    return owner
+
+
+@compiled
+def cheapest(
+    c: Columns,
+    i: int,
+    queue: Ints,
+    size: int,
+    ends: Floats,
+    variances: Floats,
+    slack: Floats,
+    g: int,
+    swap_price: float,
+) -> tuple[float, int]:
+    """The least time a group adds to a walked queue, and where; inf where it fits nowhere."""
+    k, due = c.model[g], c.due[g]
+    mean, var = c.mean[c.kind[g], i] * c.amount[g], c.var[c.kind[g], i] * c.amount[g]
+    tail, push = c.tails[c.tail_kind[g], i], c.z * math.sqrt(var)
+    end, end_var, last = c.ready[i], c.ready_var[i], -1
+    best, where = math.inf, -1
+    for p in range(size + 1):
+        lead = c.setup[i, last, k]
+        if (end + mean) * c.inflation > due:
+            break
+        added = mean + lead
+        if p < size:
+            follow = c.model[queue[p]]
+            added += c.setup[i, k, follow] - c.setup[i, last, follow]
+        cost = added + swap_price * (added - mean)
+        if cost < best and added * c.inflation + push <= slack[p]:
+            done = (end + lead + mean + tail) * c.inflation + c.z * math.sqrt(end_var + var)
+            if done <= due:
+                best, where = cost, p
+        if p < size:
+            end, end_var, last = ends[p], variances[p], c.model[queue[p]]
+    return best, where
+
+
+@compiled
+def _below(state: Ints, bound: int) -> int:
+    """The next pseudo-random number in [0, bound): Park and Miller's minimal generator."""
+    state[0] = (state[0] * 48271) % _MODULUS
+    return int(state[0] % bound)
+
+
+@compiled
+def _pick(c: Columns, busy: Ints, state: Ints, chosen: Ints) -> int:
+    """Draw an instance and up to two that share a model with it; how many."""
+    chosen[0] = busy[_below(state, busy.size)]
+    picked = 1
+    for _ in range(_below(state, RUIN_QUEUES)):
+        for _try in range(_TRIES):
+            i = busy[_below(state, busy.size)]
+            known = False
+            for j in range(picked):
+                known = known or chosen[j] == i
+            alike = False
+            for k in range(c.serves.shape[1]):
+                alike = alike or (c.serves[i, k] and c.serves[chosen[0], k])
+            if alike and not known:
+                chosen[picked] = i
+                picked += 1
+                break
+    return picked
+
+
+@compiled
+def _shuffle(c: Columns, least: Floats, out: Ints, n: int, state: Ints) -> None:
+    """Order groups by deadline, by weight per second, or at random."""
+    how = _below(state, 3)
+    if how == 2:
+        for a in range(n - 1, 0, -1):
+            b = _below(state, a + 1)
+            out[a], out[b] = out[b], out[a]
+        return
+    for a in range(1, n):
+        g, b = out[a], a
+        key = c.due[g] if how == 0 else -c.weight[g] / least[g]
+        while b > 0:
+            other = out[b - 1]
+            ahead = c.due[other] if how == 0 else -c.weight[other] / least[other]
+            if ahead < key or (ahead == key and other < g):
+                break
+            out[b] = other
+            b -= 1
+        out[b] = g
+
+
+@compiled
+def search(
+    c: Columns,
+    least: Floats,
+    place: Ints,
+    size: Ints,
+    let_go: Ints,
+    gone: int,
+    moves: int,
+    seed: int,
+    swap_price: float,
+    density: float,
+) -> int:
+    """Improve queues in which all is on time, in place, by `moves` ruins and recreations.
+
+    `let_go[:gone]` are the groups standing nowhere; returns how many are left. A move is kept when
+    it is worth no less: weight placed, less `density` for each second of swapping it adds.
+    """
+    m, room = place.shape
+    busy = np.flatnonzero(size >= 0)
+    serving = 0
+    for i in range(m):
+        for k in range(c.serves.shape[1]):
+            if c.serves[i, k]:
+                busy[serving] = i
+                serving += 1
+                break
+    busy = busy[:serving]
+    state = np.array([seed % (_MODULUS - 1) + 1])
+    chosen = np.zeros(RUIN_QUEUES, dtype=np.int64)
+    queue = np.zeros((RUIN_QUEUES, room), dtype=np.int64)
+    length = np.zeros(RUIN_QUEUES, dtype=np.int64)
+    ends, variances = np.zeros((RUIN_QUEUES, room)), np.zeros((RUIN_QUEUES, room))
+    slack, swaps = np.zeros((RUIN_QUEUES, room + 1)), np.zeros(RUIN_QUEUES)
+    out, left = np.zeros(_MOST_OUT, dtype=np.int64), np.zeros(_MOST_OUT, dtype=np.int64)
+    swap_s = np.zeros(m)
+    for i in range(m):
+        swap_s[i] = walk(c, i, place[i], size[i], ends[0], variances[0], slack[0])
+    budget = float(moves)
+    while budget > 0.0 and serving > 0 and (gone > 0 or swap_s.sum() > 0.0):
+        tried = 0
+        picked = _pick(c, busy, state, chosen)
+        removed, before_s = 0, 0.0
+        for q in range(picked):
+            i = chosen[q]
+            before_s += swap_s[i]
+            take = start = 0
+            if size[i] > 0:
+                take = min(size[i], 1 + _below(state, RUIN_GROUPS))
+                start = _below(state, size[i] - take + 1)
+            length[q] = 0
+            for p in range(size[i]):
+                if start <= p < start + take:
+                    out[removed] = place[i, p]
+                    removed += 1
+                else:
+                    queue[q, length[q]] = place[i, p]
+                    length[q] += 1
+            swaps[q] = walk(c, i, queue[q], length[q], ends[q], variances[q], slack[q])
+        gain = 0.0
+        for r in range(removed):
+            gain -= c.weight[out[r]]
+        recalled = min(gone, RECALLED)
+        for r in range(recalled):
+            # Drawn ones go behind the rest of the list, where a kept move drops them.
+            at, end = _below(state, gone - r), gone - 1 - r
+            let_go[at], let_go[end] = let_go[end], let_go[at]
+            out[removed + r] = let_go[end]
+        _shuffle(c, least, out, removed + recalled, state)
+        missing = 0
+        for r in range(removed + recalled):
+            g = out[r]
+            best, where, at = math.inf, -1, 0
+            for q in range(picked):
+                if c.serves[chosen[q], c.model[g]] and length[q] < room:
+                    tried += length[q] + 1
+                    cost, position = cheapest(
+                        c, chosen[q], queue[q], length[q], ends[q], variances[q], slack[q],
+                        g, swap_price,
+                    )  # fmt: skip
+                    if cost < best:
+                        best, where, at = cost, q, position
+            if where < 0:
+                left[missing] = g
+                missing += 1
+                continue
+            gain += c.weight[g]
+            for p in range(length[where], at, -1):
+                queue[where, p] = queue[where, p - 1]
+            queue[where, at] = g
+            length[where] += 1
+            swaps[where] = walk(
+                c, chosen[where], queue[where], length[where],
+                ends[where], variances[where], slack[where],
+            )  # fmt: skip
+        after_s = 0.0
+        for q in range(picked):
+            after_s += swaps[q]
+        budget -= max(1.0, tried / POSITIONS_PER_MOVE)
+        if gain - density * (after_s - before_s) < 0.0:
+            continue
+        for q in range(picked):
+            i = chosen[q]
+            size[i], swap_s[i] = length[q], swaps[q]
+            for p in range(length[q]):
+                place[i, p] = queue[q, p]
+        gone -= recalled
+        for r in range(missing):
+            let_go[gone] = left[r]
+            gone += 1
+    return gone
