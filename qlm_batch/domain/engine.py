@@ -64,7 +64,9 @@ class EngineStats:
     """A cheap look inside. `step` grows whenever the engine makes progress.
 
     `steps` drains the rows (sequences, kv tokens, prefill tokens, seconds) seen since the last look.
-    `generated` are output tokens so far of each running request.
+    `generated` are output tokens so far of each running request. Since the start: `evictions`, how
+    often a running request lost its place and kept its tokens, and `recomputed_tokens`, how many
+    had their keys and values computed again for that.
     """
 
     step: int
@@ -74,6 +76,8 @@ class EngineStats:
     generated_tokens: int
     steps: tuple[tuple[int, int, int, float], ...] = ()
     generated: tuple[int, ...] = ()
+    evictions: int = 0
+    recomputed_tokens: int = 0
 
 
 class EventStream(Protocol):

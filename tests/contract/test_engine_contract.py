@@ -23,6 +23,7 @@ from qlm_batch.domain.engine import (
 )
 from qlm_batch.domain.errors import EngineDead
 from qlm_batch.domain.jobs import CHAT, COMPLETIONS, EMBEDDINGS, EngineKind
+from qlm_batch.scheduling.agent import engine_priority
 from qlm_batch.settings import Settings
 from qlm_workers.engines import make_engine
 from qlm_workers.simulated_engine import SimulatedEngine
@@ -33,6 +34,7 @@ MODEL = "qlm-tiny"
 SLOTS = 4
 MAX_MODEL_LEN = 2048
 TIME_SCALE = 0.3
+DUE = engine_priority(1_800_000_000.0)
 ENGINES = [
     "simulated",
     "openai",
@@ -59,12 +61,12 @@ class Rig:
     info: EngineInfo
 
     def request(
-        self, endpoint: str, body: dict[str, object] | str, priority: int = 5
+        self, endpoint: str, body: dict[str, object] | str, priority: int = DUE
     ) -> EngineRequest:
         text = body if isinstance(body, str) else json.dumps({"model": MODEL} | body)
         return EngineRequest(f"r{next(_ids)}", endpoint, text, priority, "tenant-a")
 
-    def chat(self, *, rank: int = 5, **fields: object) -> EngineRequest:
+    def chat(self, *, rank: int = DUE, **fields: object) -> EngineRequest:
         messages = [{"role": "user", "content": f"What is {next(_ids)} plus 4?"}]
         return self.request(CHAT, {"messages": messages} | fields, rank)
 
@@ -406,9 +408,9 @@ async def test_the_lowest_priority_starts_first_when_slots_are_full(rig: Rig) ->
         finished.append(name)
 
     running = await rig.fill([150 + 60 * index for index in range(SLOTS)])
-    late = [asyncio.create_task(serve(f"late {index}", 9)) for index in range(3)]
+    late = [asyncio.create_task(serve(f"late {index}", DUE + 9)) for index in range(3)]
     await until(lambda: rig.engine.stats().waiting == 3, "the late ones wait")
-    urgent = asyncio.create_task(serve("urgent", 1))
+    urgent = asyncio.create_task(serve("urgent", DUE - 9))
     await asyncio.gather(*running, *late, urgent)
     assert finished[0] == "urgent"
 

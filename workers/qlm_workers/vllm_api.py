@@ -68,7 +68,7 @@ class StepLog(StatLoggerBase):  # type: ignore[misc]
     """What the engine told about its steps since the start.
 
     `first_token_s` holds the ids of requests whose time to first token is wanted; the engine fills
-    it in when they finish.
+    it in when they finish. `evictions` and `recomputed_tokens` are those of EngineStats.
     """
 
     def __init__(self, vllm_config: object = None, engine_index: int = 0) -> None:
@@ -77,6 +77,8 @@ class StepLog(StatLoggerBase):  # type: ignore[misc]
         self.running = 0
         self.kv_usage = 0.0
         self.generated_tokens = 0
+        self.evictions = 0
+        self.recomputed_tokens = 0
         self.rows: deque[tuple[int, int, int, float]] = deque(maxlen=4096)
         self.first_token_s: dict[str, float | None] = {}
 
@@ -86,6 +88,8 @@ class StepLog(StatLoggerBase):  # type: ignore[misc]
         if scheduler_stats is not None:
             self.running = scheduler_stats.num_running_reqs
             self.kv_usage = scheduler_stats.kv_cache_usage
+            cache = scheduler_stats.prefix_cache_stats
+            self.recomputed_tokens += cache.preempted_queries - cache.preempted_hits
             details = getattr(scheduler_stats, "iteration_details", None)
             if details is not None and not getattr(details, "is_dummy", False):
                 self.rows.append(
@@ -98,6 +102,7 @@ class StepLog(StatLoggerBase):  # type: ignore[misc]
                 )
         if iteration_stats is not None:
             self.generated_tokens += iteration_stats.num_generation_tokens
+            self.evictions += iteration_stats.num_preempted_reqs
             for finished in iteration_stats.finished_requests:
                 request_id = getattr(finished, "request_id", None)
                 if request_id in self.first_token_s:

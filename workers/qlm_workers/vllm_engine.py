@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
+import structlog
 from pydantic import ValidationError
 
 from qlm_batch.domain.engine import EngineAnswer, EngineInfo, EngineRequest, EngineStats, Lso
 from qlm_batch.domain.errors import ConfigurationError, EngineDead
 from qlm_batch.domain.jobs import CHAT, COMPLETIONS, EngineKind
+from qlm_batch.scheduling.eviction import pace
 from qlm_batch.settings import Settings
 from qlm_workers.answers import Door
 from qlm_workers.guardian import Guard
@@ -26,12 +28,16 @@ from qlm_workers.vllm_answers import schema_answer, shape
 if TYPE_CHECKING:
     from qlm_workers.vllm_api import Serving, StepLog
 
+log = structlog.get_logger(__name__)
+
 CPU_KV_BYTES = 1024**3
 """Key-value cache on a host processor unless the settings say otherwise; vLLM would take nearly
 all memory."""
 
 STOP_S = 2.0
 """How long an engine may take to leave by itself; nothing it holds is worth more waiting."""
+
+_EVICTING = "qlm_workers.evicting_scheduler.EvictingScheduler"
 
 _ANSWER_IDS = {CHAT: "chatcmpl-{}", COMPLETIONS: "cmpl-{}-0"}
 """How vLLM's layer names a request inside the engine."""
@@ -208,6 +214,8 @@ class VllmEngine:
             generated_tokens=self._log.generated_tokens,
             steps=rows,
             generated=self._api.generated_per_request(self._engine),
+            evictions=self._log.evictions,
+            recomputed_tokens=self._log.recomputed_tokens,
         )
 
     async def stop(self) -> None:
@@ -271,11 +279,17 @@ class VllmEngine:
     def _arguments(self, cpu: bool) -> dict[str, object]:
         settings = self._settings
         kv_bytes = settings.kv_cache_bytes or (CPU_KV_BYTES if cpu else None)
+        evicting: dict[str, object] = {}
+        size = settings.slots
+        if self._kind is EngineKind.GENERATE:
+            size += pace(settings.favour, settings.slots).headroom
+            options = {"favour": settings.favour, "slots": settings.slots}
+            evicting = {"scheduler_cls": _EVICTING, "additional_config": {"qlm": options}}
         arguments: dict[str, object] = {
             "model": self._path,
             "served_model_name": [self._name],
             "dtype": settings.dtype,
-            "max_num_seqs": settings.slots,
+            "max_num_seqs": size,
             "max_num_batched_tokens": settings.max_num_batched_tokens,
             "max_model_len": settings.max_model_len,
             "scheduling_policy": "priority",
@@ -286,7 +300,9 @@ class VllmEngine:
             "disable_log_stats": True,
             "runner": "pooling" if self._kind is EngineKind.EMBED else "generate",
         }
-        return arguments | ({} if kv_bytes is None else {"kv_cache_memory_bytes": kv_bytes})
+        if kv_bytes is not None:
+            arguments["kv_cache_memory_bytes"] = kv_bytes
+        return arguments | evicting
 
     def _check_memory(self, arguments: dict[str, object]) -> None:
         weights = sum(file.stat().st_size for file in Path(self._path).glob("*.safetensors"))
@@ -322,13 +338,31 @@ class VllmEngine:
 
     def _info(self) -> EngineInfo:
         config = self._engine.vllm_config
+        scheduling = config.scheduler_config
+        supports = {Lso.PULL, Lso.BALANCE}
+        slots = scheduling.max_num_seqs
+        if scheduling.policy != "priority":
+            log.warning(
+                "This engine ignores priorities: interactive requests wait behind batch work. "
+                "Remove 'scheduling_policy' from QLM_ENGINE_ARGS.",
+                model=self._name,
+            )
+        elif scheduling.scheduler_cls == _EVICTING:
+            supports.add(Lso.EVICT)
+            slots = min(slots, self._settings.slots)
+        elif self._kind is EngineKind.GENERATE:
+            log.warning(
+                "This engine never evicts batch work for interactive requests. "
+                "Remove 'scheduler_cls' from QLM_ENGINE_ARGS.",
+                model=self._name,
+            )
         return EngineInfo(
             model=self._name,
             kind=self._kind,
             max_model_len=config.model_config.max_model_len,
-            slots=config.scheduler_config.max_num_seqs,
+            slots=slots,
             kv_tokens=self._log.kv_tokens if self._log else 0,
-            supports=frozenset({Lso.PULL, Lso.BALANCE}),
+            supports=frozenset(supports),
         )
 
 

@@ -1,0 +1,128 @@
+"""Eviction: which running request gives its place to which waiting one, and how much batch runs.
+
+Pure rules, called by the vLLM scheduler subclass and by the simulated engine alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal, get_args
+
+URGENT_BELOW: Final = 10**6
+"""Engine priorities below are interactive; those of batch work are deadlines in Unix seconds."""
+
+MAX_EVICTIONS: Final = 8
+"""A request that gave way this often stays until it ends."""
+
+RETRY_STEPS: Final = 8
+"""Steps before room is made again for a request that got in nowhere after the last time."""
+
+QUIET_S: Final = 10.0
+"""Without an interactive request for this long, batch work runs as if there were none."""
+
+Favour = Literal["throughput", "balanced", "latency"]
+"""What an engine favours where batch throughput and interactive latency are at odds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How an engine shares its steps between interactive and batch work.
+
+    `headroom`: places above those of batch work, kept for interactive requests.
+    `alone`: an interactive prefill gets a step without batch work.
+    `batch_prefill`: prompt tokens of batch work a step may hold, None for no bound of its own.
+    """
+
+    headroom: int
+    alone: bool
+    batch_prefill: int | None
+
+
+def pace(favour: str, slots: int) -> Pace:
+    """The pace for `slots` places of batch work. ValueError for an unknown favour."""
+    if favour == "throughput":
+        return Pace(0, False, None)
+    if favour == "balanced":
+        return Pace(max(1, slots // 8), True, 512)
+    if favour == "latency":
+        return Pace(max(2, slots // 4), True, 64)
+    raise ValueError(f"'{favour}' is none of {', '.join(get_args(Favour))}.")
+
+
+def is_urgent(priority: int) -> bool:
+    """Whether an engine priority belongs to the interactive class."""
+    return priority < URGENT_BELOW
+
+
+def may_evict(waiting: int, running: int) -> bool:
+    """Whether a request of priority `waiting` may take the place of one of priority `running`.
+
+    It compares classes and is strict: two of one class would take turns without end.
+    """
+    return is_urgent(waiting) and not is_urgent(running)
+
+
+def admission_limit(size: int, slots: int, urgent_running: int, urgent_waiting: int) -> int:
+    """How many requests may run, so that at most `slots` of the `size` places hold batch work.
+
+    Holds where the waiting are admitted in the order of their priority.
+    """
+    return min(size, slots + urgent_running + urgent_waiting)
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """An interactive request that wants in, and the KV it needs (in any one unit)."""
+
+    id: str
+    kv: int
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A running request: the KV free without it, and the KV it takes in the next step."""
+
+    id: str
+    priority: int
+    arrival: float
+    kv: int
+    grows: int
+
+
+def victims(
+    waiting: Sequence[Waiting],
+    running: Sequence[Running],
+    *,
+    free_slots: int,
+    free_kv: int,
+    evictions: Mapping[str, int],
+) -> list[int]:
+    """Indices of the running requests that give way so that the first of `waiting` fit.
+
+    The latest deadline goes first, of equals the last to arrive. `waiting` is in the order of
+    admission; where room cannot be made for one of them, nobody gives way to it or those behind.
+    `evictions` tells how often a request has given way before.
+    """
+    candidates = sorted(
+        (
+            index
+            for index, request in enumerate(running)
+            if not is_urgent(request.priority) and evictions.get(request.id, 0) < MAX_EVICTIONS
+        ),
+        key=lambda index: (running[index].priority, running[index].arrival, index),
+    )
+    free_kv -= sum(request.grows for request in running)
+    chosen: list[int] = []
+    for request in waiting:
+        taken: list[int] = []
+        while free_slots < 1 or free_kv < request.kv:
+            if not candidates:
+                return chosen
+            taken.append(candidates.pop())
+            free_slots += 1
+            free_kv += running[taken[-1]].kv + running[taken[-1]].grows
+        chosen += taken
+        free_slots -= 1
+        free_kv -= request.kv
+    return chosen

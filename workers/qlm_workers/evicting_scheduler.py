@@ -1,0 +1,257 @@
+"""A scheduler for vLLM that makes room for interactive requests by evicting batch work.
+
+vLLM itself preempts only when a running request gets no KV, never for a waiting one. For
+`vllm serve` see docs/eviction.md. It builds on private parts of vLLM's scheduler, which move
+between releases: what differs from 0.26 to 0.33 is told by what is there, and only here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Iterator
+from typing import Any, Self, cast
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import RequestStatus
+
+from qlm_batch.scheduling.eviction import (
+    QUIET_S,
+    RETRY_STEPS,
+    Running,
+    Waiting,
+    admission_limit,
+    is_urgent,
+    pace,
+    victims,
+)
+
+OPTIONS = "qlm"
+"""The key in vLLM's `additional_config` under which `favour` and `slots` stand."""
+
+_ADMITTED = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+_GRAMMAR_WORDS = ("GRAMMAR", "FSM")
+_QUEUES = ("waiting", "skipped_waiting", "kv_holding_waiting")
+_LIMITS = ("max_num_active_reqs", "max_num_running_reqs")
+
+logger = logging.getLogger(__name__)
+
+
+class EvictingScheduler(Scheduler):  # type: ignore[misc]
+    """vLLM's scheduler, synchronous or asynchronous as the engine is, with room for the urgent.
+
+    Options in `additional_config["qlm"]`: `favour` (see `eviction.Favour`), and `slots`, how many
+    requests of batch work may run; without it `max_num_seqs` less the headroom.
+    """
+
+    running: list[Any]
+    max_num_scheduled_tokens: int
+
+    def __new__(cls, vllm_config: Any, *_: Any, **__: Any) -> Self:
+        """The subclass that fits the engine's way of scheduling."""
+        asynchronous = vllm_config.scheduler_config.async_scheduling
+        fitting = AsyncEvictingScheduler if asynchronous and cls is EvictingScheduler else cls
+        return cast("Self", object.__new__(fitting))
+
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(vllm_config, *args, **kwargs)
+        options = options_of(vllm_config.additional_config)
+        self._limit_name = next(name for name in _LIMITS if hasattr(self, name))
+        self._size: int = getattr(self, self._limit_name)
+        favour = str(options.get("favour", "balanced"))
+        slots = int(options.get("slots") or self._size - pace(favour, self._size).headroom)
+        self._slots = max(1, min(slots, self._size))
+        self._pace = pace(favour, self._slots)
+        self._tokens_per_step = self.max_num_scheduled_tokens
+        self._decode_tokens = 1 + getattr(self, "num_spec_tokens", 0)
+        self._kv_groups = max(1, len(self.kv_cache_config.kv_cache_groups))
+        self._evictions: dict[str, int] = {}
+        self._tried: dict[str, int] = {}
+        self._step = 0
+        self._urgent_at = -QUIET_S
+        self._was_alone = False
+        self._orders = self.scheduler_config.policy == "priority"
+        if not self._orders:
+            logger.warning(
+                "Priorities are ignored and nothing is evicted under the scheduling policy "
+                "'%s'; start vLLM with --scheduling-policy priority.",
+                self.scheduler_config.policy,
+            )
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        """One step: make room, then let vLLM fill the batch within its limits."""
+        if not self._orders or self._paused():
+            return super().schedule(*args, **kwargs)
+        self._step += 1
+        urgent = list(self._urgent_waiting())
+        now = time.monotonic()
+        if urgent:
+            self._urgent_at = now
+            self._evict(urgent, now)
+        held = self._held_back(urgent)
+        urgent_running = sum(is_urgent(request.priority) for request in self.running)
+        if urgent_running:
+            self._urgent_at = now
+        slots = 0 if held else self._slots
+        size = self._size - len(held)
+        limit = admission_limit(size, slots, urgent_running, len(urgent))
+        # A streaming session between two inputs keeps a place without running.
+        idle = getattr(self, "num_waiting_for_streaming_input", 0)
+        setattr(self, self._limit_name, max(min(size, limit + idle), len(self.running)))
+        self._bound_batch_prefill(urgent, now)
+        try:
+            return super().schedule(*args, **kwargs)
+        finally:
+            self.running = held + self.running
+            self.max_num_scheduled_tokens = self._tokens_per_step
+            setattr(self, self._limit_name, self._size)
+
+    def _urgent_waiting(self) -> Iterator[Any]:
+        """Interactive requests that could start now, in the order of admission."""
+        heads = [
+            itertools.takewhile(lambda request: is_urgent(request.priority), queue)
+            for name in _QUEUES
+            if (queue := getattr(self, name, None)) and is_urgent(queue.peek_request().priority)
+        ]
+        for request in sorted(itertools.chain.from_iterable(heads)):
+            if _startable(request):
+                yield request
+
+    def _evict(self, urgent: list[Any], now: float) -> None:
+        """Let batch requests give way; they keep their tokens and wait for their turn."""
+        if not any(
+            self._step - self._tried.get(request.request_id, -RETRY_STEPS) >= RETRY_STEPS
+            for request in urgent
+        ):
+            return
+        free_slots = self._size - len(self.running)
+        free_kv = self._free_kv()
+        wanted = [Waiting(request.request_id, self._kv_of(request)) for request in urgent]
+        growth = [self._growth(request) for request in self.running]
+        short = sum(request.kv for request in wanted) + sum(growth) > free_kv
+        if len(wanted) <= free_slots and not short:
+            return
+        running = [
+            Running(
+                request.request_id,
+                request.priority,
+                request.arrival_time,
+                self._held_kv(request) if short else 0,
+                grows,
+            )
+            for request, grows in zip(self.running, growth, strict=True)
+        ]
+        chosen = victims(
+            wanted,
+            running,
+            free_slots=free_slots,
+            free_kv=free_kv,
+            evictions=self._evictions,
+        )
+        self._tried.update(dict.fromkeys((request.id for request in wanted), self._step))
+        for victim in [self.running[index] for index in chosen]:
+            if not self._frees_at_once(victim):
+                continue
+            self.running.remove(victim)
+            self._preempt_request(victim, now)
+            self._evictions[victim.request_id] = self._evictions.get(victim.request_id, 0) + 1
+        self._forget_finished()
+
+    def _held_back(self, urgent: list[Any]) -> list[Any]:
+        """Batch requests taken out of this step, so that interactive prompts have it alone.
+
+        Every second step at most, and only if what is left of KV suffices without them: vLLM
+        would take it from the interactive requests that run.
+        """
+        free_slots = self._size - len(self.running)
+        alone = bool(urgent) and free_slots > 0 and self._pace.alone and not self._was_alone
+        if alone:
+            stay = [request for request in self.running if is_urgent(request.priority)]
+            needed = sum(map(self._growth, stay)) + self._kv_of(urgent[0])
+            alone = needed <= self._free_kv()
+        self._was_alone = alone
+        if not alone:
+            return []
+        held = [request for request in self.running if not is_urgent(request.priority)]
+        self.running = stay
+        return held
+
+    def _bound_batch_prefill(self, urgent: list[Any], now: float) -> None:
+        """Bound the step's prompt tokens of batch work while interactive requests are around."""
+        if self._pace.batch_prefill is None or now - self._urgent_at > QUIET_S:
+            return
+        # In this order nobody is left without a token by a prompt before it.
+        self.running.sort(
+            key=lambda request: (
+                not is_urgent(request.priority),
+                self._new_tokens(request) > self._decode_tokens,
+            )
+        )
+        tokens = self._pace.batch_prefill + sum(request.num_tokens for request in urgent)
+        for request in self.running:
+            new = self._new_tokens(request)
+            tokens += new if is_urgent(request.priority) else min(new, self._decode_tokens)
+        self.max_num_scheduled_tokens = min(self._tokens_per_step, tokens)
+
+    def _paused(self) -> bool:
+        state = getattr(self, "pause_state", None)
+        return bool(state is not None and state.value != 0)
+
+    def _free_kv(self) -> int:
+        manager = self.kv_cache_manager
+        free: int = manager.block_pool.get_num_free_blocks()
+        return free - getattr(manager, "watermark_blocks", 0)
+
+    def _blocks(self, tokens: int) -> int:
+        block_size: int = self.block_size
+        return -(-tokens // block_size) * self._kv_groups
+
+    def _kv_of(self, request: Any) -> int:
+        """Blocks that admit `request`; it may need fewer if it shares a running prefix."""
+        return self._blocks(request.num_tokens + self._decode_tokens)
+
+    def _held_kv(self, request: Any) -> int:
+        """Blocks that are free once `request` is gone."""
+        groups = self.kv_cache_manager.get_blocks(request.request_id).blocks
+        return sum(block.ref_cnt == 1 for group in groups for block in group)
+
+    def _new_tokens(self, request: Any) -> int:
+        tokens: int = request.num_tokens_with_spec - request.num_computed_tokens
+        return max(0, tokens + getattr(request, "num_output_placeholders", 0))
+
+    def _growth(self, request: Any) -> int:
+        """Blocks that `request` takes in the next step."""
+        computed = request.num_computed_tokens
+        new = min(self._new_tokens(request), self._tokens_per_step)
+        return self._blocks(computed + new) - self._blocks(computed)
+
+    def _frees_at_once(self, request: Any) -> bool:
+        check = getattr(self, "_request_blocks_can_be_freed", None)
+        return bool(request.status == RequestStatus.RUNNING and (check is None or check(request)))
+
+    def _forget_finished(self) -> None:
+        for counts in (self._evictions, self._tried):
+            for request_id in [each for each in counts if each not in self.requests]:
+                del counts[request_id]
+
+
+class AsyncEvictingScheduler(EvictingScheduler, AsyncScheduler):  # type: ignore[misc]
+    """The same over vLLM's asynchronous scheduler."""
+
+
+def options_of(additional_config: Any) -> dict[str, Any]:
+    """What stands for this scheduler in vLLM's `additional_config`."""
+    options = additional_config.get(OPTIONS) if isinstance(additional_config, dict) else None
+    return options if isinstance(options, dict) else {}
+
+
+def _startable(request: Any) -> bool:
+    """Whether a waiting request could be admitted: vLLM looks only once there is a place."""
+    if request.status in _ADMITTED:
+        return True
+    if any(word in request.status.name for word in _GRAMMAR_WORDS):
+        grammar = getattr(request.structured_output_request, "grammar", None)
+        return grammar is not None and not isinstance(grammar, Exception)
+    return False
