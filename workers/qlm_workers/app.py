@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Protocol
 
@@ -38,6 +39,8 @@ def run_worker(settings: Settings) -> int:
         raise ConfigurationError("this worker hosts no model: set QLM_MODELS, or pass --model")
     celery = make_app(settings.redis_url, instance=settings.instance)
     store = open_store(settings)
+    # Claims make thousands of objects at a time; at the usual thresholds each one is a collection.
+    gc.set_threshold(50_000, 20, 20)
     try:
         engines = EngineThread(make_runner(settings, store), on_end=ended)
         end_on_signals(engines)

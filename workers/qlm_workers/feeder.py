@@ -13,7 +13,7 @@ import structlog
 from qlm_batch.domain.engine import EngineAnswer, EngineRequest
 from qlm_batch.domain.errors import EngineDead
 from qlm_batch.domain.jobs import ClaimedRequest, ResultRow
-from qlm_batch.ids import new_id
+from qlm_batch.ids import id_series
 from qlm_batch.scheduling import agent
 from qlm_workers import rows
 from qlm_workers.hosts import Host
@@ -41,6 +41,7 @@ class Feeder:
         self._died = died
         self._crashed = crashed
         self._open = True
+        self._new_id = id_series(rows.REQUEST)
 
     def feed(self, host: Host) -> None:
         """Put in what fits."""
@@ -69,7 +70,7 @@ class Feeder:
     async def _answer(self, host: Host, lease: Lease, request: ClaimedRequest) -> ResultRow:
         """Serve a request, trying again where that may help, and make its row."""
         claimed = lease.slice
-        request_id = new_id(rows.REQUEST)
+        request_id = self._new_id()
         began, started_at = time.monotonic(), self._link.now()
         wanted = EngineRequest(
             request_id=request_id,
