@@ -23,6 +23,7 @@ COMMANDS: Mapping[str, str] = {
     "cancel": "qlm_cli.batches:cancel",
     "retry": "qlm_cli.batches:retry",
     "list": "qlm_cli.batches:list_batches",
+    "simulate": "qlm_cli.simulate:simulate",
     "keys": "qlm_cli.keys:keys",
     "db": "qlm_cli.processes:db",
     "api": "qlm_cli.processes:api",

@@ -61,7 +61,7 @@ class Scenario:
     swap_failures: float = 0.0
 
 
-def _uniform(count: int = 4, models: tuple[str, ...] = ("mistral-7b",)) -> Fleet:
+def _uniform(count: int = 2, models: tuple[str, ...] = ("mistral-7b",)) -> Fleet:
     return Fleet(instances("a100", "a100", models, count, rotate=True))
 
 
