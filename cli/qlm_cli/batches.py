@@ -173,6 +173,15 @@ def retry(context: Context, batch_id: str, window: str | None, wait: bool) -> No
         sys.exit(0 if batch["status"] == "completed" else EXIT_UNFINISHED)
 
 
+@click.command()
+@click.argument("batch_id")
+@service_options
+def replay(context: Context, batch_id: str) -> None:
+    """Announce an ended batch again where the webhook or e-mail was given up."""
+    done = context.client().post(f"/v1/batches/{batch_id}/deliveries/replay", {})
+    context.output.result(done, f"{done['replayed']} deliveries are due again")
+
+
 @click.command("list")
 @click.option("--limit", type=click.IntRange(1, 100), default=20, show_default=True)
 @click.option("--after", help="Start after this id.")

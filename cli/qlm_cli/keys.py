@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from qlm_batch.api.limits import LIMITS
 from qlm_batch.bootstrap import open_store
 from qlm_batch.domain.errors import ConfigurationError
 from qlm_batch.domain.jobs import ApiKey
@@ -31,7 +32,7 @@ def keys() -> None:
     "limits",
     multiple=True,
     metavar="NAME=NUMBER",
-    help="requests_per_minute=… or queued_requests=…",
+    help="requests_per_minute=…, queued_requests=… or queued_tokens=…; repeatable.",
 )
 @data_dir_option
 @json_option
@@ -96,11 +97,9 @@ def _store(data_dir: Path) -> PostgresStore:
 
 def _limit(text: str) -> tuple[str, int]:
     name, _, number = text.partition("=")
-    if name not in ("requests_per_minute", "queued_requests") or not number.isdigit():
-        raise click.BadParameter(
-            f"{text!r} is not requests_per_minute=NUMBER or queued_requests=NUMBER",
-            param_hint="--limit",
-        )
+    if name not in LIMITS or not number.isdecimal():
+        allowed = " or ".join(f"{known}=NUMBER" for known in LIMITS)
+        raise click.BadParameter(f"{text!r} is not {allowed}", param_hint="--limit")
     return name, int(number)
 
 

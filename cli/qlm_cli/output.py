@@ -53,8 +53,7 @@ class Output:
 
     def note(self, text: str) -> None:
         """Something worth knowing that is not the result."""
-        if not self.as_json:
-            self.errors.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.errors.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def event(self, value: Json, text: str) -> None:
         """One step of long work: a JSON line or a plain line."""

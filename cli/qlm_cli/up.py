@@ -16,6 +16,7 @@ from qlm_batch.domain.errors import ConfigurationError
 from qlm_batch.embedded.service import EmbeddedService
 from qlm_batch.settings import Settings, load_settings
 from qlm_cli.context import data_dir_option, json_option
+from qlm_cli.existing_engine import look_at
 from qlm_cli.output import Output
 
 DEFAULT_MODEL = "qlm-tiny"
@@ -51,6 +52,11 @@ def up(
     settings = settings_for_up(
         data_dir=data_dir, models=models, port=port, host=host, engine=engine, engine_url=engine_url
     )
+    if settings.engine == "openai":
+        served, lines = look_at(settings.engine_url, settings.engine_api_key, settings.models)
+        settings = settings.model_copy(update={"models": served})
+        for line in lines:
+            output.note(line)
     stop = stop_event()
     service = EmbeddedService(settings, lambda name, text: output.note(f"{name}: {text}"))
     service.start()
