@@ -153,13 +153,10 @@ def whole_plans(groups: int, machines: int, runs: int, moves: int) -> list[float
     """Milliseconds of whole plans, a new situation each."""
     times, forming = [], []
     for seed in range(runs + 1):
-        snapshot = situation(groups, machines, seed)
-        formed: list[RequestGroup] = []
-
-        def form(now: Snapshot = snapshot, into: list[RequestGroup] = formed) -> None:
-            into += each_run(now)
-
-        forming.append(timed(form))
+        snapshot = situation(2 * groups, machines, seed)
+        formed = each_run(snapshot)
+        forming.append(timed(lambda now=snapshot: each_run(now)))
+        formed = formed[:groups]
 
         def plan(now: Snapshot = snapshot, work: list[RequestGroup] = formed) -> None:
             policy("qlm").plan(now, work, Estimator(now), moves, 0)
@@ -179,9 +176,9 @@ def each_run(snapshot: Snapshot) -> list[RequestGroup]:
 
 def arrivals(groups: int, machines: int, runs: int, moves: int) -> list[float]:
     """Milliseconds of placing one more group in a standing plan."""
-    snapshot = situation(groups, machines, 1)
+    snapshot = situation(2 * groups, machines, 1)
     estimator = Estimator(snapshot)
-    formed = each_run(snapshot)
+    formed = each_run(snapshot)[:groups]
     plan = policy("qlm").plan(snapshot, formed, estimator, moves, 0)
     incumbent = Incumbent(plan, snapshot.now, fleet_signature(snapshot))
     times, whole = [], []

@@ -201,8 +201,9 @@ class Estimator:
     def _length(self, model: str, kind: EngineKind, tenant: str) -> LengthDistribution:
         key = (model, kind, tenant)
         if key not in self._lengths:
-            book = self.knowledge.book(model)
-            self._lengths[key] = book.distribution(kind, tenant, self._ages.get(model, ()))
+            book, ages = self.knowledge.book(model), self._ages.get(model, ())
+            of_model = self._length(model, kind, "") if tenant else None
+            self._lengths[key] = book.distribution(kind, tenant, ages, of_model)
         return self._lengths[key]
 
     def capacities(self, snapshot: Snapshot) -> Mapping[str, ModelCapacity]:
@@ -241,7 +242,9 @@ class Estimator:
         count = np.array([max(1, group.requests) for group in groups], dtype=np.float64)
         kinds: dict[_Shape, int] = {}
         tails: dict[tuple[_Shape, int], int] = {}
-        kind, tail_kind = [], []
+        kind: list[int] = []
+        tail_kind: list[int] = []
+        largest: list[int] = []
         for group, prompt, most in zip(
             groups,
             _grids(np.array([group.prompt_tokens for group in groups]) / count),
@@ -249,9 +252,11 @@ class Estimator:
             strict=True,
         ):
             shape = (group.model, group.kind, group.tenant, prompt, most)
-            kind.append(kinds.setdefault(shape, len(kinds)))
-            _, _, largest = self._unit(shape)
-            last = _few(min(group.requests, math.ceil(largest)))
+            row = kinds.setdefault(shape, len(kinds))
+            if row == len(largest):
+                largest.append(math.ceil(self._unit(shape)[2]))
+            kind.append(row)
+            last = _few(min(group.requests, largest[row]))
             tail_kind.append(tails.setdefault((shape, last), len(tails)))
         rows = [self._unit(shape) for shape in kinds]
         n = len(self.instances)

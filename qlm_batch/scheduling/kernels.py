@@ -70,6 +70,8 @@ def in_order(c: Columns, order: Ints, shed: bool) -> Ints:
             if not c.serves[i, k]:
                 continue
             after = ends[i] + c.setup[i, last[i], k] + c.mean[kind, i] * count
+            if c.z >= 0.0 and (after + c.tails[c.tail_kind[g], i]) * c.inflation >= soonest:
+                continue
             var = variances[i] + c.var[kind, i] * count
             done = (after + c.tails[c.tail_kind[g], i]) * c.inflation + c.z * math.sqrt(var)
             if done < soonest:
@@ -218,6 +220,9 @@ def by_insertion(
             tail = c.tails[c.tail_kind[g], i]
             setup = c.setup[i, last[i], k]
             end = ends[i] + setup + mean
+            least = min(end + swap_price * setup, ends[i] + mean)
+            if least - (stay_s if i == c.before[g] else 0.0) >= cheapest:
+                continue
             price = in_run = math.inf
             late = (end + tail) * c.inflation + c.z * math.sqrt(variances[i] + var) - due
             if late <= 0.0:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from statistics import NormalDist
 
 import numpy as np
@@ -31,22 +32,31 @@ LEAN_ON_PRIOR = 8.0
 """Observations' worth of the prior inside a model's."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class LengthDistribution:
     """A discrete distribution: ascending `values` and their `probabilities`, which sum to 1."""
 
     values: Floats
     probabilities: Floats
 
-    @property
+    @cached_property
     def mean(self) -> float:
         """Expected length."""
         return float(self.values @ self.probabilities)
 
-    @property
+    @cached_property
     def var(self) -> float:
         """Variance of the length."""
-        return max(0.0, float(self.values**2 @ self.probabilities) - self.mean**2)
+        return max(0.0, float((self.values * self.values) @ self.probabilities) - self.mean**2)
+
+    @cached_property
+    def _beyond(self) -> tuple[Floats, Floats, Floats]:
+        """Mass, first and second moment of all values from each one on, and zeros at the end."""
+        first = self.probabilities * self.values
+        moments = np.stack((self.probabilities, first, first * self.values))
+        sums = np.zeros((3, self.values.size + 1))
+        sums[:, :-1] = np.cumsum(moments[:, ::-1], axis=1)[:, ::-1]
+        return sums[0], sums[1], sums[2]
 
     def capped(self, limit: float) -> LengthDistribution:
         """The distribution of min(length, limit)."""
@@ -69,12 +79,8 @@ class LengthDistribution:
     def residuals(self, ages: Sequence[float]) -> tuple[Floats, Floats]:
         """`residual` of each age."""
         given = np.asarray(ages, dtype=np.float64)
-        chances, values = self.probabilities, self.values
-        ahead = np.searchsorted(values, given, side="right")
-        mass, first, second = (
-            np.append(np.cumsum(moment[::-1])[::-1], 0.0)[ahead]
-            for moment in (chances, chances * values, chances * values**2)
-        )
+        ahead = np.searchsorted(self.values, given, side="right")
+        mass, first, second = (sums[ahead] for sums in self._beyond)
         known = mass > 1e-12
         share = np.where(known, mass, 1.0)
         mean = first / share
@@ -189,16 +195,23 @@ class LengthBook:
         )
 
     def distribution(
-        self, kind: EngineKind, tenant: str | None = None, ages: Sequence[int] = ()
+        self,
+        kind: EngineKind,
+        tenant: str | None = None,
+        ages: Sequence[int] = (),
+        of_model: LengthDistribution | None = None,
     ) -> LengthDistribution:
         """The lengths to expect, given `ages`: tokens so far of this model's running requests.
 
-        Without a tenant, or for one not seen yet, the model's own distribution.
+        Without a tenant, or for one not seen yet, the model's own distribution: `of_model`, where
+        the caller has it.
         """
-        of_model = prior(kind)
-        if self.lengths:
-            own = self._estimate(self.lengths, ages, 1.0)
-            of_model = own.mixed(float(_weights(len(self.lengths)).sum()), of_model, LEAN_ON_PRIOR)
+        if of_model is None:
+            of_model = prior(kind)
+            if self.lengths:
+                own = self._estimate(self.lengths, ages, 1.0)
+                weight = float(_weights(len(self.lengths)).sum())
+                of_model = own.mixed(weight, of_model, LEAN_ON_PRIOR)
         history = self.tenants.get(tenant or "")
         if not history:
             return of_model

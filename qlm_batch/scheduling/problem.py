@@ -177,23 +177,35 @@ class Problem:
         self.ready, self.ready_var = np.full(m, np.inf), np.zeros(m)
         # setup[i, a, b] is the time lost at i between work of a and of b; a = START is the last.
         self.setup = np.full((m, k + 1, k), np.inf)
-        for i in range(m):
-            hosted = [b for b in range(k) if estimator.serves(i, self.models[b])]
-            if not hosted:
+        known: dict[tuple[object, ...], tuple[NDArray[np.bool_], NDArray[np.bool_], Floats]] = {}
+        for i, view in enumerate(self.instances):
+            if not any(estimator.serves(i, model) for model in self.models):
                 continue
-            self.serves[i, hosted] = True
             ready = estimator.ready(i)
             self.ready[i], self.ready_var[i] = ready.mean, ready.var
-            awake = [model in ready.awake for model in self.models]
-            self.awake[i] = awake
-            setup = self.setup[i]
-            swaps = {b: estimator.swap_s(i, self.models[b]) for b in hosted}
-            drains = {a: estimator.drain_s(i, self.models[a]) for a in hosted}
-            for b in hosted:
-                setup[START, b] = 0.0 if awake[b] else swaps[b]
-                for a in hosted:
-                    together = a == b or (awake[a] and awake[b])
-                    setup[a, b] = 0.0 if together else swaps[b] + drains[a]
+            alike = (view.device, view.slots, view.kv_tokens, view.interactive_share)
+            key = (*alike, view.models, ready.awake)
+            if key not in known:
+                known[key] = self._setups(i, ready.awake, estimator)
+            self.serves[i], self.awake[i], self.setup[i] = known[key]
+
+    def _setups(
+        self, i: int, awake_models: frozenset[str], estimator: Durations
+    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_], Floats]:
+        """What an instance serves, what is awake there, and the time lost between models."""
+        k = len(self.models)
+        serves = np.array([estimator.serves(i, model) for model in self.models])
+        awake = np.array([model in awake_models for model in self.models])
+        setup = np.full((k + 1, k), np.inf)
+        hosted = np.flatnonzero(serves).tolist()
+        drains = {a: estimator.drain_s(i, self.models[a]) for a in hosted}
+        for b in hosted:
+            swap_s = estimator.swap_s(i, self.models[b])
+            setup[START, b] = 0.0 if awake[b] else swap_s
+            for a in hosted:
+                together = a == b or (awake[a] and awake[b])
+                setup[a, b] = 0.0 if together else swap_s + drains[a]
+        return serves, awake, setup
 
     @cached_property
     def columns(self) -> Columns:
@@ -245,6 +257,14 @@ class Problem:
         able = [g for g in range(len(self.groups)) if math.isfinite(self.least[g])]
         able.sort(key=ranks.__getitem__)  # type: ignore[arg-type]
         return np.array(able, dtype=np.int64)
+
+    @cached_property
+    def by_deadline(self) -> Ints:
+        """Placeable groups, earliest deadline first; of equal ones the tenant's that had less."""
+        arrived = np.array([group.arrived_at for group in self.groups])
+        order = np.lexsort((arrived, np.array(self.virtual), self.columns.due))
+        able: Ints = order[np.isfinite(np.array(self.least))[order]]
+        return able
 
     def done(self, mean: float, var: float) -> float:
         """When something of this mean and variance is done, at the planning quantile."""

@@ -53,7 +53,9 @@ def to_plan(problem: Problem, queues: Queues, shed: Collection[int], policy: str
     append_tail(problem, full, let_go)
     now = problem.now
     times = problem.times(full)
-    starts, ends = (times.starts + now).tolist(), times.ends.tolist()
+    where = np.repeat(np.arange(len(full)), np.diff(times.bounds))
+    tails = problem.table.tails[problem.table.tail_kind[times.flat], where]
+    starts, finish = (times.starts + now).tolist(), (times.ends + tails + now).tolist()
     variances, bounds = times.variances.tolist(), times.bounds.tolist()
     planned: list[VirtualQueue] = []
     for i, queue in enumerate(full):
@@ -65,7 +67,7 @@ def to_plan(problem: Problem, queues: Queues, shed: Collection[int], policy: str
                 PlannedGroup(
                     problem.groups[g],
                     start=starts[n],
-                    finish_mean=now + ends[n] + problem.tail(g, i),
+                    finish_mean=finish[n],
                     finish_var=variances[n],
                     reason=why_shed(problem, g)
                     if shed_here

@@ -39,7 +39,10 @@ def by_laxity(problem: Problem, group: int) -> tuple[float, ...]:
 def list_schedule(problem: Problem, order: Order, *, shed: bool) -> tuple[Queues, list[int]]:
     """Queues, and the groups let go: with `shed`, those that could be on time nowhere."""
     queues, let_go = problem.empty, []
-    ranked = problem.in_order([order(problem, g) for g in range(len(problem.groups))])
+    if order is by_deadline:
+        ranked = problem.by_deadline
+    else:
+        ranked = problem.in_order([order(problem, g) for g in range(len(problem.groups))])
     owner = in_order(problem.columns, ranked, shed).tolist()
     for g in ranked.tolist():
         if owner[g] >= 0:

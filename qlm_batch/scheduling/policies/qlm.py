@@ -38,10 +38,11 @@ def insert_all(problem: Problem, first: Sequence[bool] = ()) -> Schedule:
 
     Groups marked in `first` are inserted before all others.
     """
-    ranks = [by_deadline(problem, g) for g in range(len(problem.groups))]
+    order = problem.by_deadline
     if first:
-        ranks = [(float(not early), *rank) for early, rank in zip(first, ranks, strict=True)]
-    return _inserted(problem, problem.in_order(ranks))
+        early = np.array(first)[order]
+        order = np.concatenate((order[early], order[~early]))
+    return _inserted(problem, order)
 
 
 def _inserted(problem: Problem, order: Ints) -> Schedule:
