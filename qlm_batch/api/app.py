@@ -21,7 +21,7 @@ from qlm_batch.api import (
     results,
     webhooks,
 )
-from qlm_batch.api.auth import KeyRing
+from qlm_batch.api.auth import KeyRing, require_key
 from qlm_batch.api.edge import Edge
 from qlm_batch.api.limits import RateLimiter
 from qlm_batch.api.metrics import Metrics
@@ -65,7 +65,7 @@ def create_app(services: ApiServices) -> FastAPI:
     app.state.keys = KeyRing(services.store)
     app.state.limiter = RateLimiter()
     app.state.metrics = Metrics(services.store)
-    errors.install(app)
+    errors.install(app, require_key)
     app.add_middleware(Edge, observe=app.state.metrics.observe)
     for part in (files, batches, results, interactive, models, webhooks, health):
         app.include_router(part.router)

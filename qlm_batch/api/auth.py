@@ -7,6 +7,7 @@ import time
 from typing import Annotated
 
 from fastapi import Depends, Security
+from fastapi.dependencies.models import Dependant
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -72,10 +73,7 @@ class Access:
     ) -> ApiKey:
         """The caller's key. Raises Unauthenticated, TooMany or Forbidden, in this order."""
         if credentials is None:
-            raise Unauthenticated(
-                "Send an API key in the header 'Authorization: Bearer KEY'. "
-                "`qlm keys create` makes one."
-            )
+            raise _no_key()
         ring: KeyRing = request.app.state.keys
         key = await ring.key_for(credentials.credentials)
         _spend(request, key)
@@ -85,6 +83,32 @@ class Access:
                 code="insufficient_role",
             )
         return key
+
+
+async def require_key(request: Request) -> None:
+    """Raise Unauthenticated where the route asks for a key and the call has no good one.
+
+    Bodies are read before dependencies run, so that a bad one would else be told to anybody.
+    """
+    if not _asks_for_key(getattr(request.scope.get("route"), "dependant", None)):
+        return
+    ring: KeyRing = request.app.state.keys
+    credentials = await _bearer(request)
+    if credentials is None:
+        raise _no_key()
+    await ring.key_for(credentials.credentials)
+
+
+def _asks_for_key(dependant: Dependant | None) -> bool:
+    if dependant is None:
+        return False
+    return isinstance(dependant.call, Access) or any(map(_asks_for_key, dependant.dependencies))
+
+
+def _no_key() -> Unauthenticated:
+    return Unauthenticated(
+        "Send an API key in the header 'Authorization: Bearer KEY'. `qlm keys create` makes one."
+    )
 
 
 def _spend(request: Request, key: ApiKey) -> None:

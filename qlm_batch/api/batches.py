@@ -21,6 +21,7 @@ from qlm_batch.api.schemas import (
     DecisionObject,
     DeliveryObject,
     Page,
+    ReplayObject,
 )
 from qlm_batch.api.services import ApiServices
 from qlm_batch.api.targets import checked_callbacks
@@ -124,6 +125,15 @@ def list_deliveries(batch_id: ObjectId, parts: Parts, key: Reader) -> Page[Deliv
     """Every attempt to announce the batch's completion, oldest first."""
     log_of_batch = parts.store.deliveries(key.tenant, known_shape(batch_id, "batch"))
     return render.whole([render.delivery_object(item, attempt) for item, attempt in log_of_batch])
+
+
+@router.post(
+    "/{batch_id}/deliveries/replay", operation_id="replay_deliveries", responses=errors(404)
+)
+def replay_deliveries(batch_id: ObjectId, parts: Parts, key: Writer) -> ReplayObject:
+    """Try the announcements again that were given up; those under way or delivered stay so."""
+    replayed = parts.store.replay_dead(key.tenant, known_shape(batch_id, "batch"))
+    return ReplayObject(replayed=replayed)
 
 
 @router.get("/{batch_id}/decisions", operation_id="list_decisions", responses=errors(404))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -20,8 +20,11 @@ _SHOWN = 100
 _PREFIXES = ("Value error, ", "Assertion failed, ")
 
 
-def install(app: FastAPI) -> None:
-    """Render each kind of error that routing, validation or an endpoint raises."""
+def install(app: FastAPI, admit: Callable[[Request], Awaitable[None]]) -> None:
+    """Render each kind of error that routing, validation or an endpoint raises.
+
+    `admit` raises for a caller who may not be told what is wrong with the request.
+    """
 
     @app.exception_handler(QlmError)
     async def told(request: Request, error: QlmError) -> JSONResponse:
@@ -31,10 +34,19 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def refused(request: Request, error: RequestValidationError) -> JSONResponse:
+        try:
+            await admit(request)
+        except QlmError as stranger:
+            return render(stranger)
         return render(validation_error(error.errors()))
 
     @app.exception_handler(HTTPException)
     async def plain(request: Request, error: HTTPException) -> JSONResponse:
+        if error.status_code not in (404, 405):
+            try:
+                await admit(request)
+            except QlmError as stranger:
+                return render(stranger)
         headers = {"x-should-retry": "false"} if error.status_code < 500 else {}
         if error.status_code == 405:
             headers["allow"] = ", ".join(sorted(_allowed(request)))

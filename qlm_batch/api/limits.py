@@ -11,6 +11,9 @@ from qlm_batch.domain.ports import Store
 
 REQUESTS_PER_MINUTE = "requests_per_minute"
 QUEUED_REQUESTS = "queued_requests"
+QUEUED_TOKENS = "queued_tokens"
+LIMITS = (REQUESTS_PER_MINUTE, QUEUED_REQUESTS, QUEUED_TOKENS)
+"""Every limit a key may have."""
 QUEUED_RETRY_S = 30.0
 _MINUTE_S = 60.0
 
@@ -57,15 +60,17 @@ class RateLimiter:
 
 
 def check_queued(store: Store, key: ApiKey) -> None:
-    """Raise TooMany while the key's tenant has its limit of queued requests open."""
-    limit = key.limits.get(QUEUED_REQUESTS)
-    if limit is None:
+    """Raise TooMany while the key's tenant has its limit of queued requests or tokens open."""
+    if not key.limits.keys() & {QUEUED_REQUESTS, QUEUED_TOKENS}:
         return
-    queued = store.queue_totals(key.tenant).requests
-    if queued >= limit:
-        raise TooMany(
-            f"{queued} requests are queued and this key allows {limit}. "
-            "Wait until some are done, or cancel a batch.",
-            code="queued_requests_exceeded",
-            retry_after_s=QUEUED_RETRY_S,
-        )
+    totals = store.queue_totals(key.tenant)
+    queued = {QUEUED_REQUESTS: totals.requests, QUEUED_TOKENS: totals.tokens}
+    for name, found in queued.items():
+        limit = key.limits.get(name)
+        if limit is not None and found >= limit:
+            raise TooMany(
+                f"{found:,} {name.removeprefix('queued_')} are queued and this key allows "
+                f"{limit:,}. Wait until some are done, or cancel a batch.",
+                code=f"{name}_exceeded",
+                retry_after_s=QUEUED_RETRY_S,
+            )

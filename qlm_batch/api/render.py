@@ -90,6 +90,7 @@ def delivery_object(item: OutboxItem, attempt: DeliveryAttempt) -> schemas.Deliv
         ok=attempt.ok,
         status_code=attempt.status_code,
         detail=attempt.detail,
+        at=attempt.at,
         duration_ms=round(attempt.duration_s * 1000),
         retry_at=_second(attempt.retry_at),
     )

@@ -253,8 +253,16 @@ class DeliveryObject(BaseModel):
     ok: bool
     status_code: int | None
     detail: str
+    at: float | None
     duration_ms: int
     retry_at: int | None
+
+
+class ReplayObject(BaseModel):
+    """How many dead deliveries were made due again."""
+
+    object: Literal["batch.replay"] = "batch.replay"
+    replayed: int
 
 
 class DecisionObject(BaseModel):

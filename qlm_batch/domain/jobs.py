@@ -340,7 +340,10 @@ class OutboxItem:
 
 @dataclass(frozen=True, slots=True)
 class DeliveryAttempt:
-    """One try to deliver an event; `retry_at` None ends it (delivered, or dead when not `ok`)."""
+    """One try to deliver an event; `retry_at` None ends it (delivered, or dead when not `ok`).
+
+    `at` is the store's time of recording it; None until then.
+    """
 
     outbox_id: int
     ok: bool
@@ -348,3 +351,4 @@ class DeliveryAttempt:
     detail: str
     duration_s: float
     retry_at: float | None
+    at: float | None = None

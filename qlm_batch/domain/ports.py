@@ -73,11 +73,15 @@ class ExportTask:
 
 @dataclass(frozen=True, slots=True)
 class QueueTotals:
-    """Open work now, for metrics and limits."""
+    """Open work now, for metrics and limits.
+
+    `tokens` are those of prompts and the most that may be generated, where a request says so.
+    """
 
     batches: int
     slices: int
     requests: int
+    tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -409,6 +413,10 @@ class OutboxStore(Protocol):
         self, tenant: str, batch_id: str
     ) -> Sequence[tuple[OutboxItem, DeliveryAttempt]]:
         """The delivery log of a batch, oldest first."""
+        ...
+
+    def replay_dead(self, tenant: str, batch_id: str) -> int:
+        """Make the batch's dead deliveries due again, their attempts counted anew; how many."""
         ...
 
     def webhook_secrets(self, tenant: str) -> Sequence[str]:

@@ -219,10 +219,13 @@ def decisions(connection: Connection, tenant: str, batch_id: str, limit: int) ->
 _TOTALS = sql(
     """
     SELECT count(*) AS batches, coalesce(sum(s.slices), 0)::bigint AS slices,
-           coalesce(sum(s.requests), 0)::bigint AS requests
+           coalesce(sum(s.requests), 0)::bigint AS requests,
+           coalesce(sum(s.tokens), 0)::bigint AS tokens
     FROM batch b
     LEFT JOIN LATERAL (
-        SELECT count(*) AS slices, sum(remaining) AS requests FROM slice
+        SELECT count(*) AS slices, sum(remaining) AS requests,
+               sum(prompt_tokens + max_tokens) AS tokens
+        FROM slice
         WHERE batch_id = b.id AND state IN ('queued', 'assigned', 'leased')
     ) s ON true
     WHERE b.state IN ('validating', 'in_progress', 'finalizing', 'cancelling')

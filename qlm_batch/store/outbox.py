@@ -101,7 +101,7 @@ def record_delivery(connection: Connection, attempt: DeliveryAttempt) -> None:
 
 _DELIVERIES = sql(
     """
-    SELECT o.*, d.ok, d.status_code, d.detail, d.duration_s, d.retry_at
+    SELECT o.*, d.ok, d.status_code, d.detail, d.duration_s, d.retry_at, d.at
     FROM delivery d JOIN outbox o ON o.id = d.outbox_id
     WHERE o.batch_id = :batch_id ORDER BY d.id
     """
@@ -124,10 +124,25 @@ def deliveries(
                 detail=row.detail,
                 duration_s=row.duration_s,
                 retry_at=row.retry_at,
+                at=row.at,
             ),
         )
         for row in rows
     ]
+
+
+_REPLAY = sql(
+    """
+    UPDATE outbox SET state = 'pending', attempts = 0, next_attempt_at = {now}
+    WHERE batch_id = :batch_id AND state = 'dead'
+    """
+)
+
+
+def replay_dead(connection: Connection, tenant: str, batch_id: str) -> int:
+    """Make the batch's dead deliveries due at once; how many. Raises NotFound."""
+    get_batch(connection, tenant, batch_id)
+    return connection.execute(_REPLAY, {"batch_id": batch_id}).rowcount
 
 
 _TENANT = sql("INSERT INTO tenant (id, created_at) VALUES (:id, {now}) ON CONFLICT DO NOTHING")

@@ -302,6 +302,9 @@ class PostgresStore:
     ) -> Sequence[tuple[OutboxItem, DeliveryAttempt]]:
         return self._run(outbox.deliveries, tenant, batch_id)
 
+    def replay_dead(self, tenant: str, batch_id: str) -> int:
+        return self._run(outbox.replay_dead, tenant, batch_id)
+
     def webhook_secrets(self, tenant: str) -> Sequence[str]:
         return self._run(outbox.webhook_secrets, tenant, self._box)
 

@@ -330,9 +330,29 @@ def test_an_item_is_leased_retried_under_its_event_id_and_at_last_dead(bench: Be
         bench.store.deliveries("other", batch.id)
 
 
+def test_a_dead_item_is_due_again_once_it_is_replayed(bench: Bench) -> None:
+    batch = bench.batch(lines=1, email="a@example.test")
+    bench.serve()
+    bench.export(batch.id)
+    dead, good = bench.store.claim_outbox("a", 10, 60.0)
+    assert bench.store.replay_dead(TENANT, batch.id) == 0
+    before = bench.store.now()
+    bench.store.record_delivery(DeliveryAttempt(dead.id, False, 410, "gone", 0.1, None))
+    bench.store.record_delivery(DeliveryAttempt(good.id, True, 200, "ok", 0.1, None))
+    assert bench.store.replay_dead(TENANT, batch.id) == 1
+    (again,) = bench.store.claim_outbox("a", 10, 60.0)
+    assert (again.id, again.event_id, again.attempts) == (dead.id, dead.event_id, 0)
+    assert bench.store.replay_dead(TENANT, batch.id) == 0
+    for _, attempt in bench.store.deliveries(TENANT, batch.id):
+        assert attempt.at is not None and before <= attempt.at <= bench.store.now()
+    with pytest.raises(NotFound):
+        bench.store.replay_dead("other", batch.id)
+
+
 def test_totals_count_open_work_per_tenant(bench: Bench) -> None:
     bench.batch(lines=5, slice_requests=2)
     totals = bench.store.queue_totals(TENANT)
     assert (totals.batches, totals.slices, totals.requests) == (1, 3, 5)
+    assert totals.tokens > 0
     assert bench.store.queue_totals() == totals
     assert bench.store.queue_totals("other").requests == 0

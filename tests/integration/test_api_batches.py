@@ -13,7 +13,7 @@ from fastapi.testclient import TestClient
 from qlm_batch.api.app import create_app
 from qlm_batch.api.services import ApiServices
 from qlm_batch.domain.errors import Unavailable
-from qlm_batch.domain.jobs import ClaimedRequest, LineError
+from qlm_batch.domain.jobs import ClaimedRequest, DeliveryAttempt, LineError
 from qlm_batch.domain.messages import Assigned, Stopped
 from tests.api_support import CHAT, MODEL, Site, error_of, input_file, make_site, submit, upload
 
@@ -296,6 +296,24 @@ def test_the_log_of_deliveries_and_decisions_is_a_list(client: TestClient) -> No
         page = client.get(f"/v1/batches/{made['id']}/{name}").json()
         assert page["object"] == "list"
         assert page["has_more"] is False
+
+
+def test_dead_letters_are_listed_and_replayed(site: Site, client: TestClient) -> None:
+    made = submit(client, input_file("a"), callbacks={"email": "boss@example.org"})
+    url = f"/v1/batches/{made['id']}/deliveries"
+    site.read_in()
+    site.run()
+    site.write_out()
+    (item,) = site.store.claim_outbox("test", 10, 30)
+    site.store.record_delivery(DeliveryAttempt(item.id, False, 550, "no such user", 0.2, None))
+    (listed,) = client.get(url).json()["data"]
+    assert (listed["ok"], listed["status_code"], listed["retry_at"]) == (False, 550, None)
+    assert listed["at"] == site.clock.at
+    assert not site.store.claim_outbox("test", 10, 30)
+    assert client.post(f"{url}/replay").json() == {"object": "batch.replay", "replayed": 1}
+    (again,) = site.store.claim_outbox("test", 10, 30)
+    assert again.event_id == item.event_id
+    assert client.post(f"{url}/replay").json()["replayed"] == 0
 
 
 class Hints:

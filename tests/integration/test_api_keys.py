@@ -56,7 +56,7 @@ def test_another_tenants_objects_do_not_exist(site: Site) -> None:
             f"/v1/batches/{batch['id']}/decisions",
         ):
             error_of(two.get(path), 404)
-        for path in ("cancel", "retry"):
+        for path in ("cancel", "retry", "deliveries/replay"):
             error_of(two.post(f"/v1/batches/{batch['id']}/{path}"), 404)
         error_of(two.delete(f"/v1/files/{file_id}"), 404)
         stolen = {"input_file_id": file_id, "endpoint": CHAT, "completion_window": "24h"}
@@ -132,6 +132,34 @@ def test_a_tenant_with_too_much_queued_may_not_add_more(site: Site) -> None:
         assert refused.headers["retry-after"]
         site.run()
         assert client.post("/v1/batches", json=body).status_code == 200
+
+
+def test_a_tenant_with_too_many_tokens_queued_may_not_add_more(site: Site) -> None:
+    with site.client(site.key(queued_tokens=52)) as client:
+        for name, allowed in (("a", 200), ("b", 200), ("c", 429)):
+            body = {
+                "input_file_id": upload(client, input_file(name))["id"],
+                "endpoint": CHAT,
+                "completion_window": "24h",
+            }
+            answer = client.post("/v1/batches", json=body)
+            assert answer.status_code == allowed
+            if allowed == 200:
+                site.read_in()
+        assert error_of(answer, 429)["code"] == "queued_tokens_exceeded"
+        assert answer.headers["retry-after"]
+
+
+def test_who_has_no_key_learns_nothing_about_a_body(site: Site) -> None:
+    with site.client("") as client:
+        for body in ("{", "[]", '{"unknown": 1}', "x" * 2_000_000):
+            for headers in ({}, {"authorization": "Bearer sk-qlm-none"}):
+                answer = client.post(
+                    "/v1/batches",
+                    content=body,
+                    headers={"content-type": "application/json", **headers},
+                )
+                assert error_of(answer, 401)["code"] == "invalid_api_key"
 
 
 def test_email_goes_only_where_the_tenant_may_send_it(tmp_path: Path) -> None:

@@ -142,6 +142,12 @@ class MemoryBatches(Facet):
             batches=len(own),
             slices=sum(len(batch.open) for batch in own),
             requests=sum(batch.shown().counts.open for batch in own if batch.open),
+            tokens=sum(
+                part.prompt_tokens + part.max_tokens
+                for batch in own
+                for part in batch.slices
+                if part.id in batch.open
+            ),
         )
 
 

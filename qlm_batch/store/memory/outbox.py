@@ -38,7 +38,7 @@ class MemoryOutbox(Facet):
             return
         entry.item = replace(entry.item, attempts=entry.item.attempts + 1)
         entry.next_at, entry.claim_until = attempt.retry_at, 0.0
-        self.state.deliveries.append((entry.item, attempt))
+        self.state.deliveries.append((entry.item, replace(attempt, at=self.state.clock())))
 
     @locked
     def deliveries(
@@ -51,6 +51,23 @@ class MemoryOutbox(Facet):
             for item, attempt in self.state.deliveries
             if item.batch_id == batch_id
         )
+
+    @locked
+    def replay_dead(self, tenant: str, batch_id: str) -> int:
+        """Make the batch's dead deliveries due again, their attempts counted anew; how many."""
+        self.state.batch_of(tenant, batch_id)
+        ended = {item.id: attempt.ok for item, attempt in self.state.deliveries}
+        dead = [
+            entry
+            for entry in self.state.outbox.values()
+            if entry.item.batch_id == batch_id
+            and entry.next_at is None
+            and not ended.get(entry.item.id, True)
+        ]
+        for entry in dead:
+            entry.item = replace(entry.item, attempts=0)
+            entry.next_at = self.state.clock()
+        return len(dead)
 
     @locked
     def webhook_secrets(self, tenant: str) -> Sequence[str]:
