@@ -269,6 +269,12 @@ class Estimator:
             np.array([self._tail(shape, last) for shape, last in tails]).reshape(len(tails), n),
         )
 
+    def expected_tokens(self, group: RequestGroup) -> float:
+        """The output tokens the group's requests are expected to have in all."""
+        model, kind, tenant, _, cap = _shape_of_group(group)
+        lengths = self._length(model, kind, tenant).capped(max(1.0, _ungrid(cap)))
+        return lengths.mean * group.requests
+
     def _tail(self, shape: _Shape, last: int) -> Floats:
         found = self._tails.get((shape, last))
         if found is None:

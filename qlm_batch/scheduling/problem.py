@@ -39,7 +39,10 @@ START: Final = -1
 class Durations(Protocol):
     """What planning needs of an estimator."""
 
-    config: EstimatorConfig
+    @property
+    def config(self) -> EstimatorConfig:
+        """Its settings."""
+        ...
 
     @property
     def served(self) -> Served:
@@ -52,6 +55,10 @@ class Durations(Protocol):
 
     def table(self, groups: Sequence[RequestGroup]) -> WorkTable:
         """What these groups take at every instance; inf where not served."""
+        ...
+
+    def expected_tokens(self, group: RequestGroup) -> float:
+        """The output tokens the group's requests are expected to have in all."""
         ...
 
     def ready(self, instance: int) -> Ready:

@@ -170,6 +170,9 @@ class KnownDurations:
     def table(self, groups: Sequence[RequestGroup]) -> WorkTable:
         return WorkTable.of([self._takes(group) for group in groups], len(self._serving))
 
+    def expected_tokens(self, group: RequestGroup) -> float:
+        return float(group.max_tokens)
+
     def _takes(self, group: RequestGroup) -> GroupWork:
         mean = np.array(
             [

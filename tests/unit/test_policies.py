@@ -9,7 +9,7 @@ import pytest
 from qlm_batch.domain.errors import ConfigurationError
 from qlm_batch.domain.jobs import SloClass
 from qlm_batch.domain.snapshot import RequestGroup
-from qlm_batch.scheduling.policies import POLICIES, policy
+from qlm_batch.scheduling.policies import POLICIES, OraclePolicy, policy
 from tests.unit.planning_cases import KnownDurations, group, instance, snapshot
 
 LATE = group("late", deadline=300.0, arrived_at=0.0)
@@ -63,3 +63,52 @@ def test_an_empty_queue_and_an_empty_fleet_have_a_plan(name: str) -> None:
     assert policy(name).plan(snapshot(), [], durations, 10, 0).queues == ()
     (waiting,) = policy(name).plan(snapshot(), [SOON], durations, 10, 0).unplaced
     assert waiting.reason == "no instance serves model m"
+
+
+def test_the_papers_program_finds_the_order_that_meets_every_deadline() -> None:
+    # EDF would start with `a`, swap, and be late with `c`; the program keeps one model together.
+    a = group("a", deadline=100.0, model="m")
+    b = group("b", deadline=101.0, model="n")
+    c = group("c", deadline=102.0, model="m")
+    durations = KnownDurations(
+        {"a": [20.0], "b": [20.0], "c": [20.0]},
+        [frozenset({"m", "n"})],
+        awake=[frozenset({"m"})],
+        swap=35.0,
+    )
+    fleet = snapshot(instances=[instance("i", ["m", "n"])])
+    plan = policy("qlm-paper").plan(fleet, [a, b, c], durations, 0, 0)
+    queue = plan.queues[0].groups
+    assert [entry.group.model for entry in queue] == ["m", "m", "n"]
+    assert all(entry.finish_mean <= entry.group.deadline for entry in queue)
+
+
+def test_the_papers_program_falls_back_to_edf_in_overload() -> None:
+    assert order("qlm-paper", LATE, SOON, HOPELESS) == ["hopeless", "soon", "late"]
+
+
+def test_shepherd_dedicates_instances_to_models_by_their_work() -> None:
+    both = frozenset({"m", "n"})
+    groups = [group(f"m{n}", deadline=1e3) for n in range(6)]
+    groups += [group(f"n{n}", deadline=1e3, model="n") for n in range(2)]
+    durations = KnownDurations({g.key: [10.0] * 4 for g in groups}, [both] * 4)
+    fleet = snapshot(instances=[instance(f"i{n}", ["m", "n"]) for n in range(4)])
+    plan = policy("shepherd").plan(fleet, groups, durations, 0, 0)
+    hosted = sorted("".join({e.group.model for e in queue.groups}) for queue in plan.queues)
+    assert hosted == ["m", "m", "m", "n"]
+
+
+def test_shepherd_takes_the_largest_batch_first() -> None:
+    small, large = replace(SOON, requests=2), replace(LATE, requests=9)
+    assert order("shepherd", small, large) == ["late", "soon"]
+
+
+def test_the_oracle_plans_with_the_lengths_it_is_told() -> None:
+    durations = KnownDurations({"late": [10.0], "soon": [10.0]}, [frozenset({"m"})])
+    fleet = snapshot(instances=[instance("i")])
+    long, short = replace(SOON, deadline=15.0), replace(LATE, deadline=16.0)
+    true = {"soon": 40.0 * 128, "late": 1.0 * 128}
+    plan = OraclePolicy(lambda g: true[g.key] / 4).plan(fleet, [long, short], durations, 10, 0)
+    first, second = plan.queues[0].groups
+    assert plan.policy == "oracle"
+    assert (first.finish_mean, first.shed, second.shed) == (pytest.approx(2.5), False, True)

@@ -8,10 +8,14 @@ from typing import Final
 from qlm_batch.domain.errors import ConfigurationError
 from qlm_batch.scheduling.policies.base import Policy
 from qlm_batch.scheduling.policies.listing import EDF, EDF_SHED, FCFS, LLF_SHED, PRIORITY
+from qlm_batch.scheduling.policies.oracle import OraclePolicy
+from qlm_batch.scheduling.policies.paper import PAPER
 from qlm_batch.scheduling.policies.qlm import QLM
+from qlm_batch.scheduling.policies.shepherd import SHEPHERD
 
 POLICIES: Final[Mapping[str, Policy]] = {
-    policy.name: policy for policy in (FCFS, PRIORITY, EDF, EDF_SHED, LLF_SHED, QLM)
+    policy.name: policy
+    for policy in (FCFS, PRIORITY, EDF, EDF_SHED, LLF_SHED, SHEPHERD, PAPER, QLM)
 }
 
 
@@ -24,4 +28,4 @@ def policy(name: str) -> Policy:
         raise ConfigurationError(f"No policy is named {name!r}; set one of {known}.") from None
 
 
-__all__ = ["POLICIES", "Policy", "policy"]
+__all__ = ["POLICIES", "OraclePolicy", "Policy", "policy"]
