@@ -205,9 +205,7 @@ def _read(raw: bytes, endpoint: str) -> _Asked:
         )
     streamed = body.pop("stream", None)
     if streamed not in (None, True, False):
-        raise InvalidInput(
-            "'stream' must be true or false.", code="invalid_value", param="stream"
-        )
+        raise InvalidInput("'stream' must be true or false.", code="invalid_value", param="stream")
     if streamed and endpoint == EMBEDDINGS:
         raise InvalidInput(
             "Embeddings come whole; remove 'stream' from the request.",

@@ -70,6 +70,8 @@ class CeleryDispatcher:
             lambda: self._app.send_task(
                 INTERACTIVE_TASK,
                 kwargs={"message": wire.encode(message)},
+                # Celery would repeat the beginning of the body in a header.
+                kwargsrepr="",
                 queue=interactive_queue(message.instance),
                 priority=INTERACTIVE_PRIORITY,
                 ignore_result=True,

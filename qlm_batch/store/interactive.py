@@ -160,9 +160,7 @@ _DROP = sql(
 )
 
 
-def forget_interactive(
-    connection: Connection, bodies_s: float, rows_s: float, limit: int
-) -> int:
+def forget_interactive(connection: Connection, bodies_s: float, rows_s: float, limit: int) -> int:
     """Empty bodies and results, and drop rows, whose time is over; how many."""
     emptied = connection.execute(_EMPTY, {"bodies_s": bodies_s, "limit": limit}).rowcount
     return emptied + connection.execute(_DROP, {"rows_s": rows_s, "limit": limit}).rowcount

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, LiteralString, Protocol
 
 import psycopg
 
@@ -160,6 +160,10 @@ class PostgresHarness:
 
     def everything(self) -> str:
         return repr(self._connection.execute("SELECT * FROM api_key").fetchall())
+
+    def execute(self, statement: LiteralString) -> psycopg.Cursor[Any]:
+        """Run one statement of a test's own."""
+        return self._connection.execute(statement)
 
     def truncate(self) -> None:
         """Empty every table, as if migrated just now."""

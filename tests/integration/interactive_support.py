@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import subprocess
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psycopg
 import redis
 
 from qlm_batch.api.app import create_app
@@ -20,14 +23,19 @@ from qlm_batch.bootstrap import open_calls
 from qlm_batch.dispatch.celery_app import client_url
 from qlm_batch.domain.interactive import InteractiveRequest
 from qlm_batch.domain.jobs import ApiKey
+from qlm_batch.embedded.postgres import EmbeddedPostgres
 from qlm_batch.ids import KEY, new_id, new_secret
 from qlm_batch.intake.blobs import LocalBlobs
 from qlm_batch.settings import Settings
+from qlm_batch.store.postgres import PostgresStore
 from tests.api_support import wait_until
-from tests.contract.harness import MODEL, TENANT, Bench, PostgresHarness
+from tests.contract.harness import MODEL, SECRET_KEY, TENANT, Bench, PostgresHarness
 from tests.integration.test_worker import worker
 
+_numbers = itertools.count()
 Json = dict[str, Any]
+SILENT_S = 2.0
+"""How long an instance may be silent for the API before it counts as lost."""
 
 
 @dataclass
@@ -38,6 +46,7 @@ class Line:
     key: str
     bench: Bench
     redis: redis.Redis
+    workers: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     @contextlib.contextmanager
     def client(self, **options: Any) -> Iterator[httpx.Client]:
@@ -53,24 +62,41 @@ class Line:
         with self.client(headers=headers) as client:
             return client.post(path, json=dict(body))
 
+    def forget(self) -> None:
+        """Drop everything stored about requests."""
+        harness = self.bench.harness
+        assert isinstance(harness, PostgresHarness)
+        harness.execute("DELETE FROM interactive_request")
+
     def keys(self) -> set[bytes]:
         """Keys of token streams and readers."""
-        return {key for key in self.redis.keys("qlm:*")}
+        return set(self.redis.keys("qlm:*"))
 
     def requests(self) -> list[InteractiveRequest]:
         """Everything stored, oldest first."""
         harness = self.bench.harness
         assert isinstance(harness, PostgresHarness)
-        rows = harness._connection.execute(
-            "SELECT tenant, id FROM interactive_request ORDER BY created_at"
-        ).fetchall()
-        return [self.bench.store.interactive(tenant, request_id) for tenant, request_id in rows]
+        rows = harness.execute("SELECT tenant, id FROM interactive_request ORDER BY created_at")
+        return [
+            self.bench.store.interactive(tenant, request_id)
+            for tenant, request_id in rows.fetchall()
+        ]
 
 
 @contextlib.contextmanager
-def api_line(
-    postgres_url: str, redis_url: str, data_dir: Path, **changes: Any
-) -> Iterator[Line]:
+def fresh_database(postgres: EmbeddedPostgres) -> Iterator[str]:
+    """The URL of a fresh, migrated database."""
+    name = f"line_{next(_numbers)}"
+    with psycopg.connect(postgres.url_of("postgres"), autocommit=True) as admin:
+        admin.execute(f"CREATE DATABASE {name} TEMPLATE template_qlm STRATEGY file_copy")
+        try:
+            yield postgres.url_of(name)
+        finally:
+            admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@contextlib.contextmanager
+def api_line(postgres_url: str, redis_url: str, data_dir: Path, **changes: Any) -> Iterator[Line]:
     """The API without a worker."""
     settings = Settings(
         database_url=postgres_url,
@@ -82,7 +108,7 @@ def api_line(
     )
     harness = PostgresHarness(postgres_url)
     bench = Bench(harness)
-    store = harness.store
+    store = PostgresStore(postgres_url, secret_key=SECRET_KEY, instance_silent_s=SILENT_S)
     secret = new_secret()
     store.add_key(ApiKey(new_id(KEY), TENANT, "", "user", secret[:12], store.now()), secret)
     calls = open_calls(settings, store)
@@ -99,6 +125,7 @@ def api_line(
         server.should_exit = True
         thread.join(30)
         watcher.close()
+        store.close()
         harness.close()
 
 
@@ -113,8 +140,9 @@ def whole_line(
     """The API with one worker that is ready; `changes` are the worker's."""
     with (
         api_line(postgres_url, redis_url, data_dir, **(settings or {})) as line,
-        worker(line.bench, postgres_url, redis_url, data_dir, **changes),
+        worker(line.bench, postgres_url, redis_url, data_dir, **changes) as process,
     ):
+        line.workers.append(process)
         yield line
 
 

@@ -7,12 +7,21 @@ from pathlib import Path
 
 import pytest
 
+from qlm_batch.domain.interactive import InteractiveState
 from qlm_batch.embedded.postgres import EmbeddedPostgres
 from qlm_batch.embedded.valkey import EmbeddedValkey
 from tests.api_support import error_of, wait_until
-from tests.conftest import _database
 from tests.contract.harness import MODEL
-from tests.integration.interactive_support import Line, chat, events, text_of, whole_line
+from tests.integration.interactive_support import (
+    Line,
+    chat,
+    events,
+    fresh_database,
+    text_of,
+    whole_line,
+)
+
+TOO_LONG = {"role": "user", "content": "x" * 40_000}
 
 
 @pytest.fixture(scope="module")
@@ -21,9 +30,8 @@ def line(
 ) -> Iterator[Line]:
     """One line for all tests here, with an engine that answers at once."""
     folder: Path = tmp_path_factory.mktemp("line")
-    for url in _database(postgres, "template_qlm"):
-        with whole_line(url, valkey.url, folder) as line:
-            yield line
+    with fresh_database(postgres) as url, whole_line(url, valkey.url, folder) as line:
+        yield line
 
 
 def test_a_chat_is_answered_whole(line: Line) -> None:
@@ -43,3 +51,69 @@ def test_a_streamed_chat_says_what_the_whole_one_says(line: Line) -> None:
     assert text_of(told) == whole["choices"][0]["message"]["content"]
     assert told[-1]["choices"][0]["finish_reason"]
     assert all(event["choices"] for event in told)
+
+
+def test_usage_ends_a_stream_for_those_who_ask(line: Line) -> None:
+    options = {"stream_options": {"include_usage": True}}
+    *_, last = events(line.post("/v1/chat/completions", chat(stream=True, **options)))
+    assert last["choices"] == []
+    assert last["usage"]["completion_tokens"] == 8
+
+
+def test_what_was_answered_is_stored_with_its_usage_and_timings(line: Line) -> None:
+    line.forget()
+    line.post("/v1/chat/completions", chat(stream=True), **{"x-qlm-ttft": "0.25"})
+    wait_until(lambda: line.requests()[0].state is InteractiveState.DONE)
+    (stored,) = line.requests()
+    assert (stored.status_code, stored.usage.output_tokens) == (200, 8)
+    assert (stored.ttft_s, stored.streamed, stored.epoch) == (0.25, True, 1)
+    assert stored.first_token_s is not None
+    assert stored.result is not None and stored.result.count("\n") >= 8
+    wait_until(lambda: not line.keys())
+
+
+def test_completions_and_two_choices(line: Line) -> None:
+    body = {"model": MODEL, "prompt": "Once", "max_tokens": 4, "n": 2}
+    answer = line.post("/v1/completions", body).json()
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param"),
+    [
+        ({"model": "nobody/serves-this"}, 404, "model"),
+        ({"model": None}, 400, "model"),
+        ({"stream": "yes"}, 400, "stream"),
+        ({"stream": True, "stream_options": 7}, 400, "stream_options"),
+        ({"priority": -1000}, 400, "priority"),
+        ({"priority": -1000, "stream": True}, 400, "priority"),
+        ({"cache_salt": "theirs"}, 400, "cache_salt"),
+        ({"messages": []}, 400, "messages"),
+        ({"messages": [TOO_LONG], "stream": True}, 400, "messages"),
+    ],
+)
+def test_a_bad_request_gets_openai_s_error_naming_the_field(
+    line: Line, body: dict[str, object], status: int, param: str
+) -> None:
+    answer = line.post("/v1/chat/completions", chat() | body)
+    assert error_of(answer, status)["param"] == param
+    assert answer.headers["x-should-retry"] == "false"
+
+
+def test_an_embedding_asked_of_a_model_that_generates_is_refused(line: Line) -> None:
+    answer = line.post("/v1/embeddings", {"model": MODEL, "input": "hello"})
+    assert error_of(answer, 400)["code"] == "unsupported_endpoint"
+
+
+def test_a_stream_without_a_key_is_refused(line: Line) -> None:
+    with line.client(headers={"authorization": ""}) as client:
+        error_of(client.post("/v1/chat/completions", json=chat(stream=True)), 401)
+
+
+def test_the_metrics_tell_first_tokens_and_attainment(line: Line) -> None:
+    line.post("/v1/chat/completions", chat(stream=True))
+    with line.client() as client:
+        text = client.get("/metrics").text
+    assert "qlm_interactive_first_token_seconds_count" in text
+    assert 'qlm_slo_total{met="yes",slo_class="interactive"}' in text
+    assert 'qlm_interactive_requests_total{status="200"}' in text

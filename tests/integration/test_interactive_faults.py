@@ -1,0 +1,215 @@
+"""Interactive requests when something fails on the way: always an answer, never silence."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from qlm_batch.domain.interactive import InteractiveState
+from qlm_batch.embedded.postgres import EmbeddedPostgres
+from qlm_batch.embedded.valkey import EmbeddedValkey
+from tests.api_support import error_of, wait_until
+from tests.integration.interactive_support import (
+    Json,
+    Line,
+    api_line,
+    chat,
+    events,
+    fresh_database,
+    text_of,
+    whole_line,
+)
+from tests.integration.test_worker import worker
+
+SLOW = {"simulated_time_scale": 4.0, "heartbeat_s": 0.3}
+"""About 40 ms a token."""
+LONG = {"stream": True, "max_tokens": 100, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def shared(
+    postgres: EmbeddedPostgres, valkey: EmbeddedValkey, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Line]:
+    """One line for all tests that leave its worker alive."""
+    with (
+        fresh_database(postgres) as url,
+        whole_line(url, valkey.url, tmp_path_factory.mktemp("line"), **SLOW) as line,
+    ):
+        yield line
+
+
+@pytest.fixture
+def line(shared: Line) -> Line:
+    """The shared line, with nothing stored."""
+    shared.forget()
+    return shared
+
+
+@pytest.fixture
+def mortal(postgres_url: str, redis_url: str, data_dir: Path) -> Iterator[Line]:
+    """A line whose worker may be ended."""
+    with whole_line(postgres_url, redis_url, data_dir, **SLOW) as line:
+        yield line
+
+
+def data_of(lines: Iterator[str]) -> Iterator[Json]:
+    """The events of a running stream."""
+    for text in lines:
+        if text.startswith("data: ") and text != "data: [DONE]":
+            yield json.loads(text.removeprefix("data: "))
+
+
+def running(line: Line) -> int:
+    return sum(view.interactive_running for view in line.bench.store.instances())
+
+
+def states(line: Line) -> list[InteractiveState]:
+    return [request.state for request in line.requests()]
+
+
+def test_a_client_that_leaves_ends_its_request_and_leaves_nothing_behind(line: Line) -> None:
+    with line.client() as client:
+        with client.stream("POST", "/v1/chat/completions", json=chat(**LONG)) as answer:
+            next(data_of(answer.iter_lines()))
+        wait_until(lambda: states(line) == [InteractiveState.ABORTED])
+    wait_until(lambda: running(line) == 0)
+    wait_until(lambda: not line.keys())
+
+
+def test_a_client_that_leaves_before_the_answer_ends_its_request(line: Line) -> None:
+    with line.client(timeout=0.7) as client, pytest.raises(httpx.ReadTimeout):
+        client.post("/v1/chat/completions", json=chat(max_tokens=2000, ignore_eos=True))
+    wait_until(lambda: states(line) == [InteractiveState.ABORTED])
+    wait_until(lambda: not line.keys())
+
+
+def test_two_hundred_clients_that_come_and_go_leave_nothing_behind(line: Line) -> None:
+    def visit() -> None:
+        with line.client() as client:
+            for _ in range(10):
+                with client.stream("POST", "/v1/chat/completions", json=chat(**LONG)) as answer:
+                    assert answer.status_code == 200
+                    next(data_of(answer.iter_lines()))
+
+    visitors = [threading.Thread(target=visit) for _ in range(20)]
+    for visitor in visitors:
+        visitor.start()
+    for visitor in visitors:
+        visitor.join(60)
+    wait_until(lambda: running(line) == 0, 30)
+    wait_until(lambda: not line.keys(), 30)
+    assert len(states(line)) == 200
+    # A short answer may be there before its client has left.
+    wait_until(lambda: set(states(line)) <= {InteractiveState.ABORTED, InteractiveState.DONE}, 30)
+    assert line.post("/v1/chat/completions", chat()).status_code == 200
+
+
+def test_a_flushed_redis_costs_a_stream_nothing_but_time(line: Line) -> None:
+    whole = line.post("/v1/chat/completions", chat(max_tokens=100, ignore_eos=True)).json()
+    with (
+        line.client() as client,
+        client.stream("POST", "/v1/chat/completions", json=chat(**LONG)) as answer,
+    ):
+        told = []
+        for event in data_of(answer.iter_lines()):
+            told.append(event)
+            if len(told) in (5, 20, 40):
+                line.redis.flushall()
+    assert text_of(told) == whole["choices"][0]["message"]["content"]
+    wait_until(lambda: not line.keys())
+
+
+def test_a_lost_message_is_sent_again(line: Line) -> None:
+    line.workers[0].send_signal(signal.SIGSTOP)
+    answers: list[httpx.Response] = []
+    caller = threading.Thread(
+        target=lambda: answers.append(line.post("/v1/chat/completions", chat()))
+    )
+    caller.start()
+    wait_until(lambda: bool(line.requests()))
+    wait_until(lambda: bool(line.redis.keys("i.gpu-0*")))
+    line.redis.flushall()
+    line.workers[0].send_signal(signal.SIGCONT)
+    caller.join(20)
+    assert answers[0].status_code == 200
+
+
+def test_a_worker_that_dies_in_the_middle_of_a_stream_ends_it_with_an_error(mortal: Line) -> None:
+    with (
+        mortal.client() as client,
+        client.stream("POST", "/v1/chat/completions", json=chat(**LONG)) as answer,
+    ):
+        lines = answer.iter_lines()
+        next(data_of(lines))
+        mortal.workers[0].kill()
+        rest = [text for text in lines if text]
+    assert rest[-1] == "data: [DONE]"
+    error = json.loads(rest[-2].removeprefix("data: "))["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert states(mortal) == [InteractiveState.FAILED]
+    wait_until(lambda: not mortal.keys())
+
+
+def test_a_worker_that_is_told_to_end_finishes_what_it_has_begun(mortal: Line) -> None:
+    with (
+        mortal.client() as client,
+        client.stream("POST", "/v1/chat/completions", json=chat(**LONG)) as answer,
+    ):
+        lines = answer.iter_lines()
+        next(data_of(lines))
+        mortal.workers[0].send_signal(signal.SIGTERM)
+        told = list(data_of(lines))
+        assert told[-1]["choices"][0]["finish_reason"] == "length"
+    error = error_of(mortal.post("/v1/chat/completions", chat()), 404)
+    assert error["code"] == "model_not_found"
+
+
+def test_a_request_whose_worker_dies_before_the_first_token_is_answered_by_another(
+    postgres_url: str, redis_url: str, data_dir: Path
+) -> None:
+    with api_line(postgres_url, redis_url, data_dir) as line:
+        with worker(line.bench, postgres_url, redis_url, data_dir, **SLOW) as first:
+            first.send_signal(signal.SIGSTOP)
+            answers: list[httpx.Response] = []
+            caller = threading.Thread(
+                target=lambda: answers.append(line.post("/v1/chat/completions", chat(stream=True)))
+            )
+            caller.start()
+            wait_until(lambda: bool(line.requests()))
+            with worker(line.bench, postgres_url, redis_url, data_dir, instance="gpu-1", **SLOW):
+                wait_until(lambda: len(line.bench.store.instances()) == 2, 30)
+                caller.join(30)
+        assert answers[0].status_code == 200
+        assert text_of(events(answers[0]))
+        assert [request.instance for request in line.requests()] == ["gpu-1"]
+        assert [request.epoch for request in line.requests()] == [2]
+
+
+def test_a_client_that_stalls_does_not_hold_its_slot(line: Line) -> None:
+    with (
+        line.client() as client,
+        client.stream("POST", "/v1/chat/completions", json=chat(**LONG)) as answer,
+    ):
+        lines = answer.iter_lines()
+        next(data_of(lines))
+        wait_until(lambda: states(line) == [InteractiveState.DONE], 20)
+        wait_until(lambda: running(line) == 0)
+        told = list(data_of(lines))
+    assert told[-1]["choices"][0]["finish_reason"] == "length"
+
+
+def test_without_a_broker_the_answer_says_so_at_once(
+    postgres_url: str, redis_url: str, data_dir: Path, tmp_path: Path
+) -> None:
+    away = f"redis+socket://{tmp_path}/none.sock?virtual_host=0"
+    with api_line(postgres_url, away, data_dir) as line:
+        line.bench.beat()
+        error = error_of(line.post("/v1/chat/completions", chat()), 503)
+        assert "try again" in str(error["message"])
+        assert states(line) == [InteractiveState.ABORTED]
