@@ -70,15 +70,6 @@ def victim(running: Sequence[Rank]) -> int:
     return max(range(len(running)), key=lambda i: (running[i], i))
 
 
-def evicts(waiting: int, running: int) -> bool:
-    """Whether a waiting request may push a running one out, given their engine priorities.
-
-    Only interactive work does, and only batch work gives way: strict, or two would change places
-    for ever.
-    """
-    return waiting <= INTERACTIVE_PRIORITY < running
-
-
 def next_model(awake: str | None, in_hand: Mapping[str, float]) -> str | None:
     """The model an instance should have awake, given the earliest deadline held of each model.
 

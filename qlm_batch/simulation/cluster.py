@@ -24,8 +24,8 @@ from qlm_batch.simulation.instance import SimulatedInstance, Tallies, WorkerTime
 from qlm_batch.simulation.workload import Arrival, Outage, Requests, Workload, requests_of
 from qlm_batch.store.memory import MemoryStore
 
-START = 1_000.0
-"""Virtual time of a run's beginning."""
+START = 1e9
+"""Virtual time of a run's beginning, in Unix seconds like the deadlines priorities are made of."""
 _FAULTS, _ARRIVALS, _WORK, _PASSES = range(4)
 _HOLDER = "simulator"
 _SERVICE_S = 4.0

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from qlm_batch.scheduling import agent
+from qlm_batch.scheduling import agent, eviction
 from qlm_batch.scheduling.speed import StepTime
 
 BLOCK_TOKENS = 16
@@ -162,7 +162,7 @@ class ReferenceEngine:
             if len(self.running) < self.limits.slots and fits:
                 return
             last = agent.victim([(s.priority, s.arrival) for s in self.running])
-            if not agent.evicts(head.priority, self.running[last].priority):
+            if not eviction.may_evict(head.priority, self.running[last].priority):
                 return
             self._preempt(last)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from qlm_batch.scheduling.agent import INTERACTIVE_PRIORITY
+from qlm_batch.scheduling.eviction import URGENT_BELOW
 from qlm_batch.scheduling.speed import StepTime
 from qlm_batch.simulation import kernel as k
 from qlm_batch.simulation.engine import EngineLimits, Finished, check_size
@@ -23,7 +23,7 @@ class FastEngine:
         self._totals = np.zeros(k.TOTALS, dtype=np.int64)
         self._totals[k.FREE_BLOCKS] = limits.blocks
         self._limits = np.array(
-            [limits.slots, limits.batched_tokens, limits.block_tokens, INTERACTIVE_PRIORITY],
+            [limits.slots, limits.batched_tokens, limits.block_tokens, URGENT_BELOW],
             dtype=np.int64,
         )
         self._speed = np.array(

@@ -325,7 +325,7 @@ class SimulatedInstance:
             key,
             int(requests.prompt[key]),
             int(requests.output[key]),
-            agent.INTERACTIVE_PRIORITY,
+            agent.interactive_priority(float(requests.due[key])),
             self._events.now(),
         )
 

@@ -32,7 +32,7 @@ ARRIVAL, FIRST, END = 0, 1, 2
 
 RUNS, WAITS, FREE_BLOCKS, STEPS, TOKENS, PREEMPTIONS, RECOMPUTED, ROWS, SAMPLED = range(9)
 TOTALS = 9
-SLOTS, BATCHED, BLOCK, INTERACTIVE = 0, 1, 2, 3
+SLOTS, BATCHED, BLOCK, URGENT_BELOW = 0, 1, 2, 3
 CLOCK, BUSY = 0, 1
 SAMPLES = 32
 
@@ -93,13 +93,13 @@ def _evict(ints: Ints, floats: Floats, order: Ints, totals: Ints, limits: Ints) 
     """Make room for an interactive request; the head of the waiting afterwards."""
     while totals[WAITS] > 0:
         head = _head(ints, floats, totals[ROWS])
-        if totals[RUNS] == 0 or ints[head, PRIORITY] > limits[INTERACTIVE]:
+        if totals[RUNS] == 0 or ints[head, PRIORITY] >= limits[URGENT_BELOW]:
             return head
         need = _blocks(ints[head, PROMPT] + ints[head, GENERATED], limits[BLOCK])
         if totals[RUNS] < limits[SLOTS] and need <= totals[FREE_BLOCKS]:
             return head
         last = _victim(ints, floats, order, totals[RUNS])
-        if ints[order[last], PRIORITY] <= limits[INTERACTIVE]:
+        if ints[order[last], PRIORITY] < limits[URGENT_BELOW]:
             return head
         _preempt(ints, order, totals, last)
     return -1

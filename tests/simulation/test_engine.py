@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qlm_batch.scheduling.eviction import URGENT_BELOW
 from qlm_batch.scheduling.speed import StepTime
 from qlm_batch.simulation.engine import EngineLimits, Finished, ReferenceEngine
 from qlm_batch.simulation.fast_engine import FastEngine
@@ -17,7 +18,7 @@ Make = Callable[[EngineLimits, StepTime], Engine]
 
 ONE = StepTime(1.0, 0.0, 0.0, 0.0)
 """Every step lasts a second."""
-BATCH = 100
+BATCH = URGENT_BELOW + 100
 
 
 @pytest.fixture(params=[ReferenceEngine, FastEngine])
@@ -84,7 +85,7 @@ def test_batch_work_never_evicts(make: Make) -> None:
     engine = make(EngineLimits(1, 1600), ONE)
     engine.submit(1, 1, 4, BATCH, 0.0)
     engine.advance(0.5)
-    engine.submit(2, 1, 1, 1, 0.5)
+    engine.submit(2, 1, 1, BATCH - 1, 0.5)
     assert _ends(engine) == {1: (1.0, 4.0), 2: (5.0, 5.0)}
     assert engine.preemptions == 0
 
@@ -159,7 +160,7 @@ def _loads(draw: st.DrawFn) -> tuple[EngineLimits, StepTime, list[tuple[int, ...
             st.tuples(
                 st.integers(1, 60),
                 st.integers(1, 60),
-                st.sampled_from([0, 50, 51]),
+                st.sampled_from([0, BATCH, BATCH + 1]),
                 st.integers(0, 4),
             ),
             min_size=1,

@@ -1,0 +1,133 @@
+"""The real scheduler over simulated instances."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from qlm_batch.domain.jobs import BatchState, OnMiss
+from qlm_batch.scheduling.policies import policy
+from qlm_batch.simulation.cluster import START, Cluster, SimulationConfig
+from qlm_batch.simulation.results import summary
+from qlm_batch.simulation.workload import Outage, Workload
+from tests.simulation.cases import INTERACTIVE, arrival, batch_class, fleet, run, workload
+
+CLASSES = (INTERACTIVE, batch_class(60.0), batch_class(600.0))
+
+
+def _mixed(outages: tuple[Outage, ...] = ()) -> Workload:
+    arrivals = [arrival(0.7 * n, 0, output=20) for n in range(40)]
+    arrivals += [arrival(5.0 * n, 1, lines=30) for n in range(6)]
+    arrivals += [arrival(7.0 * n, 2, lines=100) for n in range(4)]
+    return workload(CLASSES, arrivals, 40.0, outages)
+
+
+@pytest.mark.parametrize("name", ["fcfs", "edf", "edf-shed", "qlm"])
+def test_every_request_ends_once(name: str) -> None:
+    cluster, outcome = run(fleet(2), _mixed(), name)
+    requests = outcome.requests
+    assert outcome.unfinished == 0
+    assert np.isfinite(requests.end[requests.interactive]).all()
+    ended = 0
+    for batch in cluster.store.list_batches("t", limit=100).items:
+        assert batch.counts.completed + batch.counts.failed == batch.counts.total
+        assert batch.state in (BatchState.COMPLETED, BatchState.EXPIRED)
+        ended += batch.counts.completed
+    assert ended == int(np.isfinite(requests.end[~requests.interactive]).sum())
+
+
+def test_every_request_ends_once_although_an_instance_dies() -> None:
+    work = _mixed((Outage(10.0, 0, 20.0),))
+    cluster, outcome = run(fleet(2), work)
+    batches = cluster.store.list_batches("t", limit=100).items
+    assert outcome.unfinished == 0
+    assert all(b.counts.completed + b.counts.failed == b.counts.total for b in batches)
+    assert sum(b.counts.failed for b in batches) == 0
+    # Interactive requests in the middle of their answer are lost with the instance.
+    lost = int(np.isnan(outcome.requests.end[outcome.requests.interactive]).sum())
+    assert lost <= 4
+
+
+def test_nothing_ends_before_it_arrived_or_before_its_first_token() -> None:
+    _, outcome = run(fleet(2), _mixed())
+    requests = outcome.requests
+    done = np.isfinite(requests.end)
+    assert (requests.first[done] > requests.arrival[done]).all()
+    assert (requests.end[done] >= requests.first[done]).all()
+
+
+def test_equal_seeds_give_equal_bytes() -> None:
+    def told() -> str:
+        _, outcome = run(fleet(2), _mixed(), "qlm")
+        times = [outcome.requests.first.tolist(), outcome.requests.end.tolist()]
+        return json.dumps([summary(outcome, fleet(2)), times])
+
+    assert told() == told()
+
+
+def test_interactive_requests_do_not_wait_for_batch_work() -> None:
+    arrivals = [arrival(0.0, 2, lines=400, output=100)]
+    arrivals += [arrival(10.0 + n, 0, output=10) for n in range(10)]
+    _, outcome = run(fleet(1), workload(CLASSES, arrivals, 20.0))
+    requests = outcome.requests
+    waits = (requests.first - requests.arrival)[requests.interactive]
+    # One step in progress, one with the prompt, and the hop.
+    assert waits.max() < 0.06
+    assert sum(t.preemptions for t in outcome.tallies.values()) > 0
+
+
+def test_a_lone_request_takes_the_time_of_its_steps() -> None:
+    _, outcome = run(fleet(1), workload(CLASSES, [arrival(1.0, 0, output=11)], 2.0))
+    steps_s = 11 * 0.02 + 100 * 1e-5
+    assert outcome.requests.end[0] - START == pytest.approx(1.0 + 0.005 + steps_s, abs=1e-5)
+
+
+def test_a_swap_takes_the_time_it_takes() -> None:
+    models = ("m", "n")
+    work = workload((batch_class(600.0),), [arrival(0.0, lines=4, model="n", output=10)], 10.0)
+    _, outcome = run(fleet(1, models, weights_gb=150.0), work)
+    (tallies,) = outcome.tallies.values()
+    # 150 GB at 15 GB/s, out and in.
+    assert tallies.swaps == 1
+    assert tallies.swap_s == pytest.approx(20.0)
+    assert (outcome.requests.first - START).min() > 20.0
+
+
+def test_work_of_an_awake_model_is_done_before_a_swap() -> None:
+    arrivals = [arrival(0.0, lines=50, model="m"), arrival(0.0, lines=50, model="n")]
+    _, outcome = run(fleet(1, ("m", "n")), workload((batch_class(600.0),), arrivals, 5.0))
+    (tallies,) = outcome.tallies.values()
+    assert tallies.swaps == 1
+    of_m, of_n = outcome.requests.end[:50], outcome.requests.first[50:]
+    assert of_m.max() < of_n.min()
+
+
+def test_what_missed_its_deadline_is_stopped_or_finished_late() -> None:
+    # 8 slots, 1 s each: 120 lines take 15 s, and have 10.
+    work = workload((batch_class(10.0),), [arrival(0.0, lines=120)], 5.0)
+    _, expired = run(fleet(1), work, "edf", SimulationConfig(on_miss=OnMiss.EXPIRE))
+    _, late = run(fleet(1), work, "edf", SimulationConfig(on_miss=OnMiss.FINISH_LATE))
+    assert 0 < np.isfinite(expired.requests.end).sum() < 120
+    assert np.isfinite(late.requests.end).all()
+    assert 0 < late.requests.on_time.sum() < 120
+
+
+def test_in_overload_shedding_beats_plain_edf() -> None:
+    # 8 requests a second can be served, and 20 come.
+    arrivals = [arrival(2.0 * n, lines=40) for n in range(30)]
+    work = workload((batch_class(15.0),), arrivals, 60.0)
+    config = SimulationConfig(on_miss=OnMiss.FINISH_LATE, drain_s=600.0)
+    shed, plain = (run(fleet(1), work, name, config)[1] for name in ("edf-shed", "edf"))
+    assert shed.requests.on_time.mean() >= plain.requests.on_time.mean()
+    assert shed.requests.on_time.mean() > 0.25
+
+
+def test_progress_is_told_in_virtual_seconds() -> None:
+    told: list[float] = []
+
+    work = workload((batch_class(600.0),), [arrival(0.0, lines=4)], 5.0)
+    Cluster(fleet(1), work, policy("edf"), SimulationConfig()).run(told.append)
+    assert told and told[0] >= 0.0 and math.isfinite(told[-1])
