@@ -1,0 +1,57 @@
+"""`qlm simulate` as it is typed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from qlm_batch.domain.errors import ConfigurationError
+from qlm_cli.main import cli
+
+SMALL = ["simulate", "--policy", "edf-shed", "--duration", "10s", "--load", "0.3"]
+
+
+def test_equal_seeds_print_equal_bytes() -> None:
+    one, again, other = (
+        CliRunner().invoke(cli, [*SMALL, "--json", "--seed", seed]).stdout for seed in "778"
+    )
+    assert one == again != other
+    (row,) = json.loads(one)["rows"]
+    assert row["policy"] == "edf-shed"
+    assert 0.9 < row["goodput"] <= row["bound"] <= 1.0
+
+
+def test_several_seeds_come_with_an_interval() -> None:
+    done = CliRunner().invoke(cli, [*SMALL, "--json", "--seeds", "2"], catch_exceptions=False)
+    told = json.loads(done.stdout)
+    assert len(told["runs"]) == 2
+    assert told["rows"][0]["goodput_ci"] >= 0.0
+
+
+def test_a_trace_on_a_fleet_of_ones_own_is_drawn(tmp_path: Path) -> None:
+    trace, fleet, plots = tmp_path / "t.csv", tmp_path / "f.yaml", tmp_path / "plots"
+    trace.write_text(
+        "timestamp,input_length,output_length\n"
+        + "".join(f"{n * 100},80,{n % 30 + 1}\n" for n in range(120))
+    )
+    fleet.write_text("instances: [{name: x, device: a10, models: [mistral-7b], count: 2}]\n")
+    done = CliRunner().invoke(
+        cli,
+        [*SMALL, "--trace", str(trace), "--fleet", str(fleet), "--plots", str(plots)],
+        catch_exceptions=False,
+    )
+    assert done.exit_code == 0
+    assert "mistral-7b on a10" in done.output
+    made = sorted(path.name for path in plots.iterdir())
+    assert made == ["attainment.png", "gantt-edf-shed.png", "latency.png"]
+
+
+def test_wrong_arguments_are_refused_by_name() -> None:
+    with pytest.raises(ConfigurationError, match="W9"):
+        CliRunner().invoke(cli, ["simulate", "-w", "W9"], catch_exceptions=False)
+    with pytest.raises(ConfigurationError, match="nonsense"):
+        CliRunner().invoke(cli, ["simulate", "--policy", "nonsense"], catch_exceptions=False)
+    assert "--load" in CliRunner().invoke(cli, ["simulate", "--load", "-1"]).output
