@@ -16,6 +16,9 @@ PULL_TO = 2.0
 INTERACTIVE_PRIORITY = 0
 """The engine priority of interactive work; batch work is always behind it."""
 
+CALM = 0.8
+"""Below this share of the target for a step there is room for more batch work."""
+
 _INTERACTIVE_BASE = 2**40
 """Above any time in tenths of seconds: what is left of it stays below INTERACTIVE_PRIORITY."""
 
@@ -43,6 +46,25 @@ def concurrency_cap(slots: int) -> int:
     outside, so that an engine's death makes suspects of few.
     """
     return slots + max(1, slots // 4)
+
+
+def batch_cap(
+    cap: int, slots: int, *, step_s: float | None, target_s: float, quiet: bool
+) -> int:
+    """The next cap on batch requests inside the engine, given how long its steps take now.
+
+    A step is the time per output token of every stream. Over the target the cap falls by a tenth,
+    well below it it rises; never under a quarter of the slots, so that batch work is not starved.
+    While `quiet` (no interactive request lately) or untold, it is the plain `concurrency_cap`.
+    """
+    full = concurrency_cap(slots)
+    if quiet or step_s is None:
+        return full
+    if step_s > target_s:
+        return max(1, slots // 4, cap * 9 // 10)
+    if step_s < CALM * target_s:
+        return min(full, cap + max(1, slots // 16))
+    return cap
 
 
 def engine_priority(deadline: float) -> int:

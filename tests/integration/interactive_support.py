@@ -83,6 +83,11 @@ class Line:
         ]
 
 
+def own_redis(redis_url: str, number: int) -> str:
+    """Another database on the same server: two lines with equally named instances must not meet."""
+    return redis_url.replace("virtual_host=0", f"virtual_host={number}")
+
+
 @contextlib.contextmanager
 def fresh_database(postgres: EmbeddedPostgres) -> Iterator[str]:
     """The URL of a fresh, migrated database."""

@@ -17,6 +17,7 @@ from tests.integration.interactive_support import (
     chat,
     events,
     fresh_database,
+    own_redis,
     text_of,
     whole_line,
 )
@@ -30,7 +31,8 @@ def line(
 ) -> Iterator[Line]:
     """One line for all tests here, with an engine that answers at once."""
     folder: Path = tmp_path_factory.mktemp("line")
-    with fresh_database(postgres) as url, whole_line(url, valkey.url, folder) as line:
+    redis_url = own_redis(valkey.url, 2)
+    with fresh_database(postgres) as url, whole_line(url, redis_url, folder) as line:
         yield line
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
 import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import httpx
 import pytest
 
 from qlm_batch.domain.interactive import InteractiveState
+from qlm_batch.domain.snapshot import InstanceState
 from qlm_batch.embedded.postgres import EmbeddedPostgres
 from qlm_batch.embedded.valkey import EmbeddedValkey
 from tests.api_support import error_of, wait_until
@@ -22,6 +25,7 @@ from tests.integration.interactive_support import (
     chat,
     events,
     fresh_database,
+    own_redis,
     text_of,
     whole_line,
 )
@@ -39,7 +43,7 @@ def shared(
     """One line for all tests that leave its worker alive."""
     with (
         fresh_database(postgres) as url,
-        whole_line(url, valkey.url, tmp_path_factory.mktemp("line"), **SLOW) as line,
+        whole_line(url, own_redis(valkey.url, 1), tmp_path_factory.mktemp("line"), **SLOW) as line,
     ):
         yield line
 
@@ -67,6 +71,11 @@ def data_of(lines: Iterator[str]) -> Iterator[Json]:
 
 def running(line: Line) -> int:
     return sum(view.interactive_running for view in line.bench.store.instances())
+
+
+def ready(line: Line) -> set[str]:
+    views = line.bench.store.instances()
+    return {view.name for view in views if view.state is InstanceState.READY}
 
 
 def states(line: Line) -> list[InteractiveState]:
@@ -173,22 +182,23 @@ def test_a_worker_that_is_told_to_end_finishes_what_it_has_begun(mortal: Line) -
 def test_a_request_whose_worker_dies_before_the_first_token_is_answered_by_another(
     postgres_url: str, redis_url: str, data_dir: Path
 ) -> None:
-    with api_line(postgres_url, redis_url, data_dir) as line:
-        with worker(line.bench, postgres_url, redis_url, data_dir, **SLOW) as first:
-            first.send_signal(signal.SIGSTOP)
-            answers: list[httpx.Response] = []
-            caller = threading.Thread(
-                target=lambda: answers.append(line.post("/v1/chat/completions", chat(stream=True)))
-            )
-            caller.start()
-            wait_until(lambda: bool(line.requests()))
-            with worker(line.bench, postgres_url, redis_url, data_dir, instance="gpu-1", **SLOW):
-                wait_until(lambda: len(line.bench.store.instances()) == 2, 30)
-                caller.join(30)
-        assert answers[0].status_code == 200
-        assert text_of(events(answers[0]))
-        assert [request.instance for request in line.requests()] == ["gpu-1"]
-        assert [request.epoch for request in line.requests()] == [2]
+    def start(line: Line, instance: str) -> AbstractContextManager[subprocess.Popen[bytes]]:
+        return worker(line.bench, postgres_url, redis_url, data_dir, instance=instance, **SLOW)
+
+    with (
+        api_line(postgres_url, redis_url, data_dir) as line,
+        start(line, "gpu-0") as first,
+        start(line, "gpu-1"),
+    ):
+        wait_until(lambda: ready(line) == {"gpu-0", "gpu-1"}, 30)
+        assert line.post("/v1/chat/completions", chat()).headers["x-qlm-instance"] == "gpu-0"
+        line.forget()
+        first.send_signal(signal.SIGSTOP)
+        answer = line.post("/v1/chat/completions", chat(stream=True))
+        assert answer.status_code == 200
+        assert text_of(events(answer))
+        (stored,) = line.requests()
+        assert (stored.instance, stored.epoch) == ("gpu-1", 2)
 
 
 def test_a_client_that_stalls_does_not_hold_its_slot(line: Line) -> None:

@@ -57,3 +57,36 @@ def test_retries_end() -> None:
     delays = [agent.retry_delay(n) for n in range(1, 10)]
     assert delays[0] is not None
     assert delays[-1] is None
+
+
+def test_batch_work_runs_as_if_alone_while_nobody_waits_for_tokens() -> None:
+    full = agent.concurrency_cap(32)
+    assert agent.batch_cap(8, 32, step_s=9.0, target_s=0.1, quiet=True) == full
+    assert agent.batch_cap(8, 32, step_s=None, target_s=0.1, quiet=False) == full
+
+
+def test_slow_steps_lower_the_cap_until_they_fit_and_never_starve_batch_work() -> None:
+    cap = agent.concurrency_cap(32)
+    for _ in range(100):
+        # Each sequence costs 5 ms of a step.
+        cap = agent.batch_cap(cap, 32, step_s=0.005 * cap, target_s=0.1, quiet=False)
+    assert 0.08 <= 0.005 * cap <= 0.1
+    for _ in range(100):
+        cap = agent.batch_cap(cap, 32, step_s=9.0, target_s=0.1, quiet=False)
+    assert cap == 8
+
+
+def test_quick_steps_raise_the_cap_again() -> None:
+    cap = 8
+    for _ in range(100):
+        cap = agent.batch_cap(cap, 32, step_s=0.001, target_s=0.1, quiet=False)
+    assert cap == agent.concurrency_cap(32)
+
+
+@given(st.floats(0, 4e9), st.floats(0, 4e9), st.floats(0, 4e9))
+def test_a_call_is_ahead_of_any_batch_work_and_of_calls_due_later(
+    due: float, later: float, deadline: float
+) -> None:
+    due, later = sorted((due, later))
+    assert agent.interactive_priority(due) < agent.engine_priority(deadline)
+    assert agent.interactive_priority(due) <= agent.interactive_priority(later)

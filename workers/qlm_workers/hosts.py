@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from dataclasses import replace
 from itertools import count
+from statistics import fmean
 
 from qlm_batch.domain.engine import Engine, EngineInfo, EngineStats
 from qlm_batch.domain.jobs import ClaimedRequest, EngineKind
@@ -12,6 +13,9 @@ from qlm_batch.domain.snapshot import ModelView, Residency
 from qlm_batch.scheduling import agent
 from qlm_workers.leases import Lease
 from qlm_workers.meter import Meter
+
+QUIET_S = 10.0
+"""So long after the last interactive request batch work runs as if there were none."""
 
 _EMBED = "embed:"
 
@@ -39,6 +43,8 @@ class Host:
         self._order = count()
         self._step = -1
         self._moved_at = 0.0
+        self._step_s: float | None = None
+        self._interactive_at = float("-inf")
         self.stats: EngineStats | None = None
 
     def started(self, info: EngineInfo, now: float) -> None:
@@ -85,8 +91,26 @@ class Host:
         if stats.step != self._step or not self.busy:
             self._step, self._moved_at = stats.step, now
         self.meter.look(stats, busy=self.busy, now=now)
+        if stats.steps:
+            self._step_s = fmean(seconds for *_, seconds in stats.steps)
         self.stats = replace(stats, steps=())
         return stats
+
+    def pace(self, now: float, target_s: float) -> bool:
+        """Fit the cap to the steps of the last look; whether there is more room than before."""
+        if self.interactive:
+            self._interactive_at = now
+        if self.info is None:
+            return False
+        before = self.cap
+        self.cap = agent.batch_cap(
+            before,
+            self.info.slots,
+            step_s=self._step_s,
+            target_s=target_s,
+            quiet=now - self._interactive_at > QUIET_S,
+        )
+        return self.cap > before
 
     def stalled_s(self, now: float) -> float:
         """How long it has held work without moving."""

@@ -325,6 +325,8 @@ class Runner:
         except EngineDead as death:
             self._engine_died(host, death)
             return
+        if host.pace(mono, self._settings.interactive_tpot_s):
+            self._feeder.feed(host)
         if host.stalled_s(mono) > self._settings.stall_s:
             log.error("engine hangs", model=host.model, inside=host.inside)
             self.end(Exit.ENGINE_HUNG)
