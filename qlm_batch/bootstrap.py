@@ -15,6 +15,7 @@ from qlm_batch.control.export_service import ExportConfig, ExportService
 from qlm_batch.control.intake_service import IntakeConfig, IntakeService
 from qlm_batch.control.interactive import THREADS as CALL_THREADS
 from qlm_batch.control.interactive import Calls, CallStore
+from qlm_batch.control.interactive_sweep import InteractiveSweep, InteractiveSweepConfig
 from qlm_batch.control.leadership import Leadership
 from qlm_batch.control.lifecycle import Service
 from qlm_batch.control.reaper import Reaper, ReaperConfig
@@ -73,7 +74,7 @@ def open_calls(settings: Settings, store: CallStore) -> Calls:
 
 
 def scheduler_services(settings: Settings, stop: threading.Event) -> Sequence[Service]:
-    """The scheduler loop and the reaper of one process; they lead or stand by together."""
+    """The loop and the reaper, which lead or stand by together, and a sweep."""
     store, leadership = open_store(settings), Leadership()
     loop = SchedulerLoop(
         store,
@@ -83,7 +84,8 @@ def scheduler_services(settings: Settings, stop: threading.Event) -> Sequence[Se
         leadership,
     )
     reaper = Reaper(store, SystemClock(stop), leadership, ReaperConfig(lease_s=settings.lease_s))
-    return (loop, reaper)
+    sweep = InteractiveSweep(store, InteractiveSweepConfig.of(settings))
+    return (loop, reaper, sweep)
 
 
 def file_services(settings: Settings, stop: threading.Event) -> Sequence[Service]:
