@@ -58,8 +58,8 @@ def submit(
 ) -> None:
     """Upload FILE (JSONL, `-` for standard input) and run it as a batch."""
     output = context.output
-    source = io.BufferedReader(file, _PEEK) if isinstance(file, io.RawIOBase) else file
-    endpoint = endpoint or _endpoint_of(source)
+    source = peekable(file)
+    endpoint = endpoint or endpoint_of(source)
     client = context.client()
     name = Path(str(getattr(file, "name", "") or "stdin.jsonl")).name
     name = "stdin.jsonl" if name in ("-", "<stdin>") else name
@@ -296,7 +296,12 @@ def _size_of(source: BinaryIO) -> int | None:
         return None
 
 
-def _endpoint_of(source: BinaryIO) -> str:
+def peekable(file: BinaryIO) -> BinaryIO:
+    """The same file, buffered so that its beginning can be read ahead."""
+    return io.BufferedReader(file, _PEEK) if isinstance(file, io.RawIOBase) else file
+
+
+def endpoint_of(source: BinaryIO) -> str:
     """The first line's `url`, read without consuming it."""
     peek = getattr(source, "peek", None)
     if peek is not None:

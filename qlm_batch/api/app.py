@@ -15,6 +15,7 @@ from qlm_batch.api import (
     batches,
     errors,
     files,
+    foresight,
     health,
     interactive,
     models,
@@ -67,7 +68,7 @@ def create_app(services: ApiServices) -> FastAPI:
     app.state.metrics = Metrics(services.store)
     errors.install(app, require_key)
     app.add_middleware(Edge, observe=app.state.metrics.observe)
-    for part in (files, batches, results, interactive, models, webhooks, health):
+    for part in (files, batches, results, interactive, foresight, models, webhooks, health):
         app.include_router(part.router)
     app.openapi = _honest(app.openapi)  # type: ignore[method-assign]
     return app

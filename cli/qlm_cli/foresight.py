@@ -1,0 +1,175 @@
+"""Commands on estimates: what would be, how well promises held, and a batch's story."""
+
+from __future__ import annotations
+
+import time
+from typing import BinaryIO
+
+import click
+
+from qlm_batch.domain.durations import parse_window
+from qlm_batch.intake.jsonl import LineRules, read_requests
+from qlm_batch.intake.lines import chunks_of
+from qlm_cli.batches import ENDED, endpoint_of, peekable
+from qlm_cli.context import EXIT_UNFINISHED, Context, service_options
+from qlm_cli.output import Json, ago, clock, progress_text
+
+_WIDTH = 40
+
+
+@click.command()
+@click.argument("file", type=click.File("rb"))
+@click.option(
+    "--window", default="24h", show_default=True, help="Time until the deadline: 15m, 2h30m, 7d."
+)
+@click.option("--endpoint", help="Endpoint of all lines; taken from the first line otherwise.")
+@click.option("--on-miss", type=click.Choice(["expire", "finish_late"]), default="expire")
+@service_options
+def estimate(
+    context: Context, file: BinaryIO, window: str, endpoint: str | None, on_miss: str
+) -> None:
+    """Tell when FILE (JSONL) would be done if it were submitted now; exit 3 if it would be late.
+
+    Only counts are sent, per model; the file stays here and nothing is stored.
+    """
+    source = peekable(file)
+    work = _work(source, endpoint or endpoint_of(source), window)
+    answer = context.client().post(
+        "/v1/estimates", {"completion_window": window, "on_miss": on_miss, "work": work}
+    )
+    context.output.result(answer, _estimate_text(answer))
+    if answer["verdict"] == "refuse":
+        raise SystemExit(EXIT_UNFINISHED)
+
+
+@click.command()
+@click.option("--batches", type=click.IntRange(1, 10_000), default=1000, show_default=True)
+@service_options
+def calibration(context: Context, batches: int) -> None:
+    """Show how well promised times held: of what was said to be 90 % sure, was 90 % done?"""
+    found = context.client().get("/v1/calibration", batches=batches)
+    context.output.result(found, _diagram(found))
+
+
+@click.command()
+@click.argument("batch_id")
+@service_options
+def explain(context: Context, batch_id: str) -> None:
+    """Tell what was done with a batch and why, and what was promised against what came."""
+    client = context.client()
+    batch = client.get(f"/v1/batches/{batch_id}")
+    story = client.get(f"/v1/batches/{batch_id}/decisions", limit=10_000)["data"]
+    outcome = _outcome(batch)
+    context.output.result(
+        {"batch": batch, "decisions": story, "outcome": outcome}, _story_text(batch, story, outcome)
+    )
+
+
+def _work(source: BinaryIO, endpoint: str, window: str) -> list[Json]:
+    """The file's requests summed by model. FileRefused with the first fault."""
+    now = time.time()
+    rules = LineRules(endpoint, now, now + parse_window(window))
+    sums: dict[str, Json] = {}
+    for line in read_requests(chunks_of(source), rules):
+        own = sums.setdefault(
+            line.model,
+            {
+                "model": line.model,
+                "requests": 0,
+                "prompt_tokens": 0,
+                "max_tokens": 0,
+                "unbounded": 0,
+            },
+        )
+        own["requests"] += 1
+        own["prompt_tokens"] += line.prompt_tokens
+        own["max_tokens"] += line.max_tokens or 0
+        own["unbounded"] += line.max_tokens is None
+    return list(sums.values())
+
+
+def _estimate_text(answer: Json) -> str:
+    now, eta = time.time(), answer["eta"]
+    words = {
+        "accept": "would be in time",
+        "warn": "may not be in time, or makes others late",
+        "refuse": "would not be in time",
+    }
+    lines = [f"{answer['verdict']}: {words[answer['verdict']]}"]
+    lines.append(f"deadline   {clock(answer['deadline'])}")
+    if eta["p50"] is not None:
+        lines.append(f"done       in about {ago(eta['p50'] - now)} (95 %: {ago(eta['p95'] - now)})")
+        lines.append(f"miss       {100 * answer['miss_probability']:.1f} %")
+    lines.append(f"because    {answer['reason']}")
+    if answer["late_batches"]:
+        lines.append(f"others     {answer['late_batches']} batches would become late")
+    if answer["verdict"] != "accept" and answer["earliest_window"]:
+        lines.append(f"would hold --window {answer['earliest_window']}")
+    return "\n".join(lines)
+
+
+def _diagram(found: Json) -> str:
+    if not found["promises"]:
+        return "no batch has ended yet that had a promise"
+    lines = [
+        f"{found['promises']} promises kept score of",
+        f"done by p50  {100 * found['done_by_p50']:5.1f} %  (50 % promised)",
+        f"done by p95  {100 * found['done_by_p95']:5.1f} %  (95 % promised)",
+        "",
+        "promised  came true",
+    ]
+    for point in found["curve"]:
+        bar = "█" * round(_WIDTH * point["share"])
+        mark = round(_WIDTH * point["level"])
+        drawn = list(bar.ljust(_WIDTH + 1, "·"))
+        drawn[mark] = "│"
+        lines.append(
+            f"{100 * point['level']:6.0f} %  {''.join(drawn)} {100 * point['share']:.0f} %"
+        )
+    lines.append(f"greatest distance from the line: {100 * found['error']:.1f} points")
+    return "\n".join(lines)
+
+
+def _outcome(batch: Json) -> Json | None:
+    """Promised and actual durations of an ended batch, in seconds from the promise."""
+    promise = (batch.get("qlm") or {}).get("promise")
+    if not promise or promise["p50"] is None or batch["status"] not in ENDED:
+        return None
+    ended = batch["completed_at"] or batch["expired_at"]
+    if ended is None:
+        return None
+    made = promise["made_at"]
+    return {
+        "p50_s": promise["p50"] - made,
+        "p95_s": promise["p95"] - made,
+        "actual_s": ended - made,
+        "by_p50": batch["status"] == "completed" and ended <= promise["p50"],
+        "by_p95": batch["status"] == "completed" and ended <= promise["p95"],
+    }
+
+
+def _story_text(batch: Json, story: list[Json], outcome: Json | None) -> str:
+    begin = batch["created_at"]
+    lines = [progress_text(batch), f"deadline   {clock(batch['expires_at'])}"]
+    for entry in story:
+        detail = entry["detail"]
+        words = [f"{'+' + ago(entry['at'] - begin):>12}  {entry['kind']:<9}"]
+        if entry["instance"]:
+            moved = f" from {detail['from']}" if detail.get("from") else ""
+            words.append(f"on {entry['instance']}{moved}:")
+        if entry["kind"] == "promised":
+            p50, p95 = detail["p50"] - entry["at"], detail["p95"] - entry["at"]
+            words.append(f"in {ago(p50)} (95 %: {ago(p95)}):")
+        words.append(str(detail.get("reason", "")))
+        lines.append(" ".join(words).rstrip())
+    if not story:
+        lines.append("nothing was decided about it yet")
+    if outcome:
+        kept = (
+            "by p50" if outcome["by_p50"] else "by p95" if outcome["by_p95"] else "later than p95"
+        )
+        lines.append(
+            f"promised {ago(outcome['p50_s'])} (95 %: {ago(outcome['p95_s'])}), "
+            f"took {ago(outcome['actual_s'])}: {kept}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,137 @@
+"""Estimates before submitting and the reliability of promises, over REST and by command."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from fastapi.testclient import TestClient
+
+from qlm_batch.control.scheduler_loop import SchedulerConfig, SchedulerLoop
+from qlm_batch.domain.messages import Assigned, Stopped
+from qlm_batch.scheduling.policies import policy
+from qlm_cli.main import cli
+from tests.api_support import MODEL, Site, error_of, input_file, make_site, submit
+
+
+class Nobody:
+    """A dispatcher without anyone to tell."""
+
+    def assigned(self, message: Assigned) -> None:
+        return
+
+    def stopped(self, message: Stopped) -> None:
+        return
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return make_site(tmp_path)
+
+
+@pytest.fixture
+def client(site: Site) -> Iterator[TestClient]:
+    with site.client() as client:
+        yield client
+
+
+def ask(window: str, requests: int = 10, model: str = MODEL) -> dict[str, Any]:
+    work = {"model": model, "requests": requests, "prompt_tokens": 100 * requests}
+    return {"completion_window": window, "work": [{**work, "max_tokens": 128 * requests}]}
+
+
+def ran(site: Site, client: TestClient) -> str:
+    """A batch planned by the real loop and run to its end."""
+    batch = submit(client, input_file("a", "b"))
+    site.read_in()
+    site.heartbeat()
+    loop = SchedulerLoop(site.store, Nobody(), policy("qlm"), SchedulerConfig("test"))  # type: ignore[arg-type]
+    loop.tick()
+    loop.close()
+    site.clock.at += 1.0
+    site.run()
+    site.write_out()
+    return str(batch["id"])
+
+
+def run_cli(site: Site, *arguments: str) -> Result:
+    with site.served() as url:
+        return CliRunner().invoke(
+            cli, [*arguments, "--url", url, "--key", site.key()], catch_exceptions=False
+        )
+
+
+def last_line(result: Result) -> Any:
+    """The command's JSON; the service under test logs to the same stream."""
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_an_estimate_says_when_and_whether(site: Site, client: TestClient) -> None:
+    site.heartbeat()
+    answer = client.post("/v1/estimates", json=ask("24h")).json()
+    assert answer["verdict"] == "accept"
+    assert 1_800_000_000 <= answer["eta"]["p50"] <= answer["eta"]["p95"] < answer["deadline"]
+    assert answer["miss_probability"] < 0.05
+    late = client.post("/v1/estimates", json=ask("10s", 1_000_000)).json()
+    assert late["verdict"] == "refuse"
+    assert late["earliest_window_s"] > 10
+
+
+def test_an_estimate_stores_nothing(site: Site, client: TestClient) -> None:
+    site.heartbeat()
+    client.post("/v1/estimates", json=ask("24h"))
+    assert site.store.snapshot().runs == ()
+    assert client.get("/v1/batches").json()["data"] == []
+
+
+def test_an_estimate_for_a_model_nobody_serves_is_a_refusal_with_a_reason(
+    site: Site, client: TestClient
+) -> None:
+    answer = client.post("/v1/estimates", json=ask("24h", model="absent")).json()
+    assert answer["verdict"] == "refuse"
+    assert answer["eta"] == {"p50": None, "p95": None}
+    assert "absent" in answer["reason"]
+
+
+def test_a_bad_window_is_named(client: TestClient) -> None:
+    error = error_of(client.post("/v1/estimates", json=ask("soon")), 400)
+    assert error["param"] == "completion_window"
+
+
+def test_calibration_is_empty_until_a_batch_has_ended(site: Site, client: TestClient) -> None:
+    assert client.get("/v1/calibration").json()["promises"] == 0
+    ran(site, client)
+    found = client.get("/v1/calibration").json()
+    assert found["promises"] == 1
+    (receipt,) = found["receipts"]
+    assert receipt["actual_s"] == 1.0
+    assert found["done_by_p95"] == float(receipt["p95_s"] >= 1.0)
+
+
+def test_the_command_line_estimates_a_file(site: Site, tmp_path: Path) -> None:
+    site.heartbeat()
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(input_file("a", "b"))
+    result = run_cli(site, "estimate", str(path), "--json")
+    assert result.exit_code == 0, result.output
+    assert last_line(result)["verdict"] == "accept"
+    assert "would be in time" in run_cli(site, "estimate", str(path)).stdout
+
+
+def test_the_command_line_tells_a_batchs_story(site: Site, client: TestClient) -> None:
+    batch_id = ran(site, client)
+    text = run_cli(site, "explain", batch_id).stdout
+    assert "planned" in text and "promised" in text and "took 1 s" in text
+    story = last_line(run_cli(site, "explain", batch_id, "--json"))
+    assert story["outcome"]["actual_s"] == 1
+
+
+def test_the_command_line_draws_the_reliability_diagram(site: Site, client: TestClient) -> None:
+    assert "no batch has ended" in run_cli(site, "calibration").stdout
+    ran(site, client)
+    text = run_cli(site, "calibration").stdout
+    assert "1 promises" in text and "95 %" in text
