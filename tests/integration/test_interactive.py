@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import openai
 import pytest
 
 from qlm_batch.domain.interactive import InteractiveState
@@ -22,6 +24,7 @@ from tests.integration.interactive_support import (
     whole_line,
 )
 
+EMBEDDER = "tiny-embedder"
 TOO_LONG = {"role": "user", "content": "x" * 40_000}
 
 
@@ -32,7 +35,11 @@ def line(
     """One line for all tests here, with an engine that answers at once."""
     folder: Path = tmp_path_factory.mktemp("line")
     redis_url = own_redis(valkey.url, 2)
-    with fresh_database(postgres) as url, whole_line(url, redis_url, folder) as line:
+    models = json.dumps([MODEL, f"embed:{EMBEDDER}"])
+    with (
+        fresh_database(postgres) as url,
+        whole_line(url, redis_url, folder, models=models) as line,
+    ):
         yield line
 
 
@@ -100,6 +107,52 @@ def test_a_bad_request_gets_openai_s_error_naming_the_field(
     answer = line.post("/v1/chat/completions", chat() | body)
     assert error_of(answer, status)["param"] == param
     assert answer.headers["x-should-retry"] == "false"
+
+
+@pytest.fixture
+def client(line: Line) -> Iterator[openai.OpenAI]:
+    """The official client, as it comes."""
+    with openai.OpenAI(base_url=f"{line.url}/v1", api_key=line.key, max_retries=0) as client:
+        yield client
+
+
+def test_the_official_client_chats_completes_and_embeds(client: openai.OpenAI) -> None:
+    messages = [{"role": "user", "content": "Is it so?"}]
+    whole = client.chat.completions.create(
+        model=MODEL,
+        messages=messages,  # type: ignore[arg-type]
+        max_tokens=8,
+        seed=7,
+        response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": {}}},
+        tools=[{"type": "function", "function": {"name": "look", "parameters": {}}}],
+        extra_headers={"x-qlm-ttft": "1.5"},
+    )
+    assert whole.choices[0].message.content
+    assert whole.usage is not None and whole.usage.completion_tokens == 8
+    streamed = client.chat.completions.create(
+        model=MODEL,
+        messages=messages,  # type: ignore[arg-type]
+        max_tokens=8,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = list(streamed)
+    assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == 8
+    assert "".join(c.choices[0].delta.content or "" for c in chunks[:-1])
+    completion = client.completions.create(model=MODEL, prompt="Once", max_tokens=4)
+    assert completion.choices[0].text
+    embedded = client.embeddings.create(model=EMBEDDER, input=["one", "two"])
+    assert [item.index for item in embedded.data] == [0, 1]
+    assert len(embedded.data[0].embedding) == len(embedded.data[1].embedding) > 0
+
+
+def test_the_official_client_raises_its_own_errors(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="is not served"):
+        client.completions.create(model="nobody", prompt="Once")
+    with pytest.raises(openai.BadRequestError, match="context length"):
+        client.completions.create(model=MODEL, prompt="x" * 40_000)
+    with pytest.raises(openai.BadRequestError, match="context length"):
+        client.completions.create(model=MODEL, prompt="x" * 40_000, stream=True)
 
 
 def test_an_embedding_asked_of_a_model_that_generates_is_refused(line: Line) -> None:
