@@ -31,6 +31,9 @@ from qlm_batch.scheduling.eviction import (
 OPTIONS = "qlm"
 """The key in vLLM's `additional_config` under which `favour` and `slots` stand."""
 
+EVICTIONS, RECOMPUTED = "qlm_evictions", "qlm_recomputed_tokens"
+"""Under these names the counts stand in the statistics that reach the engine's front end."""
+
 _ADMITTED = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
 _GRAMMAR_WORDS = ("GRAMMAR", "FSM")
 _QUEUES = ("waiting", "skipped_waiting", "kv_holding_waiting")
@@ -43,7 +46,9 @@ class EvictingScheduler(Scheduler):  # type: ignore[misc]
     """vLLM's scheduler, synchronous or asynchronous as the engine is, with room for the urgent.
 
     Options in `additional_config["qlm"]`: `favour` (see `eviction.Favour`), and `slots`, how many
-    requests of batch work may run; without it `max_num_seqs` less the headroom.
+    requests of batch work may run; without it `max_num_seqs` less the headroom. With `tell` the
+    statistics carry how often requests gave way and how many tokens that cost, since the start,
+    in `waiting_lora_adapters`: their one field that takes any name.
     """
 
     running: list[Any]
@@ -67,6 +72,9 @@ class EvictingScheduler(Scheduler):  # type: ignore[misc]
         self._tokens_per_step = self.max_num_scheduled_tokens
         self._decode_tokens = 1 + getattr(self, "num_spec_tokens", 0)
         self._kv_groups = max(1, len(self.kv_cache_config.kv_cache_groups))
+        self._tells = bool(options.get("tell"))
+        self._told = {EVICTIONS: 0, RECOMPUTED: 0}
+        self._lost: dict[str, int] = {}
         self._evictions: dict[str, int] = {}
         self._tried: dict[str, int] = {}
         self._step = 0
@@ -102,11 +110,38 @@ class EvictingScheduler(Scheduler):  # type: ignore[misc]
         setattr(self, self._limit_name, max(min(size, limit + idle), len(self.running)))
         self._bound_batch_prefill(urgent, now)
         try:
-            return super().schedule(*args, **kwargs)
+            output = super().schedule(*args, **kwargs)
         finally:
             self.running = held + self.running
             self.max_num_scheduled_tokens = self._tokens_per_step
             setattr(self, self._limit_name, self._size)
+        self._count_recomputed(output)
+        return output
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's statistics of a step, with this scheduler's counts."""
+        stats = super().make_stats(*args, **kwargs)
+        if self._tells and stats is not None:
+            stats.waiting_lora_adapters = stats.waiting_lora_adapters | self._told
+        return stats
+
+    def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
+        computed = request.num_computed_tokens
+        super()._preempt_request(request, *args, **kwargs)
+        self._told[EVICTIONS] += 1
+        self._lost[request.request_id] = max(computed, self._lost.get(request.request_id, 0))
+
+    def _count_recomputed(self, output: Any) -> None:
+        """Count what requests that came back had lost and did not find in the prefix cache."""
+        for request_id, lost in list(self._lost.items()):
+            request = self.requests.get(request_id)
+            if request is not None and request.status != RequestStatus.RUNNING:
+                continue
+            del self._lost[request_id]
+            if request is not None:
+                scheduled = output.num_scheduled_tokens.get(request_id, 0)
+                found = request.num_computed_tokens - scheduled
+                self._told[RECOMPUTED] += max(0, lost - found)
 
     def _urgent_waiting(self) -> Iterator[Any]:
         """Interactive requests that could start now, in the order of admission."""

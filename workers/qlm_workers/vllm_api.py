@@ -88,8 +88,9 @@ class StepLog(StatLoggerBase):  # type: ignore[misc]
         if scheduler_stats is not None:
             self.running = scheduler_stats.num_running_reqs
             self.kv_usage = scheduler_stats.kv_cache_usage
-            cache = scheduler_stats.prefix_cache_stats
-            self.recomputed_tokens += cache.preempted_queries - cache.preempted_hits
+            told = scheduler_stats.waiting_lora_adapters
+            self.evictions = told.get("qlm_evictions", self.evictions)
+            self.recomputed_tokens = told.get("qlm_recomputed_tokens", self.recomputed_tokens)
             details = getattr(scheduler_stats, "iteration_details", None)
             if details is not None and not getattr(details, "is_dummy", False):
                 self.rows.append(
@@ -102,7 +103,6 @@ class StepLog(StatLoggerBase):  # type: ignore[misc]
                 )
         if iteration_stats is not None:
             self.generated_tokens += iteration_stats.num_generation_tokens
-            self.evictions += iteration_stats.num_preempted_reqs
             for finished in iteration_stats.finished_requests:
                 request_id = getattr(finished, "request_id", None)
                 if request_id in self.first_token_s:

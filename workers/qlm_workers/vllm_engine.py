@@ -283,7 +283,7 @@ class VllmEngine:
         size = settings.slots
         if self._kind is EngineKind.GENERATE:
             size += pace(settings.favour, settings.slots).headroom
-            options = {"favour": settings.favour, "slots": settings.slots}
+            options = {"favour": settings.favour, "slots": settings.slots, "tell": True}
             evicting = {"scheduler_cls": _EVICTING, "additional_config": {"qlm": options}}
         arguments: dict[str, object] = {
             "model": self._path,
