@@ -14,7 +14,7 @@ import structlog
 from qlm_batch.domain.durations import parse_duration
 from qlm_batch.domain.errors import ConfigurationError
 from qlm_batch.domain.jobs import OnMiss
-from qlm_batch.scheduling.policies import POLICIES, policy
+from qlm_batch.scheduling.policies import POLICIES, OraclePolicy, Policy, policy
 from qlm_cli.output import Json, Output
 
 _NEEDS = ("matplotlib", "numba", "scipy", "yaml")
@@ -47,7 +47,7 @@ _COLUMNS = (
     default="qlm,edf-shed,edf",
     show_default=True,
     metavar="P[,P…]",
-    help=f"Of {', '.join(POLICIES)}.",
+    help=f"Of {', '.join(POLICIES)} and oracle.",
 )
 @click.option(
     "--fleet",
@@ -160,7 +160,7 @@ def simulate(
         for run in compare(
             machines,
             build,
-            [policy(name.strip()) for name in policies.split(",")],
+            {name: _policy(name) for name in map(str.strip, policies.split(","))},
             _numbers(loads),
             range(seed, seed + seeds),
             config,
@@ -190,6 +190,10 @@ def simulate(
 
         for path in draw(runs, table, plots):
             output.note(f"wrote {path}")
+
+
+def _policy(name: str) -> Policy | type[OraclePolicy]:
+    return OraclePolicy if name == "oracle" else policy(name)
 
 
 def _numbers(text: str) -> list[float]:

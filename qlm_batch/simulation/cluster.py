@@ -16,6 +16,7 @@ from qlm_batch.domain.jobs import CHAT, BatchSpec, FilePurpose, FileRecord, OnMi
 from qlm_batch.domain.messages import Assigned, Stopped
 from qlm_batch.domain.snapshot import InstanceView, Plan, RequestGroup, Snapshot
 from qlm_batch.scheduling.policies import Policy
+from qlm_batch.scheduling.policies.oracle import TrueLength
 from qlm_batch.scheduling.problem import Durations
 from qlm_batch.scheduling.routing import Route, route
 from qlm_batch.simulation.events import EventQueue
@@ -30,6 +31,10 @@ _FAULTS, _ARRIVALS, _WORK, _PASSES = range(4)
 _HOLDER = "simulator"
 _SERVICE_S = 4.0
 """About how long an interactive request takes; routing only compares instances with it."""
+
+
+Choice = Policy | Callable[[TrueLength], Policy]
+"""A policy, or one made for a run because it may know the lengths."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +102,14 @@ class Cluster:
     """One run: a workload on a fleet under a policy."""
 
     def __init__(
-        self, fleet: Fleet, workload: Workload, policy: Policy, config: SimulationConfig
+        self, fleet: Fleet, workload: Workload, policy: Choice, config: SimulationConfig
     ) -> None:
         self._workload, self._config = workload, config
         self.events = EventQueue(START)
         self.store = MemoryStore(self.events.now)
         self.requests = requests_of(workload, START)
-        self._policy = _Timed(policy)
+        self._policy = _Timed(policy(self._true_length) if callable(policy) else policy)
+        self._sizes = np.diff([*self.requests.offsets, len(self.requests)])
         leadership = Leadership()
         self._loop = SchedulerLoop(
             self.store,
@@ -179,6 +185,14 @@ class Cluster:
 
     def stopped(self, message: Stopped) -> None:
         """Workers learn at their next flush."""
+
+    def _true_length(self, group: RequestGroup) -> float:
+        """Output tokens of a group, from the means of the batches it is part of."""
+        keys = [self._keys[batch_id] for batch_id in group.batches]
+        numbers = np.searchsorted(self.requests.offsets, keys)
+        outputs = self.requests.output
+        own = [outputs[k : k + self._sizes[n]] for k, n in zip(keys, numbers, strict=True)]
+        return group.requests * float(np.concatenate(own).mean())
 
     # Passes
 

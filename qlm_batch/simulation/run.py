@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from qlm_batch.scheduling.policies import Policy
 from qlm_batch.simulation.bounds import bounds
-from qlm_batch.simulation.cluster import START, Cluster, Outcome, SimulationConfig
+from qlm_batch.simulation.cluster import START, Choice, Cluster, Outcome, SimulationConfig
 from qlm_batch.simulation.fleet import Fleet
 from qlm_batch.simulation.results import Json, mean_interval, summary
 from qlm_batch.simulation.workload import Workload, requests_of
@@ -33,7 +32,7 @@ class Run:
 def compare(
     fleet: Fleet,
     build: Builder,
-    policies: Sequence[Policy],
+    policies: Mapping[str, Choice],
     loads: Sequence[float],
     seeds: Sequence[int],
     config: SimulationConfig,
@@ -44,8 +43,8 @@ def compare(
         for seed in seeds:
             workload = build(load, seed)
             bound = bounds(requests_of(workload, START), fleet, START, workload.duration)
-            for policy in policies:
-                label = f"{workload.name} at load {load:g}, {policy.name}, seed {seed}"
+            for name, policy in policies.items():
+                label = f"{workload.name} at load {load:g}, {name}, seed {seed}"
 
                 def told(
                     seconds: float, label: str = label, whole: float = workload.duration

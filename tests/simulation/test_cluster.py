@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from qlm_batch.domain.jobs import BatchState, OnMiss
-from qlm_batch.scheduling.policies import policy
+from qlm_batch.scheduling.policies import OraclePolicy, policy
 from qlm_batch.simulation.cluster import START, Cluster, SimulationConfig
 from qlm_batch.simulation.results import summary
 from qlm_batch.simulation.workload import Outage, Workload
@@ -131,3 +131,12 @@ def test_progress_is_told_in_virtual_seconds() -> None:
     work = workload((batch_class(600.0),), [arrival(0.0, lines=4)], 5.0)
     Cluster(fleet(1), work, policy("edf"), SimulationConfig()).run(told.append)
     assert told and told[0] >= 0.0 and math.isfinite(told[-1])
+
+
+def test_the_oracle_knows_how_long_a_batch_will_take() -> None:
+    # By its word alone the second batch is as long as the first; only one of them can be on time.
+    lines = [arrival(0.0, lines=64, output=250), arrival(0.0, lines=64, output=5)]
+    work = workload((batch_class(20.0),), lines, 5.0)
+    cluster = Cluster(fleet(1), work, OraclePolicy, SimulationConfig(drain_s=600.0))
+    requests = cluster.run().requests
+    assert requests.on_time[64:].all()
