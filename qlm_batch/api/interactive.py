@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect
 
 from qlm_batch.api.auth import Parts, Writer
 from qlm_batch.api.errors import RETRY_AFTER_S
+from qlm_batch.api.limits import TTFT_MS
 from qlm_batch.api.responses import errors
 from qlm_batch.api.services import ApiServices
 from qlm_batch.api.sse import DONE, EventResponse, frames_of, gone
@@ -25,8 +26,6 @@ from qlm_batch.domain.jobs import CHAT, COMPLETIONS, EMBEDDINGS, ApiKey
 
 router = APIRouter(tags=["interactive"])
 
-TTFT_LIMIT = "ttft_ms"
-"""The key limit that sets a key's target for the first token."""
 _MAX_TTFT_S = 3600.0
 _MAX_MODEL = 256
 _BODY = {
@@ -112,13 +111,13 @@ async def _answer(
     try:
         first = await _unless_gone(request, parts)
     except BaseException:
-        await calls.close(call)
+        calls.close(call)
         raise
     headers = {"x-qlm-instance": call.route.instance}
     if first.end is None or first.end.body is None:
         frames = _frames(first, parts, calls, call, watch, usage=asked.usage)
         return EventResponse(frames, headers)
-    await calls.close(call)
+    calls.close(call)
     if first.end.status < 400:
         watch.told(())
     watch.ended(first.end.status)
@@ -160,7 +159,7 @@ async def _frames(
             return
     finally:
         await parts.aclose()
-        await calls.close(call)
+        calls.close(call)
 
 
 async def _unless_gone(request: Request, parts: AsyncGenerator[Part, None]) -> Part:
@@ -230,5 +229,5 @@ def _only_usage(event: str) -> bool:
 
 
 def _target(key: ApiKey, services: ApiServices) -> float:
-    limit_ms = key.limits.get(TTFT_LIMIT)
+    limit_ms = key.limits.get(TTFT_MS)
     return limit_ms / 1000 if limit_ms else services.settings.interactive_ttft_s

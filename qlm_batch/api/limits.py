@@ -12,7 +12,9 @@ from qlm_batch.domain.ports import Store
 REQUESTS_PER_MINUTE = "requests_per_minute"
 QUEUED_REQUESTS = "queued_requests"
 QUEUED_TOKENS = "queued_tokens"
-LIMITS = (REQUESTS_PER_MINUTE, QUEUED_REQUESTS, QUEUED_TOKENS)
+TTFT_MS = "ttft_ms"
+"""Not a bound: the target for the first token of a key's interactive requests."""
+LIMITS = (REQUESTS_PER_MINUTE, QUEUED_REQUESTS, QUEUED_TOKENS, TTFT_MS)
 """Every limit a key may have."""
 QUEUED_RETRY_S = 30.0
 _MINUTE_S = 60.0

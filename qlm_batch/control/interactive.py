@@ -45,6 +45,8 @@ POLL_S = 0.2
 FRESH_S = 1.0
 """How old a view of the fleet may be."""
 STALE_S = 10.0
+RESTART_S = 120.0
+"""A model whose last instance left so long ago may come back: calls are asked to try again."""
 MOST_DEATHS = 1
 """After how many engines that died with it inside a request is sent no further."""
 AWAY_S = 30.0
@@ -98,6 +100,7 @@ class Fleet:
         self._threads = threads
         self._views: Sequence[InstanceView] = ()
         self._at = float("-inf")
+        self._served: dict[str, float] = {}
         self._asking: asyncio.Task[None] | None = None
 
     async def views(self, most_s: float = STALE_S) -> Sequence[InstanceView]:
@@ -110,10 +113,17 @@ class Fleet:
                 await asyncio.shield(self._asking)
         return self._views
 
+    def served_lately(self, model: str) -> bool:
+        """Whether an instance had `model` within the last RESTART_S."""
+        return time.monotonic() - self._served.get(model, float("-inf")) < RESTART_S
+
     async def _refresh(self) -> None:
         loop = asyncio.get_running_loop()
         self._views = await loop.run_in_executor(self._threads, self._ask)
         self._at = time.monotonic()
+        for view in self._views:
+            for hosted in view.models:
+                self._served[hosted.name] = self._at
 
 
 class Calls:
@@ -130,7 +140,7 @@ class Calls:
         self._fleet = Fleet(store.instances, self._threads)
         self._sent: Counter[Boot] = Counter()
         self._service_s = 1.0
-        self._presence: asyncio.Task[None] | None = None
+        self._leaving: set[asyncio.Task[None]] = set()
 
     async def open(
         self, tenant: str, endpoint: str, model: str, body: str, *, streamed: bool, ttft_s: float
@@ -161,7 +171,7 @@ class Calls:
         try:
             call.due_at = await self._run(self._store_and_send, new)
         except BaseException:
-            await self.close(call)
+            self.close(call)
             raise
         return call
 
@@ -208,13 +218,13 @@ class Calls:
             if call.finished:
                 return
 
-    async def close(self, call: Call) -> None:
+    def close(self, call: Call) -> None:
         """Nobody waits any more: give an unfinished request up. Safe to call twice."""
         if call.closed:
             return
         call.closed = True
         self._release(call)
-        await asyncio.shield(self._tokens.leave(call.address, finished=call.finished))
+        self._leave(call)
 
     def took(self, seconds: float) -> None:
         """Learn how long a request takes."""
@@ -226,6 +236,7 @@ class Calls:
 
     async def shut(self) -> None:
         """Give everything back."""
+        await asyncio.gather(*self._leaving, return_exceptions=True)
         self._threads.shutdown(wait=False, cancel_futures=True)
         await self._tokens.close()
 
@@ -245,7 +256,7 @@ class Calls:
                 code="queue_full",
                 retry_after_s=found.retry_after_s,
             )
-        if any(hosted.name == model for view in views for hosted in view.models):
+        if self._fleet.served_lately(model):
             raise Unavailable(
                 f"No instance is ready to serve '{model[:100]}' now; try again.",
                 retry_after_s=ASK_S,
@@ -270,6 +281,12 @@ class Calls:
         self._sent[call.boot] += 1
         self._tokens.attend(call.address)
 
+    def _leave(self, call: Call) -> None:
+        """Give up the call's stream; nobody has to wait for that."""
+        leaving = asyncio.create_task(self._tokens.leave(call.address, finished=call.finished))
+        self._leaving.add(leaving)
+        leaving.add_done_callback(self._leaving.discard)
+
     def _release(self, call: Call) -> None:
         self._sent[call.boot] -= 1
         if self._sent[call.boot] <= 0:
@@ -278,7 +295,7 @@ class Calls:
     async def _elsewhere(self, call: Call) -> Part | None:
         """Lease the request to another boot; the end where there is none."""
         self._release(call)
-        await self._tokens.leave(call.address, finished=False)
+        self._leave(call)
         call.avoid.add(call.boot)
         try:
             if call.deaths > MOST_DEATHS:

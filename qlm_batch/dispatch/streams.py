@@ -8,7 +8,6 @@ still reads. Every key ends by itself; losing them costs a look at the store.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -16,11 +15,14 @@ from typing import Any
 
 import orjson
 import redis.asyncio
+import structlog
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
 
 from qlm_batch.dispatch.celery_app import client_url
+
+log = structlog.get_logger(__name__)
 
 READER_S = 5.0
 """Without a sign of its reader for this long, a request is given up."""
@@ -180,8 +182,10 @@ class TokenReader(_Connected):
                 pipe = self._redis.pipeline(transaction=False)
                 for of in self._present:
                     pipe.set(_reader(of), Reader.PRESENT.value, px=int(READER_S * 1000))
-                with contextlib.suppress(*_AWAY):
+                try:
                     await pipe.execute()
+                except Exception as error:  # noqa: BLE001 - every open request hangs on this loop
+                    log.warning("cannot tell workers who reads", error=repr(error))
             await asyncio.sleep(READER_S / 4)
 
 

@@ -74,6 +74,23 @@ def test_the_python_example_completes(service: RunningService, folder: Path) -> 
     assert outcome.stdout.startswith("completed ")
 
 
+def test_the_chat_example_answers_while_its_batch_runs(
+    service: RunningService, folder: Path
+) -> None:
+    (code,) = (block.code for block in _blocks() if block.how == "chat")
+    outcome = subprocess.run(
+        [sys.executable, "-c", code.replace("8600", str(service.port))],
+        env=dict(service.environment),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert outcome.returncode == 0, outcome.stderr
+    assert outcome.stdout.strip()
+
+
 def test_every_command_of_the_table_exists(service: RunningService) -> None:
     text = (CHECKOUT / "README.md").read_text()
     named = set(re.findall(r"`qlm ([a-z]+)", text))
