@@ -5,12 +5,16 @@ Importing this module takes seconds; only a worker that serves through vLLM does
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import dataclasses
 import importlib
 import inspect
+import signal
 from argparse import Namespace
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from multiprocessing import resource_tracker
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -137,10 +141,26 @@ def build(arguments: Mapping[str, object], log: StepLog) -> Any:
     engine_args = AsyncEngineArgs(
         **{name: value for name, value in arguments.items() if name in accepted}
     )
-    engine = AsyncLLM.from_engine_args(engine_args, stat_loggers=[lambda *_, **__: log])
+    with _deaf_children():
+        engine = AsyncLLM.from_engine_args(engine_args, stat_loggers=[lambda *_, **__: log])
     cache = engine.vllm_config.cache_config
     log.kv_tokens = (cache.num_gpu_blocks or 0) * cache.block_size
     return engine
+
+
+@contextlib.contextmanager
+def _deaf_children() -> Iterator[None]:
+    """Keep Ctrl-C from processes started inside, which a terminal sends to the whole group.
+
+    They would drop their work at once, while this process means to finish it and then ends them.
+    """
+    # Its start would lift the block again.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Serving:
@@ -208,8 +228,13 @@ def generated_per_request(engine: Any) -> tuple[int, ...]:
     return tuple(count for count in counts if count is not None)
 
 
-def fail_all(engine: Any) -> None:
-    """Make every request inside raise EngineDeadError."""
+async def fail_all(engine: Any) -> None:
+    """Make every request inside raise EngineDeadError, and read no more of what comes out."""
+    handler = engine.output_handler
+    if handler is not None:
+        # It would take the end of the processes for a failure and say so in the log.
+        handler.cancel()
+        await asyncio.wait([handler])
     engine.output_processor.propagate_error(EngineDeadError())
 
 

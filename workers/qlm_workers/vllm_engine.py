@@ -34,8 +34,8 @@ CPU_KV_BYTES = 1024**3
 """Key-value cache on a host processor unless the settings say otherwise; vLLM would take nearly
 all memory."""
 
-STOP_S = 2.0
-"""How long an engine may take to leave by itself; nothing it holds is worth more waiting."""
+STOP_S = 10.0
+"""How long an engine may take to leave by itself; one that is killed leaves shared memory."""
 
 _EVICTING = "qlm_workers.evicting_scheduler.EvictingScheduler"
 
@@ -228,7 +228,7 @@ class VllmEngine:
         guard, self._guard = self._guard, None
         if engine is not None:
             with contextlib.suppress(Exception):
-                self._api.fail_all(engine)
+                await self._api.fail_all(engine)
                 await asyncio.to_thread(self._api.shut_down, engine, STOP_S)
         if guard is not None:
             await asyncio.to_thread(guard.end_children)
