@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
-import time
 from pathlib import Path
-from typing import Any
 
 import click
-import structlog
 
 from qlm_batch.domain.durations import parse_duration
 from qlm_batch.domain.errors import ConfigurationError
 from qlm_batch.domain.jobs import OnMiss
-from qlm_batch.scheduling.policies import POLICIES, OraclePolicy, Policy, policy
-from qlm_cli.output import Json, Output
+from qlm_batch.scheduling.policies import POLICIES
+from qlm_cli.output import Output
 
 _NEEDS = ("matplotlib", "numba", "scipy", "yaml")
-_COLUMNS = (
-    "load",
-    "policy",
-    "goodput %",
-    "± ",
-    "bound %",
-    "on time %",
-    "TTFT p99 s",
-    "busy %",
-    "swaps/h",
-)
 
 
 @click.command()
@@ -98,6 +83,19 @@ _COLUMNS = (
     default=None,
     help="Folder for plots.",
 )
+@click.option(
+    "--record",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=None,
+    help="Write what the scheduler saw and planned to this file (.jsonl or .jsonl.gz).",
+)
+@click.option(
+    "--replay",
+    "log",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=None,
+    help="Ask the questions of such a log again, then run its history.",
+)
 @click.option("--timings", is_flag=True, help="Show real time too; it differs from run to run.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def simulate(
@@ -114,6 +112,8 @@ def simulate(
     as_recorded: bool,
     on_miss: str,
     plots: Path | None,
+    record: Path | None,
+    log: Path | None,
     timings: bool,
     as_json: bool,
 ) -> None:
@@ -127,73 +127,29 @@ def simulate(
         raise ConfigurationError(
             f"The simulator needs {', '.join(missing)}: pip install 'qlm-batch[sim]'."
         )
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
-    output = Output(as_json)
-    from qlm_batch.simulation import fleet as fleets
-    from qlm_batch.simulation import traces, workloads
-    from qlm_batch.simulation.cluster import SimulationConfig
-    from qlm_batch.simulation.results import timings as real_time
-    from qlm_batch.simulation.run import Run, compare, rows
-    from qlm_batch.simulation.workload import Workload
+    # Only now: these modules need what may be missing.
+    from qlm_cli.simulation import Question, answer
 
-    chosen = workloads.scenario(workload)
-    machines = fleets.read_fleet(fleet) if fleet is not None else chosen.fleet()
-    seconds = parse_duration(duration)
-    recorded = None if trace is None else traces.read_trace(trace)
-    split = traces.Split(
-        interactive=interactive_share,
-        windows_s=tuple(parse_duration(window) for window in windows.split(",")),
+    answer(
+        Question(
+            workload=workload,
+            loads=_numbers(loads),
+            policies=tuple(name.strip() for name in policies.split(",")),
+            fleet=fleet,
+            trace=trace,
+            log=log,
+            seeds=range(seed, seed + seeds),
+            duration_s=parse_duration(duration, param="duration"),
+            interactive_share=interactive_share,
+            windows_s=tuple(parse_duration(w, param="windows") for w in windows.split(",")),
+            as_recorded=as_recorded,
+            on_miss=OnMiss(on_miss),
+            plots=plots,
+            record=record,
+            timings=timings,
+        ),
+        Output(as_json),
     )
-
-    def build(load: float, number: int) -> Workload:
-        if recorded is None:
-            return workloads.build(chosen, machines, load, seconds, number)
-        name = trace.stem if trace is not None else ""
-        paced = None if as_recorded else load
-        return traces.workload_of(
-            name, recorded, machines, split, number, load=paced, duration=seconds
-        )
-
-    config = SimulationConfig(on_miss=OnMiss(on_miss), draw=plots is not None)
-    runs: list[Run] = []
-    with _Progress(output) as progress:
-        for run in compare(
-            machines,
-            build,
-            {name: _policy(name) for name in map(str.strip, policies.split(","))},
-            _numbers(loads),
-            range(seed, seed + seeds),
-            config,
-            progress.told,
-        ):
-            runs.append(run)
-    table = rows(runs)
-    value: Json = {"rows": table, "runs": [run.summary for run in runs]}
-    if machines.extrapolated:
-        value["extrapolated"] = list(machines.extrapolated)
-    if timings:
-        value["timings"] = [real_time(run.outcome) for run in runs]
-    what = chosen.about if recorded is None else f"{len(recorded.at)} recorded requests"
-    output.note(f"{table[0]['workload']}: {what}; {len(machines.instances)} instances")
-    output.table([_shown(row) for row in table], _COLUMNS, value)
-    if machines.extrapolated:
-        output.note(f"extrapolated step times: {', '.join(machines.extrapolated)}")
-    if timings:
-        for run in runs:
-            real = real_time(run.outcome)
-            output.note(
-                f"{run.outcome.policy} at {run.load:g}: {real['times_real']}× real time, planning"
-                f" p50 {real['plan_ms_p50']} ms, p99 {real['plan_ms_p99']} ms"
-            )
-    if plots is not None:
-        from qlm_batch.simulation.plots import draw
-
-        for path in draw(runs, table, plots):
-            output.note(f"wrote {path}")
-
-
-def _policy(name: str) -> Policy | type[OraclePolicy]:
-    return OraclePolicy if name == "oracle" else policy(name)
 
 
 def _numbers(text: str) -> list[float]:
@@ -204,45 +160,3 @@ def _numbers(text: str) -> list[float]:
     if min(numbers) <= 0.0:
         raise click.BadParameter("loads are above 0", param_hint="--load")
     return numbers
-
-
-def _shown(row: Json) -> Json:
-    def percent(value: float | None) -> str:
-        return "" if value is None else f"{100.0 * value:.1f}"
-
-    on_time = "  ".join(f"{name} {percent(share)}" for name, share in row["attainment"].items())
-    return {
-        "load": f"{row['load']:g}",
-        "policy": row["policy"],
-        "goodput %": percent(row["goodput"]),
-        "± ": percent(row["goodput_ci"]),
-        "bound %": percent(row["bound"]),
-        "on time %": on_time,
-        "TTFT p99 s": "" if row["ttft_p99"] is None else f"{row['ttft_p99']:.2f}",
-        "busy %": percent(row["busy"]),
-        "swaps/h": f"{row['swaps_per_h']:.0f}",
-    }
-
-
-class _Progress:
-    """One line on a terminal that says what runs, nothing elsewhere."""
-
-    def __init__(self, output: Output) -> None:
-        self._status: Any = output.errors.status("") if output.live else None
-        self._told_at = 0.0
-
-    def __enter__(self) -> _Progress:
-        if self._status is not None:
-            self._status.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._status is not None:
-            self._status.stop()
-
-    def told(self, what: str, share: float) -> None:
-        """Show how far a run is, a few times a second at most."""
-        now = time.monotonic()
-        if self._status is not None and now - self._told_at > 0.2:
-            self._told_at = now
-            self._status.update(f"{what}: {share:.0%}")

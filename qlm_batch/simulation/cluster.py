@@ -11,6 +11,7 @@ import numpy as np
 
 from qlm_batch.control.leadership import Leadership
 from qlm_batch.control.reaper import Reaper, ReaperConfig
+from qlm_batch.control.recording import RecordedPolicy, Recorder, recorded
 from qlm_batch.control.scheduler_loop import SchedulerConfig, SchedulerLoop
 from qlm_batch.domain.jobs import CHAT, BatchSpec, FilePurpose, FileRecord, OnMiss, RequestLine
 from qlm_batch.domain.messages import Assigned, Stopped
@@ -102,7 +103,12 @@ class Cluster:
     """One run: a workload on a fleet under a policy."""
 
     def __init__(
-        self, fleet: Fleet, workload: Workload, policy: Choice, config: SimulationConfig
+        self,
+        fleet: Fleet,
+        workload: Workload,
+        policy: Choice,
+        config: SimulationConfig,
+        recorder: Recorder | None = None,
     ) -> None:
         self._workload, self._config = workload, config
         self.events = EventQueue(START)
@@ -112,9 +118,9 @@ class Cluster:
         self._sizes = np.diff([*self.requests.offsets, len(self.requests)])
         leadership = Leadership()
         self._loop = SchedulerLoop(
-            self.store,
+            self.store if recorder is None else recorded(self.store, recorder),
             self,
-            self._policy,
+            self._policy if recorder is None else RecordedPolicy(self._policy, recorder),
             SchedulerConfig(
                 _HOLDER, tick_s=config.tick_s, plan_ms=config.plan_ms, seed=config.seed
             ),

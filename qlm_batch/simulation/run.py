@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from qlm_batch.control.recording import Recorder
 from qlm_batch.simulation.bounds import bounds
 from qlm_batch.simulation.cluster import START, Choice, Cluster, Outcome, SimulationConfig
 from qlm_batch.simulation.fleet import Fleet
@@ -37,6 +38,7 @@ def compare(
     seeds: Sequence[int],
     config: SimulationConfig,
     progress: Progress | None = None,
+    recorder: Recorder | None = None,
 ) -> Iterator[Run]:
     """Every run as it ends; all policies see the same arrivals, beside the same bounds."""
     for load in loads:
@@ -52,7 +54,7 @@ def compare(
                     if progress is not None:
                         progress(label, min(1.0, seconds / whole))
 
-                cluster = Cluster(fleet, workload, policy, replace(config, seed=seed))
+                cluster = Cluster(fleet, workload, policy, replace(config, seed=seed), recorder)
                 outcome = cluster.run(told)
                 told_summary = {"load": load, "seed": seed, **summary(outcome, fleet, bound)}
                 yield Run(load, seed, outcome, told_summary)

@@ -55,3 +55,18 @@ def test_wrong_arguments_are_refused_by_name() -> None:
     with pytest.raises(ConfigurationError, match="nonsense"):
         CliRunner().invoke(cli, ["simulate", "--policy", "nonsense"], catch_exceptions=False)
     assert "--load" in CliRunner().invoke(cli, ["simulate", "--load", "-1"]).output
+
+
+def test_a_recorded_run_is_replayed_and_then_run_on_another_fleet(tmp_path: Path) -> None:
+    log, fleet = tmp_path / "log.jsonl.gz", tmp_path / "f.yaml"
+    fleet.write_text("instances: [{name: x, device: h100, models: [mistral-7b]}]\n")
+    CliRunner().invoke(cli, [*SMALL, "--record", str(log)], catch_exceptions=False)
+    done = CliRunner().invoke(
+        cli, [*SMALL, "--replay", str(log), "--fleet", str(fleet), "--json"], catch_exceptions=False
+    )
+    told = json.loads(done.stdout)
+    assert told["replay"]["plans"] == told["replay"]["same"] > 0
+    assert told["rows"][0]["goodput"] > 0.9
+    with pytest.raises(ConfigurationError, match="--fleet"):
+        arguments = ["simulate", "-w", "W2", "--replay", str(log)]
+        CliRunner().invoke(cli, arguments, catch_exceptions=False)

@@ -134,7 +134,7 @@ def test_progress_is_told_in_virtual_seconds() -> None:
 
 
 def test_the_oracle_knows_how_long_a_batch_will_take() -> None:
-    # By its word alone the second batch is as long as the first; only one of them can be on time.
+    # By max_tokens alone the second batch is as long as the first; only one of them can be on time.
     lines = [arrival(0.0, lines=64, output=250), arrival(0.0, lines=64, output=5)]
     work = workload((batch_class(20.0),), lines, 5.0)
     cluster = Cluster(fleet(1), work, OraclePolicy, SimulationConfig(drain_s=600.0))

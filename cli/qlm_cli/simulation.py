@@ -1,0 +1,205 @@
+"""What `qlm simulate` does with its options; needs the extra `sim`."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from qlm_batch.control.recording import Recorder
+from qlm_batch.domain.errors import ConfigurationError
+from qlm_batch.domain.jobs import OnMiss
+from qlm_batch.scheduling.policies import OraclePolicy, policy
+from qlm_batch.simulation.cluster import Choice, SimulationConfig
+from qlm_batch.simulation.fleet import Fleet, read_fleet
+from qlm_batch.simulation.plots import draw
+from qlm_batch.simulation.replay import Replay, replay
+from qlm_batch.simulation.results import timings
+from qlm_batch.simulation.run import Builder, Run, compare, rows
+from qlm_batch.simulation.traces import Split, read_trace, workload_of
+from qlm_batch.simulation.workload import Workload
+from qlm_batch.simulation.workloads import Scenario, build, scenario
+from qlm_cli.output import Json, Output
+
+_COLUMNS = (
+    "load",
+    "policy",
+    "goodput %",
+    "± ",
+    "bound %",
+    "on time %",
+    "TTFT p99 s",
+    "busy %",
+    "swaps/h",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """The command's options, parsed. A `trace` or a `log` takes the place of the workload."""
+
+    workload: str
+    loads: Sequence[float]
+    policies: Sequence[str]
+    fleet: Path | None
+    trace: Path | None
+    log: Path | None
+    seeds: Sequence[int]
+    duration_s: float
+    interactive_share: float
+    windows_s: tuple[float, ...]
+    as_recorded: bool
+    on_miss: OnMiss
+    plots: Path | None
+    record: Path | None
+    timings: bool
+
+
+def answer(asked: Question, output: Output) -> None:
+    """Run what is asked and print it."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
+    chosen = scenario(asked.workload)
+    fleet = read_fleet(asked.fleet) if asked.fleet is not None else chosen.fleet()
+    past = None if asked.log is None else replay(asked.log)
+    if past is not None:
+        _tell_replay(past, output)
+    runs = _run(asked, fleet, _builder(asked, chosen, fleet, past), past is not None, output)
+    table = rows(runs)
+    value: Json = {"rows": table, "runs": [run.summary for run in runs]}
+    if fleet.extrapolated:
+        value["extrapolated"] = list(fleet.extrapolated)
+    if past is not None:
+        value["replay"] = {"plans": past.plans, "same": past.same, "skipped": past.skipped}
+    if asked.timings:
+        value["timings"] = [timings(run.outcome) for run in runs]
+    about = "" if asked.trace or past else f" ({chosen.about})"
+    size = f"{runs[0].summary['requests']} requests on {len(fleet.instances)} instances"
+    output.note(f"{table[0]['workload']}{about}: {size}")
+    output.table([_shown(row) for row in table], _COLUMNS, value)
+    if fleet.extrapolated:
+        output.note(f"extrapolated step times: {', '.join(fleet.extrapolated)}")
+    if asked.timings:
+        _tell_timings(runs, output)
+    if asked.plots is not None:
+        for path in draw(runs, table, asked.plots):
+            output.note(f"wrote {path}")
+
+
+def _builder(asked: Question, chosen: Scenario, fleet: Fleet, past: Replay | None) -> Builder:
+    if past is not None:
+        history = past.history
+        _check_served(history, fleet)
+        return lambda load, seed: history
+    if asked.trace is None:
+        return lambda load, seed: build(chosen, fleet, load, asked.duration_s, seed)
+    trace, name = read_trace(asked.trace), asked.trace.stem
+    split = Split(interactive=asked.interactive_share, windows_s=asked.windows_s)
+    return lambda load, seed: workload_of(
+        name,
+        trace,
+        fleet,
+        split,
+        seed,
+        load=None if asked.as_recorded else load,
+        duration=asked.duration_s,
+    )
+
+
+def _check_served(history: Workload, fleet: Fleet) -> None:
+    missing = sorted({arrival.model for arrival in history.arrivals} - set(fleet.models))
+    if missing:
+        raise ConfigurationError(
+            f"The fleet serves none of {', '.join(missing)}, which the log asks for; name a fleet"
+            " that does with --fleet.",
+            param="fleet",
+        )
+
+
+def _run(asked: Question, fleet: Fleet, build: Builder, once: bool, output: Output) -> list[Run]:
+    config = SimulationConfig(on_miss=asked.on_miss, draw=asked.plots is not None)
+    with ExitStack() as stack:
+        recorder = None
+        if asked.record is not None:
+            recorder = stack.enter_context(Recorder(asked.record))
+        progress = stack.enter_context(_Progress(output))
+        return list(
+            compare(
+                fleet,
+                build,
+                {name: _choice(name) for name in asked.policies},
+                asked.loads[:1] if once else asked.loads,
+                asked.seeds[:1] if once else asked.seeds,
+                config,
+                progress.told,
+                recorder,
+            )
+        )
+
+
+def _choice(name: str) -> Choice:
+    return OraclePolicy if name == "oracle" else policy(name)
+
+
+def _tell_replay(past: Replay, output: Output) -> None:
+    same = f"{past.same} of {past.plans} recorded plans came back byte for byte"
+    skipped = f"; {past.skipped} of policies unknown here" if past.skipped else ""
+    output.note(same + skipped)
+    if past.different is not None:
+        output.note(f"the first that differs was made at {past.different:.3f}")
+
+
+def _tell_timings(runs: Sequence[Run], output: Output) -> None:
+    for run in runs:
+        real = timings(run.outcome)
+        output.note(
+            f"{run.outcome.policy} at {run.load:g}: {real['times_real']}× real time, planning p50"
+            f" {real['plan_ms_p50']} ms, p99 {real['plan_ms_p99']} ms"
+        )
+
+
+def _shown(row: Json) -> Json:
+    def percent(value: float | None) -> str:
+        return "" if value is None else f"{100.0 * value:.1f}"
+
+    on_time = "  ".join(f"{name} {percent(share)}" for name, share in row["attainment"].items())
+    return {
+        "load": f"{row['load']:g}",
+        "policy": row["policy"],
+        "goodput %": percent(row["goodput"]),
+        "± ": percent(row["goodput_ci"]),
+        "bound %": percent(row["bound"]),
+        "on time %": on_time,
+        "TTFT p99 s": "" if row["ttft_p99"] is None else f"{row['ttft_p99']:.2f}",
+        "busy %": percent(row["busy"]),
+        "swaps/h": f"{row['swaps_per_h']:.0f}",
+    }
+
+
+class _Progress:
+    """One line on a terminal that says what runs, nothing elsewhere."""
+
+    def __init__(self, output: Output) -> None:
+        self._status: Any = output.errors.status("") if output.live else None
+        self._told_at = 0.0
+
+    def __enter__(self) -> _Progress:
+        if self._status is not None:
+            self._status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+    def told(self, what: str, share: float) -> None:
+        """Show how far a run is, a few times a second at most."""
+        now = time.monotonic()
+        if self._status is not None and now - self._told_at > 0.2:
+            self._told_at = now
+            self._status.update(f"{what}: {share:.0%}")

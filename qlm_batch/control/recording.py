@@ -1,0 +1,182 @@
+"""A log of what the scheduler saw and decided, for the simulator: no bodies, no prompts.
+
+JSON lines. `arrival`: a run appeared in the queue. `lengths`: requests finished. `plan`: a policy
+was asked; the snapshot, the groups and the plan it gave are all there, so asking it again must
+give the same bytes.
+"""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from io import BufferedWriter
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Literal, Self, cast
+
+from pydantic import TypeAdapter
+
+from qlm_batch.domain.ports import Planning
+from qlm_batch.domain.snapshot import Observation, Plan, RequestGroup, RunView, Snapshot
+from qlm_batch.scheduling.estimator import Estimator, EstimatorConfig
+from qlm_batch.scheduling.policies import Policy
+from qlm_batch.scheduling.problem import Durations
+
+
+@dataclass(frozen=True, slots=True)
+class ArrivalEntry:
+    """A run seen for the first time."""
+
+    run: RunView
+    type: Literal["arrival"] = "arrival"
+
+
+@dataclass(frozen=True, slots=True)
+class LengthsEntry:
+    """(tenant, output tokens) of requests of `model` that finished."""
+
+    at: float
+    model: str
+    outputs: tuple[tuple[str, int], ...]
+    type: Literal["lengths"] = "lengths"
+
+
+@dataclass(frozen=True, slots=True)
+class PlanEntry:
+    """A question to a policy and its answer."""
+
+    policy: str
+    snapshot: Snapshot
+    groups: tuple[RequestGroup, ...]
+    estimator: EstimatorConfig
+    moves: int
+    seed: int
+    plan: Plan
+    type: Literal["plan"] = "plan"
+
+
+Entry = ArrivalEntry | LengthsEntry | PlanEntry
+
+_ENTRY: Final[TypeAdapter[Entry]] = TypeAdapter(Entry)
+_PLAN: Final[TypeAdapter[Plan]] = TypeAdapter(Plan)
+
+
+def plan_bytes(plan: Plan) -> bytes:
+    """The plan as the log has it."""
+    return _PLAN.dump_json(plan)
+
+
+class Recorder:
+    """Writes a log; a path ending in `.gz` is compressed. Use it as a context."""
+
+    def __init__(self, path: Path) -> None:
+        # Closed by `close`: a recorder lives as long as its process.
+        self._file: gzip.GzipFile | BufferedWriter = (
+            gzip.GzipFile(path, "wb") if path.suffix == ".gz" else path.open("wb")
+        )
+        self._seen: set[tuple[int, int]] = set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._file.close()
+
+    def planned(self, entry: PlanEntry) -> None:
+        """A policy was asked."""
+        self._write(entry)
+
+    def saw(self, snapshot: Snapshot) -> None:
+        """A pass saw this queue."""
+        for run in snapshot.runs:
+            if (run.run_id, run.generation) not in self._seen:
+                self._seen.add((run.run_id, run.generation))
+                self._write(ArrivalEntry(run))
+
+    def learned(self, observations: Sequence[Observation]) -> None:
+        """A pass took these reports."""
+        for seen in observations:
+            if seen.outputs:
+                self._write(LengthsEntry(seen.at, seen.model, seen.outputs))
+
+    def _write(self, entry: Entry) -> None:
+        self._file.write(_ENTRY.dump_json(entry) + b"\n")
+
+
+class RecordedPolicy:
+    """A policy whose questions and answers are written down."""
+
+    def __init__(self, policy: Policy, recorder: Recorder) -> None:
+        self._policy, self._recorder = policy, recorder
+
+    @property
+    def name(self) -> str:
+        """The policy's own."""
+        return self._policy.name
+
+    def plan(
+        self,
+        snapshot: Snapshot,
+        groups: Sequence[RequestGroup],
+        estimator: Durations,
+        moves: int,
+        seed: int,
+    ) -> Plan:
+        """See Policy."""
+        plan = self._policy.plan(snapshot, groups, estimator, moves, seed)
+        self._recorder.planned(
+            PlanEntry(self.name, snapshot, tuple(groups), estimator.config, moves, seed, plan)
+        )
+        return plan
+
+
+class _RecordedPlanning:
+    """All but the queue and the reports is the store's."""
+
+    def __init__(self, store: Planning, recorder: Recorder) -> None:
+        self._store, self._recorder = store, recorder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def snapshot(self) -> Snapshot:
+        """See Planning."""
+        snapshot = self._store.snapshot()
+        self._recorder.saw(snapshot)
+        return snapshot
+
+    def take_observations(self, epoch: int, limit: int = 1000) -> Sequence[Observation]:
+        """See Planning."""
+        seen = self._store.take_observations(epoch, limit)
+        self._recorder.learned(seen)
+        return seen
+
+
+def recorded(store: Planning, recorder: Recorder) -> Planning:
+    """The scheduler's side of a store, with the queues and reports it hands out written down."""
+    return cast("Planning", _RecordedPlanning(store, recorder))
+
+
+def read_log(path: Path) -> Iterator[Entry]:
+    """The entries of a log in order; a line cut off by a crash ends it. ValueError for others."""
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            yield _ENTRY.validate_json(line)
+
+
+def replayed(entry: PlanEntry, policy: Policy) -> Plan:
+    """What the policy says to a recorded question now."""
+    estimator = Estimator(entry.snapshot, entry.estimator)
+    return policy.plan(entry.snapshot, entry.groups, estimator, entry.moves, entry.seed)

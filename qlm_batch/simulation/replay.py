@@ -1,0 +1,120 @@
+"""A service's log, asked again: the same plans, and its history as a workload for other fleets."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from qlm_batch.control.recording import (
+    ArrivalEntry,
+    Entry,
+    LengthsEntry,
+    PlanEntry,
+    plan_bytes,
+    read_log,
+    replayed,
+)
+from qlm_batch.domain.errors import InvalidInput
+from qlm_batch.domain.jobs import SloClass
+from qlm_batch.domain.snapshot import RunView
+from qlm_batch.scheduling.policies import POLICIES
+from qlm_batch.simulation.workload import Arrival, Ints, WorkClass, Workload
+
+_UNKNOWN_OUTPUT = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """What a log said: `same` of `plans` came back byte for byte.
+
+    `different` is the time of the first that did not; `skipped` plans are of policies that are
+    not here.
+    """
+
+    plans: int
+    same: int
+    skipped: int
+    different: float | None
+    history: Workload
+
+
+def replay(path: Path) -> Replay:
+    """Ask every recorded question again. InvalidInput when the file is no log or has no work."""
+    plans = same = skipped = 0
+    different: float | None = None
+    runs: list[RunView] = []
+    lengths: dict[tuple[str, str], deque[int]] = defaultdict(deque)
+    for entry in _entries(path):
+        match entry:
+            case ArrivalEntry(run):
+                runs.append(run)
+            case LengthsEntry(_, model, outputs):
+                for tenant, tokens in outputs:
+                    lengths[model, tenant].append(max(1, tokens))
+            case PlanEntry():
+                policy = POLICIES.get(entry.policy)
+                if policy is None:
+                    skipped += 1
+                    continue
+                plans += 1
+                if plan_bytes(replayed(entry, policy)) == plan_bytes(entry.plan):
+                    same += 1
+                elif different is None:
+                    different = entry.snapshot.now
+    if not runs:
+        raise InvalidInput(f"The log {path} holds no work.", param="replay")
+    return Replay(plans, same, skipped, different, _history(path.name.split(".")[0], runs, lengths))
+
+
+def _entries(path: Path) -> list[Entry]:
+    try:
+        return list(read_log(path))
+    except (OSError, EOFError, ValueError) as error:
+        raise InvalidInput(
+            f"{path} is no log of a scheduler: {str(error).splitlines()[0]}", param="replay"
+        ) from None
+
+
+def _history(
+    name: str, runs: list[RunView], lengths: dict[tuple[str, str], deque[int]]
+) -> Workload:
+    """The runs as they came, with the lengths their requests had, in the order they finished.
+
+    Work the log does not see the end of gets lengths seen before; without any, a usual one.
+    """
+    zero = min(run.created_at for run in runs)
+    windows = sorted({_window(run) for run in runs})
+    arrivals = []
+    for run in sorted(runs, key=lambda run: (run.created_at, run.run_id, run.generation)):
+        prompt = max(1, round(run.prompt_tokens / max(1, run.requests)))
+        arrivals.append(
+            Arrival(
+                run.created_at - zero,
+                windows.index(_window(run)),
+                run.model,
+                run.tenant,
+                np.full(run.requests, prompt, dtype=np.int64),
+                _taken(lengths[run.model, run.tenant], run.requests),
+            )
+        )
+    classes = tuple(WorkClass(f"{w:.0f}s", SloClass.BATCH, w) for w in windows)
+    most = max(-(-run.max_tokens // max(1, run.requests)) for run in runs)
+    duration = max(1.0, arrivals[-1].at)
+    return Workload(name, classes, tuple(arrivals), duration, max(1, most))
+
+
+def _window(run: RunView) -> float:
+    return max(1.0, float(round(run.deadline - run.created_at)))
+
+
+def _taken(known: deque[int], count: int) -> Ints:
+    """The next lengths, each put back behind the others: a history too short begins again."""
+    taken = []
+    for _ in range(count):
+        length = known.popleft() if known else _UNKNOWN_OUTPUT
+        taken.append(length)
+        known.append(length)
+    return np.array(taken, dtype=np.int64)

@@ -1,0 +1,82 @@
+"""Logs of the scheduler, asked again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qlm_batch.control.recording import ArrivalEntry, PlanEntry, Recorder, read_log
+from qlm_batch.domain.errors import InvalidInput
+from qlm_batch.scheduling.policies import policy
+from qlm_batch.simulation.cluster import Cluster, SimulationConfig
+from qlm_batch.simulation.replay import replay
+from tests.simulation.cases import arrival, batch_class, fleet, workload
+
+MODELS = ("m", "n")
+
+
+def _log(path: Path, name: str = "qlm") -> Path:
+    arrivals = [
+        arrival(3.0 * n, n % 2, lines=40, model=MODELS[n % 3 == 0], output=20 + n)
+        for n in range(12)
+    ]
+    work = workload((batch_class(20.0), batch_class(90.0, "late")), arrivals, 40.0)
+    with Recorder(path) as recorder:
+        Cluster(
+            fleet(2, MODELS), work, policy(name), SimulationConfig(drain_s=300.0), recorder
+        ).run()
+    return path
+
+
+@pytest.mark.parametrize("name", ["qlm", "edf-shed"])
+def test_a_logs_plans_come_back_byte_for_byte(tmp_path: Path, name: str) -> None:
+    told = replay(_log(tmp_path / "log.jsonl.gz", name))
+    assert told.plans == told.same > 3
+    assert told.different is None and told.skipped == 0
+
+
+def test_a_changed_plan_is_noticed(tmp_path: Path) -> None:
+    path = _log(tmp_path / "log.jsonl")
+    text = path.read_text()
+    path.write_text(text.replace('"seed":0,"plan":{"made_at":1', '"seed":0,"plan":{"made_at":2', 1))
+    told = replay(path)
+    assert told.same == told.plans - 1
+    assert told.different is not None
+
+
+def test_the_history_holds_what_was_asked_and_the_lengths_it_had(tmp_path: Path) -> None:
+    history = replay(_log(tmp_path / "log.jsonl")).history
+    assert sum(len(a.prompts) for a in history.arrivals) == 12 * 40
+    assert [c.target_s for c in history.classes] == [20.0, 90.0]
+    outputs = np.concatenate([a.outputs for a in history.arrivals])
+    assert set(outputs.tolist()) <= set(range(20, 32))
+    outcome = Cluster(fleet(3, MODELS), history, policy("edf-shed"), SimulationConfig()).run()
+    assert outcome.requests.on_time.mean() > 0.9
+
+
+def test_a_log_names_work_once_and_holds_no_bodies(tmp_path: Path) -> None:
+    path = _log(tmp_path / "log.jsonl")
+    entries = list(read_log(path))
+    runs = [(e.run.run_id, e.run.generation) for e in entries if isinstance(e, ArrivalEntry)]
+    assert len(runs) == len(set(runs)) == 12
+    assert any(isinstance(entry, PlanEntry) for entry in entries)
+    assert "body" not in path.read_text()
+
+
+def test_a_log_cut_off_in_the_middle_of_a_line_is_read_up_to_there(tmp_path: Path) -> None:
+    path = _log(tmp_path / "log.jsonl")
+    whole = len(list(read_log(path)))
+    path.write_bytes(path.read_bytes()[:-40])
+    assert len(list(read_log(path))) == whole - 1
+
+
+def test_what_is_no_log_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"type": "song"}\n')
+    with pytest.raises(InvalidInput, match="no log"):
+        replay(path)
+    path.write_text("")
+    with pytest.raises(InvalidInput, match="no work"):
+        replay(path)
