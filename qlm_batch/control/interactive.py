@@ -44,7 +44,7 @@ POLL_S = 0.2
 """How often a result is looked for in the store when its stream has a gap."""
 FRESH_S = 1.0
 """How old a view of the fleet may be."""
-STALE_S = 10.0
+STALE_S = 5.0
 RESTART_S = 120.0
 """A model whose last instance left so long ago may come back: calls are asked to try again."""
 MOST_DEATHS = 1
