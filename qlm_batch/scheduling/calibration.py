@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from qlm_batch.domain.jobs import SloClass
 
 LEVEL = 0.95
-STEP = 0.01
+STEP = 0.02
 WINDOW = 100
 LEAST = 20
 """Outcomes below which the uncalibrated quantile is used."""

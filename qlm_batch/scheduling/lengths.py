@@ -19,13 +19,13 @@ from qlm_batch.domain.jobs import EngineKind
 
 Floats = NDArray[np.float64]
 
-DECAY = 0.99
-"""What one newer observation leaves of a weight: an effective window of 100 observations."""
-HISTORY = 256
-"""Lengths kept per model; the oldest of them weighs 0.99^255, under 0.08."""
+DECAY = 0.992
+"""What one newer observation leaves of a weight: an effective window of 125 observations."""
+HISTORY = 400
+"""Lengths kept per model; the oldest of them weighs 0.992^399, 0.04."""
 TENANTS = 32
 """Tenants remembered apart per model, the most recent ones."""
-TENANT_HISTORY = 128
+TENANT_HISTORY = 200
 LEAN_ON_MODEL = 16.0
 """Observations' worth of a model's distribution inside a tenant's."""
 LEAN_ON_PRIOR = 8.0
