@@ -20,10 +20,11 @@ from qlm_batch.domain.engine import (
     EngineInfo,
     EngineRequest,
     EventStream,
+    Lso,
 )
 from qlm_batch.domain.errors import EngineDead
 from qlm_batch.domain.jobs import CHAT, COMPLETIONS, EMBEDDINGS, EngineKind
-from qlm_batch.scheduling.agent import engine_priority
+from qlm_batch.scheduling.agent import INTERACTIVE_PRIORITY, engine_priority
 from qlm_batch.settings import Settings
 from qlm_workers.engines import make_engine
 from qlm_workers.simulated_engine import SimulatedEngine
@@ -413,6 +414,25 @@ async def test_the_lowest_priority_starts_first_when_slots_are_full(rig: Rig) ->
     urgent = asyncio.create_task(serve("urgent", DUE - 9))
     await asyncio.gather(*running, *late, urgent)
     assert finished[0] == "urgent"
+
+
+async def test_interactive_requests_start_at_once_although_batch_work_fills_the_engine(
+    rig: Rig,
+) -> None:
+    if Lso.EVICT not in rig.info.supports:
+        pytest.skip("this engine does not evict")
+    evicted = rig.engine.stats().evictions
+    running = await rig.fill([200] * SLOTS)
+    burst = [
+        rig.submit(rig.chat(rank=INTERACTIVE_PRIORITY, max_tokens=3, ignore_eos=True))
+        for _ in range(SLOTS)
+    ]
+    assert {answer.status_code for answer in await asyncio.gather(*burst)} == {200}
+    assert not any(task.done() for task in running)
+    answers = await asyncio.gather(*running)
+    assert [answer.usage.output_tokens for answer in answers] == [200] * SLOTS
+    assert rig.engine.stats().evictions > evicted
+    assert rig.engine.stats().recomputed_tokens > 0
 
 
 async def test_stopping_ends_what_is_inside_and_stays_stopped(rig: Rig) -> None:

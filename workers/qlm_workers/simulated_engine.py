@@ -17,6 +17,15 @@ import orjson
 from qlm_batch.domain.engine import EngineAnswer, EngineInfo, EngineRequest, EngineStats, Lso
 from qlm_batch.domain.errors import ConfigurationError, EngineDead
 from qlm_batch.domain.jobs import EngineKind, Usage
+from qlm_batch.scheduling.eviction import (
+    Favour,
+    Running,
+    Waiting,
+    admission_limit,
+    is_urgent,
+    pace,
+    victims,
+)
 from qlm_batch.settings import Settings
 from qlm_workers.answers import Door, error_answer
 from qlm_workers.simulated_answers import (
@@ -48,15 +57,28 @@ class Faults:
 
 @dataclass(slots=True)
 class _Sequence:
+    request_id: str
+    priority: int
+    arrival: int
     prompt_tokens: int
     output_tokens: int
     done: asyncio.Future[float]
     hangs: bool
     prefilled: int = 0
     generated: int = 0
+    resumed: int = 0
+    """Tokens generated before it gave way last: they are read again like a prompt."""
     first_token_at: float | None = None
     moved: asyncio.Event | None = None
     """Set with every token where someone reads along."""
+
+    @property
+    def to_prefill(self) -> int:
+        return self.prompt_tokens + self.resumed - self.prefilled
+
+    @property
+    def kv(self) -> int:
+        return self.prefilled + self.generated - self.resumed
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +110,8 @@ class _Job:
 
 class SimulatedEngine:
     """Answers are a function of the seed and the body. A step admits the waiting by priority,
-    shares `max_num_batched_tokens` among prefills and gives every running sequence a token.
+    shares `max_num_batched_tokens` among prefills and gives every running sequence a token. It
+    evicts as the vLLM scheduler does, but a victim finds nothing of its own in a prefix cache.
 
     `time_scale` stretches the modelled time: 1 is the device's own, 0 answers at once and then
     neither queues nor steps.
@@ -108,10 +131,20 @@ class SimulatedEngine:
         seed: int = 0,
         faults: Faults = Faults(),
         max_n: int = 16,
+        favour: Favour = "balanced",
     ) -> None:
         self._info = EngineInfo(
-            model, kind, max_model_len, slots, kv_tokens, frozenset({Lso.PULL, Lso.BALANCE})
+            model,
+            kind,
+            max_model_len,
+            slots,
+            kv_tokens,
+            frozenset({Lso.PULL, Lso.BALANCE, Lso.EVICT}),
         )
+        self._size = slots + pace(favour, slots).headroom
+        self._evictions: dict[str, int] = {}
+        self._evicted = 0
+        self._recomputed = 0
         self._door = Door(model, kind, max_n)
         self._batched_tokens = max_num_batched_tokens
         self._step_times = step_times
@@ -151,6 +184,7 @@ class SimulatedEngine:
             time_scale=settings.simulated_time_scale,
             seed=seed if isinstance(seed, int) else 0,
             max_n=settings.max_n,
+            favour=settings.favour,
         )
 
     async def start(self) -> EngineInfo:
@@ -250,6 +284,8 @@ class SimulatedEngine:
             generated_tokens=self._generated,
             steps=rows,
             generated=tuple(sequence.generated for sequence in self._running),
+            evictions=self._evicted,
+            recomputed_tokens=self._recomputed,
         )
 
     async def stop(self) -> None:
@@ -282,16 +318,28 @@ class SimulatedEngine:
 
     def _enter(self, job: _Job, moved: asyncio.Event | None = None) -> _Sequence:
         done: asyncio.Future[float] = asyncio.get_running_loop().create_future()
-        sequence = _Sequence(job.prompt_tokens, job.output_tokens, done, job.hangs, moved=moved)
+        sequence = _Sequence(
+            job.request.request_id,
+            job.request.priority,
+            next(self._arrivals),
+            job.prompt_tokens,
+            job.output_tokens,
+            done,
+            job.hangs,
+            moved=moved,
+        )
         if self._time_scale > 0:
-            entry = (job.request.priority, next(self._arrivals), sequence)
-            heapq.heappush(self._waiting, entry)
+            self._wait(sequence)
             self._work.set()
         else:
             self._hanging.append(sequence)
         return sequence
 
+    def _wait(self, sequence: _Sequence) -> None:
+        heapq.heappush(self._waiting, (sequence.priority, sequence.arrival, sequence))
+
     def _leave(self, sequence: _Sequence) -> None:
+        self._evictions.pop(sequence.request_id, None)
         self._hanging = [other for other in self._hanging if other is not sequence]
         if sequence.done.cancelled():
             self._running = [other for other in self._running if other is not sequence]
@@ -314,25 +362,47 @@ class SimulatedEngine:
             self._finish_step(time.perf_counter(), step_s)
 
     def _step_load(self) -> tuple[int, int, int]:
-        while self._waiting and len(self._running) < self._info.slots:
+        urgent = [entry[2] for entry in sorted(self._waiting) if is_urgent(entry[0])]
+        if urgent:
+            self._evict(urgent)
+        urgent_running = sum(is_urgent(sequence.priority) for sequence in self._running)
+        limit = admission_limit(self._size, self._info.slots, urgent_running, len(urgent))
+        while self._waiting and len(self._running) < limit:
             sequence = self._waiting[0][2]
-            if self._running and self._kv() + sequence.prompt_tokens > self._info.kv_tokens:
+            if self._running and self._kv() + sequence.to_prefill > self._info.kv_tokens:
                 break
             heapq.heappop(self._waiting)
             self._running.append(sequence)
-        prefilling = [
-            sequence for sequence in self._running if sequence.prefilled < sequence.prompt_tokens
-        ]
+        prefilling = [sequence for sequence in self._running if sequence.to_prefill > 0]
         # A decoding sequence takes one token of the step's budget.
         budget = self._batched_tokens - (len(self._running) - len(prefilling))
         prefill = 0
         for sequence in prefilling:
-            taken = min(sequence.prompt_tokens - sequence.prefilled, budget - prefill)
+            taken = min(sequence.to_prefill, budget - prefill)
             sequence.prefilled += max(0, taken)
             prefill += max(0, taken)
         load = (len(self._running), self._kv(), prefill)
         self._rows.append((*load, self._step_times.seconds(*load)))
         return load
+
+    def _evict(self, urgent: list[_Sequence]) -> None:
+        chosen = victims(
+            [Waiting(sequence.request_id, sequence.prompt_tokens) for sequence in urgent],
+            [
+                Running(each.request_id, each.priority, each.arrival, each.kv, 1)
+                for each in self._running
+            ],
+            free_slots=self._size - len(self._running),
+            free_kv=self._info.kv_tokens - self._kv(),
+            evictions=self._evictions,
+        )
+        for victim in [self._running[index] for index in chosen]:
+            self._running.remove(victim)
+            self._evicted += 1
+            self._recomputed += victim.kv
+            self._evictions[victim.request_id] = self._evictions.get(victim.request_id, 0) + 1
+            victim.prefilled, victim.resumed = 0, victim.generated
+            self._wait(victim)
 
     def _finish_step(self, now: float, step_s: float) -> None:
         if not self._running:
@@ -340,7 +410,7 @@ class SimulatedEngine:
         self._steps += any(not sequence.hangs for sequence in self._running)
         still = []
         for sequence in self._running:
-            if sequence.prefilled >= sequence.prompt_tokens and not sequence.hangs:
+            if sequence.to_prefill <= 0 and not sequence.hangs:
                 if sequence.first_token_at is None:
                     sequence.first_token_at = now
                 if sequence.generated < sequence.output_tokens:
@@ -356,4 +426,4 @@ class SimulatedEngine:
         self._running = still
 
     def _kv(self) -> int:
-        return sum(sequence.prefilled + sequence.generated for sequence in self._running)
+        return sum(sequence.kv for sequence in self._running)
