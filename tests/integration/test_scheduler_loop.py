@@ -20,7 +20,7 @@ from qlm_batch.domain.jobs import (
     RequestLine,
 )
 from qlm_batch.domain.messages import Assigned, Stopped
-from qlm_batch.domain.ports import Heartbeat
+from qlm_batch.domain.ports import Heartbeat, Store
 from qlm_batch.domain.snapshot import InstanceState, ModelView, Observation, Residency
 from qlm_batch.scheduling.estimator import VERSION
 from qlm_batch.scheduling.policies import policy
@@ -48,9 +48,9 @@ class Hints:
 class Stage:
     """A store with a hand-turned clock, and a scheduler over it."""
 
-    def __init__(self) -> None:
+    def __init__(self, store: Store | None = None) -> None:
         self.time = 1000.0
-        self.store = MemoryStore(lambda: self.time)
+        self.store: Store = store or MemoryStore(lambda: self.time)
         self.hints = Hints()
         self.loop = self.scheduler("one")
 
