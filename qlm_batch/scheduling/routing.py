@@ -45,7 +45,7 @@ def route(
     `sent` are interactive requests the caller has under way at each boot, `service_s` how long one
     takes on average. Batch work is no obstacle: it gives way. Boots to `avoid` are passed over.
     """
-    best: tuple[float, int, str] | None = None
+    best: tuple[float, int, int, str] | None = None
     chosen: Route | None = None
     room_in: float | None = None
     for view in instances:
@@ -61,8 +61,9 @@ def route(
             wait_s = _wake_s(view, hosted) + (ahead - most + 1) * service_s / slots
             room_in = wait_s if room_in is None else min(room_in, wait_s)
             continue
-        # Among equals the one with the least to do for anybody, then by name.
-        rank = (start_s, view.running * 1000 // slots, view.name)
+        # Among equals the one with the least interactive work, for there batch work has to give
+        # way; then the one with the least to do for anybody, then by name.
+        rank = (start_s, ahead * 1000 // slots, view.running * 1000 // slots, view.name)
         if best is None or rank < best:
             best, chosen = rank, Route(view.name, view.boot_id, start_s)
     if chosen is not None:

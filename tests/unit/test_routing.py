@@ -44,6 +44,11 @@ def test_batch_work_is_no_obstacle() -> None:
     assert name_of(instance("a", running=40), instance("b", busy=5)) == "a"
 
 
+def test_among_full_ones_that_start_at_once_interactive_work_is_spread() -> None:
+    sent: dict[Boot, int] = {("a", "boot"): 2, ("b", "boot"): 1}
+    assert name_of(instance("a", running=4), instance("b", running=5), sent=sent) == "b"
+
+
 def test_what_was_sent_and_not_yet_reported_counts() -> None:
     sent: dict[Boot, int] = {("a", "boot"): 6}
     assert name_of(instance("a"), instance("b", busy=4), sent=sent) == "b"
