@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import httpx
 import orjson
+import structlog
 
 from qlm_batch.domain.engine import EngineAnswer, EngineInfo, EngineRequest, EngineStats
 from qlm_batch.domain.errors import ConfigurationError, EngineDead
@@ -22,6 +23,8 @@ from qlm_workers.answers import Door, error_answer, usage_of
 from qlm_workers.openai_probe import ServerFacts, metric_sum, probe
 from qlm_workers.slots import PrioritySlots
 from qlm_workers.streams import DONE, Stream, error_event, error_event_answer, opened
+
+log = structlog.get_logger(__name__)
 
 AWAY = frozenset({502, 503, 504})
 _FIRST_PAUSE_S = 0.25
@@ -119,6 +122,12 @@ class OpenAIEngine:
         except BaseException:
             await self.stop()
             raise
+        if not self._facts.takes_priority:
+            log.warning(
+                "This server ignores priorities: what is inside it runs in its own order. Fewer "
+                "QLM_SLOTS keep more of the order here.",
+                url=self._url,
+            )
         self._seen_at = time.monotonic()
         self._watch = asyncio.create_task(self._look())
         length = self._facts.max_model_len or self._max_model_len or 8192
