@@ -16,6 +16,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+if __name__ == "__main__":
+    # Not this folder: its queue.py would hide the standard library's.
+    sys.path.pop(0)
+
 import httpx
 import numpy as np
 from numpy.typing import NDArray

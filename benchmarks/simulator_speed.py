@@ -16,6 +16,10 @@ import resource
 import sys
 import time
 
+if __name__ == "__main__":
+    # Not this folder: its queue.py would hide the standard library's.
+    sys.path.pop(0)
+
 import numpy as np
 import structlog
 
