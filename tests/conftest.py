@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from qlm_batch.embedded.valkey import EmbeddedValkey
 from qlm_batch.store import migrate
 
 _numbers = itertools.count()
+
+# The threads of a CPU engine spin while they wait, which starves everything on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
