@@ -114,7 +114,6 @@ class SimulatedInstance:
         self._urgent_parked: list[int] = []
         self._rows: list[ResultRow] = []
         self._finished: list[tuple[str, int]] = []
-        self._urgent_tokens = 0
         self._turn = 0
         self._start_engine()
 
@@ -225,7 +224,6 @@ class SimulatedInstance:
             lease = self._by_key.pop(key, None)
             if lease is None:
                 del self._urgent[key]
-                self._urgent_tokens += outputs[i]
                 continue
             slice_ = lease.slice
             lease.left.discard(key)
@@ -451,12 +449,11 @@ class SimulatedInstance:
             at=self._events.now(),
             outputs=tuple(self._finished),
             steps=engine.took_steps(),
-            # What interactive requests got is not the batch's throughput.
-            tokens=max(0, tokens - self._urgent_tokens),
+            tokens=tokens,
             requests=len(self._finished),
             seconds=seconds,
         )
-        self._finished, self._urgent_tokens = [], 0
+        self._finished = []
         return (seen,)
 
     def _fold_engine(self) -> None:
