@@ -114,15 +114,15 @@ class InteractiveDesk:
         address = (message.request_id, message.epoch)
         if address in self._seen:
             return
-        self._seen[address] = None
-        if len(self._seen) > REMEMBERED:
-            self._seen.popitem(last=False)
         host = self._hosts.get(message.model)
         ready = self._open and host is not None and host.info is not None
         if not ready or host is None or message.boot_id != self._boot_id:
             self._refused.append((address, ELSEWHERE))
             self._unwritten.set()
             return
+        self._seen[address] = None
+        if len(self._seen) > REMEMBERED:
+            self._seen.popitem(last=False)
         now = time.monotonic()
         job = _Job(message, host, reader_at=now, began=now)
         self._jobs[address] = job

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import structlog
 from celery import Celery
+from celery.exceptions import InvalidTaskError
 from celery.worker.control import control_command
 
 from qlm_batch.dispatch import wire
@@ -14,6 +17,7 @@ from qlm_batch.domain.errors import InvalidInput
 from qlm_batch.domain.messages import Assigned, Interactive, Stopped
 
 log = structlog.get_logger(__name__)
+_celery_log = logging.getLogger("celery.worker")
 
 
 class Orders(Protocol):
@@ -35,24 +39,38 @@ class Orders(Protocol):
 def register(app: Celery, orders: Orders) -> None:
     """Receive messages on this application."""
 
-    def assigned(message: object) -> None:
-        hint = _read(message)
-        if isinstance(hint, Assigned):
-            orders.wake(hint.boot_id)
-
-    def interactive(message: object) -> None:
-        call = _read(message)
-        if isinstance(call, Interactive):
-            orders.interactive(call)
+    def received(message: object) -> None:
+        match _read(message):
+            case Assigned(boot_id=boot_id):
+                orders.wake(boot_id)
+            case Interactive() as call:
+                orders.interactive(call)
 
     def stopped(_state: object, message: object = None, **_: Any) -> None:
         if isinstance(_read(message), Stopped):
             orders.review()
 
-    app.task(name=ASSIGNED_TASK, ignore_result=True)(assigned)
-    app.task(name=INTERACTIVE_TASK, ignore_result=True)(interactive)
+    for name in (ASSIGNED_TASK, INTERACTIVE_TASK):
+        app.task(name=name, ignore_result=True, Strategy=staticmethod(_at_once))(received)
     # Remote-control commands are registered per process, not per application.
     control_command(name=STOPPED_COMMAND, args=[("message", dict)])(stopped)
+
+
+def _at_once(task: Any, _app: Celery, consumer: Any, **_: object) -> Callable[..., None]:
+    """Celery's way from a message to its task, without the pool and its threads.
+
+    There is nothing to wait for, and a call's first token waits for every hop.
+    """
+
+    def receive(message: Any, _body: object, ack: Callable[..., object], *_: object) -> None:
+        try:
+            arguments = message.payload[1]
+            task.run(arguments.get("message"))
+        except (LookupError, TypeError, AttributeError) as error:
+            raise InvalidTaskError(f"not a message of ours: {error!r}") from error
+        ack(_celery_log, consumer.connection_errors)
+
+    return receive
 
 
 def _read(message: object) -> wire.Message | None:
