@@ -51,7 +51,7 @@ def main() -> None:
             file_id = _upload(client, path)
             uploaded = time.monotonic() - began
             batch_id = _create(client, file_id)
-            wait_until(lambda: _in_progress(client, batch_id), "the batch", 1800)
+            wait_until(lambda: _in_progress(client, batch_id), "the batch", 1800, every_s=0.2)
             seconds = time.monotonic() - began
         spent = {name: round(cpu - before[name], 2) for name, cpu in site.cpu_s().items()}
         peaks = site.peak_rss_mb()
