@@ -203,7 +203,8 @@ class SimulatedInstance:
         self._expire()
         self._flush()
         self._switch()
-        if self.state is InstanceState.READY:
+        # What waits for another model needs this one's engine to run empty.
+        if self.state is InstanceState.READY and not self._urgent_parked:
             self._claim()
             self._switch()
         busy = bool(self._leases or self._urgent)

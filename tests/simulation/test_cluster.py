@@ -140,3 +140,27 @@ def test_the_oracle_knows_how_long_a_batch_will_take() -> None:
     cluster = Cluster(fleet(1), work, OraclePolicy, SimulationConfig(drain_s=600.0))
     requests = cluster.run().requests
     assert requests.on_time[64:].all()
+
+
+def test_an_interactive_request_for_a_sleeping_model_makes_its_instance_swap() -> None:
+    arrivals = [arrival(0.0, 2, lines=200, output=100), arrival(5.0, 0, model="n", output=10)]
+    on = fleet(1, ("m", "n"), weights_gb=15.0)
+    _, outcome = run(on, workload(CLASSES, arrivals, 10.0))
+    requests = outcome.requests
+    waited = float((requests.first - requests.arrival)[requests.interactive][0])
+    # 15 GB at 15 GB/s, out and in; what was running is given back, not drained.
+    assert 2.0 < waited < 2.5
+    assert np.isfinite(requests.end).all()
+    assert next(iter(outcome.tallies.values())).swaps == 2
+
+
+def test_a_swap_that_fails_takes_the_time_of_loading_as_well() -> None:
+    def swapping(failures: float) -> float:
+        work = workload(
+            (batch_class(600.0),), [arrival(0.0, model="n")], 5.0, swap_failures=failures
+        )
+        _, outcome = run(fleet(1, ("m", "n"), weights_gb=15.0), work)
+        return next(iter(outcome.tallies.values())).swap_s
+
+    assert swapping(0.0) == pytest.approx(2.0)
+    assert swapping(1.0) == pytest.approx(12.0)
