@@ -13,7 +13,7 @@ from prometheus_client import (
     ProcessCollector,
     generate_latest,
 )
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 
@@ -123,6 +123,21 @@ class _Service(Collector):
             "Interactive requests inside the engine.",
             labels=["instance"],
         )
+        cap = GaugeMetricFamily(
+            "qlm_instance_batch_cap",
+            "Batch requests that may be inside the engine.",
+            labels=["instance"],
+        )
+        evicted = CounterMetricFamily(
+            "qlm_instance_evictions",
+            "How often a running request lost its place, since the boot.",
+            labels=["instance"],
+        )
+        recomputed = CounterMetricFamily(
+            "qlm_instance_recomputed_tokens",
+            "Tokens computed again after that, since the boot.",
+            labels=["instance"],
+        )
         rate = GaugeMetricFamily(
             "qlm_instance_tokens_per_second", "Output tokens a second.", labels=["instance"]
         )
@@ -130,7 +145,8 @@ class _Service(Collector):
             if instance.state is not InstanceState.LOST:
                 running.add_metric([instance.name], instance.running)
                 interactive.add_metric([instance.name], instance.interactive_running)
+                cap.add_metric([instance.name], instance.batch_cap)
+                evicted.add_metric([instance.name], instance.evictions)
+                recomputed.add_metric([instance.name], instance.recomputed_tokens)
                 rate.add_metric([instance.name], instance.tokens_per_s)
-        yield running
-        yield interactive
-        yield rate
+        yield from (running, interactive, cap, evicted, recomputed, rate)

@@ -86,7 +86,11 @@ class QueueTotals:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """An instance's report; sent every second or two while it lives."""
+    """An instance's report; sent every second or two while it lives.
+
+    `batch_cap` is how many batch requests may be inside its engines now; `evictions` and
+    `recomputed_tokens` count since its boot.
+    """
 
     name: str
     boot_id: str
@@ -97,6 +101,9 @@ class Heartbeat:
     kv_tokens: int
     running: int = 0
     interactive_running: int = 0
+    batch_cap: int = 0
+    evictions: int = 0
+    recomputed_tokens: int = 0
     generated: tuple[int, ...] = ()
     tokens_per_s: float = 0.0
     phase: str = ""

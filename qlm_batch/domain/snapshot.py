@@ -93,6 +93,8 @@ class InstanceView:
     `slots` is the largest running batch; `kv_tokens` its key-value capacity in tokens;
     `running` the requests inside the engine; `generated` the output tokens each running request
     has produced, for residual life. `busy_s` is how long its interactive work will hold it.
+    `batch_cap` bounds the batch requests inside; `evictions` and `recomputed_tokens` count since
+    its boot.
     """
 
     name: str
@@ -109,6 +111,9 @@ class InstanceView:
     suspect_slices: int = 0
     tokens_per_s: float = 0.0
     interactive_share: float = 0.0
+    batch_cap: int = 0
+    evictions: int = 0
+    recomputed_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

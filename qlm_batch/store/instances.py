@@ -33,15 +33,19 @@ _LOCK = sql("SELECT boot_id, past_boots, retired_at FROM instance WHERE name = :
 _SAVE = sql(
     """
     INSERT INTO instance (name, boot_id, past_boots, device, state, models, slots, kv_tokens,
-        running, interactive_running, generated, tokens_per_s, phase, beat_at)
+        running, interactive_running, batch_cap, evictions, recomputed_tokens, generated,
+        tokens_per_s, phase, beat_at)
     VALUES (:name, :boot_id, CAST(:past_boots AS text[]), :device, :state,
         CAST(:models AS jsonb), :slots, :kv_tokens, :running, :interactive_running,
+        :batch_cap, :evictions, :recomputed_tokens,
         CAST(:generated AS integer[]), :tokens_per_s, :phase, {now})
     ON CONFLICT (name) DO UPDATE
     SET boot_id = excluded.boot_id, past_boots = excluded.past_boots, device = excluded.device,
         state = excluded.state, models = excluded.models, slots = excluded.slots,
         kv_tokens = excluded.kv_tokens, running = excluded.running,
-        interactive_running = excluded.interactive_running, generated = excluded.generated,
+        interactive_running = excluded.interactive_running, batch_cap = excluded.batch_cap,
+        evictions = excluded.evictions, recomputed_tokens = excluded.recomputed_tokens,
+        generated = excluded.generated,
         tokens_per_s = excluded.tokens_per_s, phase = excluded.phase, beat_at = excluded.beat_at,
         retired_at = NULL
     """
@@ -83,6 +87,9 @@ def heartbeat(connection: Connection, beat: Heartbeat) -> bool:
             "kv_tokens": beat.kv_tokens,
             "running": beat.running,
             "interactive_running": beat.interactive_running,
+            "batch_cap": beat.batch_cap,
+            "evictions": beat.evictions,
+            "recomputed_tokens": beat.recomputed_tokens,
             "generated": list(beat.generated),
             "tokens_per_s": beat.tokens_per_s,
             "phase": beat.phase,
@@ -187,6 +194,9 @@ def _to_view(
         kv_tokens=row.kv_tokens,
         running=row.running,
         interactive_running=row.interactive_running,
+        batch_cap=row.batch_cap,
+        evictions=row.evictions,
+        recomputed_tokens=row.recomputed_tokens,
         generated=tuple(row.generated),
         assigned=tuple(
             AssignedView(

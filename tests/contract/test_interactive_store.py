@@ -143,6 +143,13 @@ def test_a_silent_and_a_retired_boot_are_gone(bench: Bench) -> None:
     assert bench.store.sweep_interactive(GRACE) == 1
 
 
+def test_an_instance_tells_what_it_does_to_batch_work(bench: Bench) -> None:
+    bench.beat(interactive_running=2, batch_cap=30, evictions=5, recomputed_tokens=70)
+    (view,) = bench.store.instances()
+    assert (view.interactive_running, view.batch_cap) == (2, 30)
+    assert (view.evictions, view.recomputed_tokens) == (5, 70)
+
+
 def test_bodies_are_emptied_first_and_rows_dropped_later(bench: Bench) -> None:
     bench.store.add_interactive(NEW)
     bench.store.add_interactive(replace(NEW, id="req_open"))
