@@ -176,7 +176,8 @@ def whole_plans(groups: int, machines: int, runs: int, moves: int) -> list[float
     print(
         f"{len(formed)} groups, {machines} instances: plan median {np.median(times[1:]):.1f} ms, "
         f"p99 {np.percentile(times[1:], 99):.1f} ms, of the processor median "
-        f"{np.median(cpu[1:]):.1f}, p99 {np.percentile(cpu[1:], 99):.1f} ms; forming groups {np.median(forming):.1f} ms"
+        f"{np.median(cpu[1:]):.1f}, p99 {np.percentile(cpu[1:], 99):.1f} ms; "
+        f"forming groups {np.median(forming):.1f} ms"
     )
     return times[1:]
 

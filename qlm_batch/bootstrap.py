@@ -26,6 +26,7 @@ from qlm_batch.dispatch.streams import TokenReader
 from qlm_batch.domain.errors import ConfigurationError
 from qlm_batch.domain.ports import BlobStore, Dispatcher
 from qlm_batch.intake.blobs import make_blobs
+from qlm_batch.scheduling.kernels import compile_all, hold_compiling
 from qlm_batch.scheduling.policies import policy
 from qlm_batch.settings import Settings
 from qlm_batch.store.postgres import PostgresStore
@@ -76,6 +77,9 @@ def open_calls(settings: Settings, store: CallStore) -> Calls:
 def scheduler_services(settings: Settings, stop: threading.Event) -> Sequence[Service]:
     """The loop and the reaper, which lead or stand by together, and a sweep."""
     store, leadership = open_store(settings), Leadership()
+    # The first start after an installation compiles for up to a minute; plans do not wait for it.
+    hold_compiling()
+    threading.Thread(target=compile_all, name="compile", daemon=True).start()
     loop = SchedulerLoop(
         store,
         open_dispatcher(settings),

@@ -22,6 +22,7 @@ from qlm_batch.scheduling.dispatching import DispatchConfig, recalls, rescues, t
 from qlm_batch.scheduling.estimator import Estimator, EstimatorConfig
 from qlm_batch.scheduling.forecasts import Forecasts
 from qlm_batch.scheduling.grouping import form_groups
+from qlm_batch.scheduling.kernels import COMPILED, loops
 from qlm_batch.scheduling.pacing import Pace
 from qlm_batch.scheduling.policies import Policy
 from qlm_batch.scheduling.profile import Knowledge, fold
@@ -29,6 +30,9 @@ from qlm_batch.scheduling.promises import with_estimates
 from qlm_batch.scheduling.replanning import Incumbent, ReplanConfig, carried_on, fleet_signature
 
 log = structlog.get_logger(__name__)
+
+_WRITTEN_SLOWER = 100
+"""How many times fewer moves fit the same time while loops are not compiled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +214,8 @@ class SchedulerLoop:
                     self._incumbent = replace(self._incumbent, plan=kept)
                 return kept, why
         moves = self._config.moves
+        if loops() is not COMPILED:
+            moves //= _WRITTEN_SLOWER
         plan = self._policy.plan(snapshot, groups, estimator, moves, self._config.seed)
         self._stale = ""
         self._incumbent = Incumbent(plan, snapshot.now, fleet_signature(snapshot))

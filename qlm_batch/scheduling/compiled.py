@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from types import FunctionType
 from typing import Any, TypeVar, cast
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -19,7 +20,7 @@ AVAILABLE = njit is not None
 def compiled(function: F) -> F:
     """The function compiled at its first call, and kept beside its source where that is writable.
 
-    The plain function is its `py_func`. Results are bit for bit those of the plain function.
+    Results are bit for bit those of the plain function.
     """
     if njit is None:
         return function
@@ -29,6 +30,11 @@ def compiled(function: F) -> F:
         return cast(F, njit(error_model="numpy")(function))
 
 
-def plain(function: F) -> F:
-    """The function as it was written."""
-    return cast(F, getattr(function, "py_func", function))
+def plain(module: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Functions of a module as they were written, calling each other as written too."""
+    own = dict(module)
+    for name, value in module.items():
+        written = getattr(value, "py_func", None)
+        if written is not None:
+            own[name] = FunctionType(written.__code__, own, name, written.__defaults__)
+    return {name: own[name] for name in names}

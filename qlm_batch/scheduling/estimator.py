@@ -41,7 +41,7 @@ SERVING = frozenset({InstanceState.READY, InstanceState.STARTING, InstanceState.
 """States in which an instance has, or will shortly have, time to give."""
 
 _EPSILON_S = 1e-6
-_GRID = 1.05
+_GRID = 1.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -494,7 +494,7 @@ def _grids(tokens: Floats) -> list[int]:
 
 
 def _grid(tokens: float) -> int:
-    """Tokens on a 5 % grid, so that groups of one kind of work share their estimates."""
+    """Tokens on a 10 % grid, so that groups of one kind of work share their estimates."""
     return round(math.log(max(1.0, tokens)) / math.log(_GRID))
 
 

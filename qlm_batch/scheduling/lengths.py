@@ -147,10 +147,14 @@ def _at_risk(times: Floats, seen: Floats, mass: Floats, fading: float) -> Floats
         interval[own], weights=mass[own] * np.exp(-fading * since), minlength=times.size
     )
     kept = np.exp(-fading * np.diff(times))
-    at_risk: Floats = joined.astype(np.float64)
-    for n in range(times.size - 2, -1, -1):
-        at_risk[n] += at_risk[n + 1] * kept[n]
-    return at_risk
+    return _carried_back(joined.astype(np.float64), kept)
+
+
+def _carried_back(joined: Floats, kept: Floats) -> Floats:
+    """Each entry with what is kept of the one behind it, from the end on."""
+    for n in range(joined.size - 2, -1, -1):
+        joined[n] += joined[n + 1] * kept[n]
+    return joined
 
 
 def prior(kind: EngineKind) -> LengthDistribution:

@@ -22,7 +22,7 @@ from qlm_batch.domain.jobs import SloClass
 from qlm_batch.domain.snapshot import InstanceView, RequestGroup, Snapshot
 from qlm_batch.scheduling.estimator import EstimatorConfig, Ready, WorkTable
 from qlm_batch.scheduling.fairness import Served, aged, fair_factors, on_floor, virtual_times
-from qlm_batch.scheduling.kernels import Columns, Ints, walk_all
+from qlm_batch.scheduling.kernels import Columns, Ints, loops
 
 Floats = NDArray[np.float64]
 
@@ -273,6 +273,14 @@ class Problem:
         able: Ints = order[np.isfinite(np.array(self.least))[order]]
         return able
 
+    @cached_property
+    def rank(self) -> list[int]:
+        """Each placeable group's position in `by_deadline`."""
+        order = self.by_deadline
+        rank = np.zeros(len(self.groups), dtype=np.int64)
+        rank[order] = np.arange(order.size)
+        return [int(place) for place in rank]
+
     def done(self, mean: float, var: float) -> float:
         """When something of this mean and variance is done, at the planning quantile."""
         return mean * self.inflation + self.z * math.sqrt(var)
@@ -308,7 +316,7 @@ class Problem:
         bounds = np.zeros(len(queues) + 1, dtype=np.int64)
         np.cumsum([len(queue) for queue in queues], out=bounds[1:])
         flat = np.fromiter((g for queue in queues for g in queue), np.int64, int(bounds[-1]))
-        return Times(flat, bounds, *walk_all(self.columns, flat, bounds))
+        return Times(flat, bounds, *loops().walk_all(self.columns, flat, bounds))
 
     def score(self, queues: Queues) -> Score:
         """What these queues are worth, groups that are late counting nothing."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from qlm_batch.scheduling.kernels import behind
+from qlm_batch.scheduling.kernels import loops
 from qlm_batch.scheduling.problem import CLASS_RANK, START, Problem, Queues
 
 _HOPELESS_S = 1e-9
@@ -38,7 +38,7 @@ def append_tail(problem: Problem, queues: Queues, shed: Iterable[int]) -> None:
         if queue:
             ends[i] = times.ends[times.bounds[i + 1] - 1]
             last[i] = problem.model[queue[-1]]
-    owners = behind(problem.columns, order, ends, last).tolist()
+    owners = loops().behind(problem.columns, order, ends, last).tolist()
     for g, i in zip(order.tolist(), owners, strict=True):
         queues[i].append(g)
 

@@ -2,61 +2,76 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 
 from qlm_batch.scheduling import kernels
-from qlm_batch.scheduling.compiled import AVAILABLE, plain
-from qlm_batch.scheduling.policies import qlm
-from qlm_batch.scheduling.policies.listing import by_deadline
-from tests.unit.test_planner import Case, cases
+from qlm_batch.scheduling.compiled import AVAILABLE
+from qlm_batch.scheduling.policies import policy
+from qlm_batch.scheduling.policies.base import standing, to_plan
+from tests.unit.test_planner import Case, case, cases
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="numba is not installed")
 
 
-def as_written(function: Any, *arguments: Any) -> Any:
-    """Call a loop with every loop it calls as written."""
-    names = [n for n in vars(kernels) if hasattr(getattr(kernels, n), "py_func")]
-    with pytest.MonkeyPatch.context() as patch:
-        for name in names:
-            patch.setattr(kernels, name, plain(getattr(kernels, name)))
-        return plain(function)(*arguments)
+@contextmanager
+def as_written() -> Iterator[None]:
+    """All planning inside uses the loops as they are written."""
+    kernels.hold_compiling()
+    assert kernels.loops() is kernels.WRITTEN
+    try:
+        yield
+    finally:
+        kernels.compile_all()
+    assert kernels.loops() is kernels.COMPILED
 
 
+@pytest.mark.parametrize("name", ["edf", "llf-shed", "shepherd", "qlm"])
 @given(asked=cases())
-@settings(max_examples=40, deadline=None)
-def test_lists_are_the_same(asked: Case) -> None:
-    problem = asked.problem
-    order = problem.in_order([by_deadline(problem, g) for g in range(len(asked.groups))])
-    for shed in (False, True):
-        fast = kernels.in_order(problem.columns, order, shed)
-        assert fast.tolist() == as_written(kernels.in_order, problem.columns, order, shed).tolist()
+@settings(max_examples=15, deadline=None)
+def test_plans_are_the_same_to_the_last_bit(name: str, asked: Case) -> None:
+    def plan() -> object:
+        return policy(name).plan(asked.snapshot, asked.groups, asked.durations, 25, 3)
 
-
-@given(asked=cases())
-@settings(max_examples=40, deadline=None)
-def test_insertions_are_the_same(asked: Case) -> None:
-    problem = asked.problem
-    order = problem.in_order([by_deadline(problem, g) for g in range(len(asked.groups))])
-    results = []
-    for call in (lambda f, *a: f(*a), as_written):
-        machines = len(problem.instances)
-        place = np.full((machines, order.size), -1, dtype=np.int64)
-        size = np.zeros(machines, dtype=np.int64)
-        owner = call(kernels.by_insertion, problem.columns, order, place, size, 1.0, 0.5)
-        results.append((owner.tolist(), place.tolist(), size.tolist()))
-    assert results[0] == results[1]
+    fast = plan()
+    with as_written():
+        assert plan() == fast
 
 
 @given(asked=cases())
 @settings(max_examples=25, deadline=None)
-def test_searches_are_the_same(asked: Case) -> None:
+def test_arrivals_are_put_in_the_same_places(asked: Case) -> None:
     problem = asked.problem
-    start = qlm.insert_all(problem)
-    fast = qlm.improved(problem, start, 30, 3)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(qlm, "search", lambda *a: as_written(kernels.search, *a))
-        assert qlm.improved(problem, start, 30, 3) == fast
+    half = to_plan(Case(asked.snapshot, asked.groups[::2], asked.durations).problem, [
+        [] for _ in asked.snapshot.instances
+    ], (), "qlm")  # fmt: skip
+
+    def inserted() -> object:
+        kept = standing(problem, half)
+        assert kept is not None
+        return kept.insert(problem), kept.queues
+
+    fast = inserted()
+    with as_written():
+        assert inserted() == fast
+
+
+def test_compiling_ahead_covers_the_calls_of_a_plan() -> None:
+    kernels.compile_all()
+    loops = kernels.COMPILED
+    known = [len(loop.signatures) for loop in loops]  # type: ignore[attr-defined]
+    asked = case(
+        [[10.0]] * 6,
+        [25.0 + n for n in range(6)],
+        ["a", "b"] * 3,
+        [frozenset({"a", "b"})],
+        swap=2.0,
+    )
+    plan = policy("qlm").plan(asked.snapshot, asked.groups, asked.durations, 25, 0)
+    kept = standing(asked.problem, plan)
+    assert kept is not None
+    kept.insert(asked.problem)
+    assert [len(loop.signatures) for loop in loops] == known  # type: ignore[attr-defined]

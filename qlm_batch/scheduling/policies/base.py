@@ -15,7 +15,7 @@ from qlm_batch.domain.snapshot import (
     Snapshot,
     VirtualQueue,
 )
-from qlm_batch.scheduling.kernels import insert_one
+from qlm_batch.scheduling.kernels import loops
 from qlm_batch.scheduling.problem import START, SWAP_PRICE, Durations, Problem, Queues
 from qlm_batch.scheduling.triage import append_tail, why_shed
 
@@ -123,7 +123,7 @@ class Standing:
             place[i, : len(queue)] = queue
         size = np.array([len(queue) for queue in self.queues], dtype=np.int64)
         for g in self.new:
-            i, at = insert_one(problem.columns, place, size, g, SWAP_PRICE)
+            i, at = loops().insert_one(problem.columns, place, size, g, SWAP_PRICE)
             if i < 0:
                 return False
             self.queues[i].insert(at, g)

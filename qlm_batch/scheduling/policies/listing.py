@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from qlm_batch.domain.snapshot import Plan, RequestGroup, Snapshot
-from qlm_batch.scheduling.kernels import in_order
+from qlm_batch.scheduling.kernels import loops
 from qlm_batch.scheduling.policies.base import to_plan
 from qlm_batch.scheduling.problem import CLASS_RANK, Durations, Problem, Queues
 
@@ -43,7 +43,7 @@ def list_schedule(problem: Problem, order: Order, *, shed: bool) -> tuple[Queues
         ranked = problem.by_deadline
     else:
         ranked = problem.in_order([order(problem, g) for g in range(len(problem.groups))])
-    owner = in_order(problem.columns, ranked, shed).tolist()
+    owner = loops().in_order(problem.columns, ranked, shed).tolist()
     for g in ranked.tolist():
         if owner[g] >= 0:
             queues[owner[g]].append(g)

@@ -20,7 +20,7 @@ import numpy as np
 
 from qlm_batch.domain.snapshot import Plan, RequestGroup, Snapshot
 from qlm_batch.scheduling.fairness import entitled
-from qlm_batch.scheduling.kernels import Ints, by_insertion, search
+from qlm_batch.scheduling.kernels import Ints, loops
 from qlm_batch.scheduling.policies.base import to_plan
 from qlm_batch.scheduling.policies.listing import by_deadline, list_schedule
 from qlm_batch.scheduling.problem import SWAP_PRICE, Durations, Problem, Queues
@@ -49,7 +49,7 @@ def _inserted(problem: Problem, order: Ints) -> Schedule:
     machines = len(problem.instances)
     place = np.empty((machines, order.size), dtype=np.int64)
     size = np.zeros(machines, dtype=np.int64)
-    owner = by_insertion(problem.columns, order, place, size, STAY_S, SWAP_PRICE)
+    owner = loops().by_insertion(problem.columns, order, place, size, STAY_S, SWAP_PRICE)
     return _queues(place, size), [g for g in order.tolist() if owner[g] < 0]
 
 
@@ -69,7 +69,7 @@ def improved(problem: Problem, schedule: Schedule, moves: int, seed: int) -> Sch
     size = np.array([len(queue) for queue in queues], dtype=np.int64)
     gone = np.empty(max(1, len(problem.groups)), dtype=np.int64)
     gone[: len(let_go)] = let_go
-    left = search(
+    left = loops().search(
         problem.columns,
         np.array(problem.least, dtype=np.float64),
         place,
@@ -104,13 +104,16 @@ def _by_deadline_in_runs(problem: Problem, instance: int, queue: list[int]) -> l
 
     The search is indifferent to order as long as all is on time; what happens later is not.
     """
-    tidy: list[int] = []
-    for _, run in groupby(queue, key=lambda g: problem.model[g]):
-        tidy += sorted(run, key=lambda g: by_deadline(problem, g))
+    rank, tidy = problem.rank, []
+    for _, run in groupby(queue, key=problem.model.__getitem__):
+        tidy += sorted(run, key=rank.__getitem__)
     if tidy == queue:
         return queue
-    walk = problem.walk(instance, tidy)
-    return tidy if problem.slack(tidy, walk)[0] >= 0.0 else queue
+    order = np.array(tidy, dtype=np.int64)
+    slack = np.empty(order.size + 1)
+    scratch = np.empty((2, order.size))
+    loops().walk(problem.columns, instance, order, order.size, scratch[0], scratch[1], slack)
+    return tidy if slack[0] >= 0.0 else queue
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlm_batch.domain.snapshot import Plan, RequestGroup, Snapshot
-from qlm_batch.scheduling.kernels import in_order
+from qlm_batch.scheduling.kernels import loops
 from qlm_batch.scheduling.policies.base import to_plan
 from qlm_batch.scheduling.problem import Durations, Problem
 
@@ -40,7 +40,9 @@ class ShepherdPolicy:
         order = problem.in_order(
             [(-group.requests, due) for group, due in zip(groups, problem.due, strict=True)]
         )
-        owner = in_order(problem.columns._replace(serves=shares(problem)), order, True).tolist()
+        owner = (
+            loops().in_order(problem.columns._replace(serves=shares(problem)), order, True).tolist()
+        )
         queues, let_go = problem.empty, []
         for g in order.tolist():
             if owner[g] >= 0:
