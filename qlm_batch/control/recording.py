@@ -68,12 +68,16 @@ def plan_bytes(plan: Plan) -> bytes:
 
 
 class Recorder:
-    """Writes a log; a path ending in `.gz` is compressed. Use it as a context."""
+    """Writes a log, each plan at once; a path ending in `.gz` is compressed. Use it as a context.
 
-    def __init__(self, path: Path) -> None:
+    With `append`, what an earlier process wrote stays.
+    """
+
+    def __init__(self, path: Path, *, append: bool = False) -> None:
+        mode: Literal["ab", "wb"] = "ab" if append else "wb"
         # Closed by `close`: a recorder lives as long as its process.
         self._file: gzip.GzipFile | BufferedWriter = (
-            gzip.GzipFile(path, "wb") if path.suffix == ".gz" else path.open("wb")
+            gzip.GzipFile(path, mode) if path.suffix == ".gz" else path.open(mode)
         )
         self._seen: set[tuple[int, int]] = set()
 
@@ -95,6 +99,7 @@ class Recorder:
     def planned(self, entry: PlanEntry) -> None:
         """A policy was asked."""
         self._write(entry)
+        self._file.flush()
 
     def saw(self, snapshot: Snapshot) -> None:
         """A pass saw this queue."""

@@ -45,12 +45,13 @@ def replay(path: Path) -> Replay:
     """Ask every recorded question again. InvalidInput when the file is no log or has no work."""
     plans = same = skipped = 0
     different: float | None = None
-    runs: list[RunView] = []
+    runs: dict[tuple[int, int], RunView] = {}
     lengths: dict[tuple[str, str], deque[int]] = defaultdict(deque)
     for entry in _entries(path):
         match entry:
             case ArrivalEntry(run):
-                runs.append(run)
+                # A new leader sees for the first time what an old one wrote down already.
+                runs.setdefault((run.run_id, run.generation), run)
             case LengthsEntry(_, model, outputs):
                 for tenant, tokens in outputs:
                     lengths[model, tenant].append(max(1, tokens))
@@ -66,7 +67,8 @@ def replay(path: Path) -> Replay:
                     different = entry.snapshot.now
     if not runs:
         raise InvalidInput(f"The log {path} holds no work.", param="replay")
-    return Replay(plans, same, skipped, different, _history(path.name.split(".")[0], runs, lengths))
+    history = _history(path.name.split(".")[0], list(runs.values()), lengths)
+    return Replay(plans, same, skipped, different, history)
 
 
 def _entries(path: Path) -> list[Entry]:

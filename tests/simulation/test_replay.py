@@ -9,6 +9,7 @@ import pytest
 
 from qlm_batch.control.recording import ArrivalEntry, PlanEntry, Recorder, read_log
 from qlm_batch.domain.errors import InvalidInput
+from qlm_batch.domain.snapshot import Snapshot
 from qlm_batch.scheduling.policies import policy
 from qlm_batch.simulation.cluster import Cluster, SimulationConfig
 from qlm_batch.simulation.replay import replay
@@ -80,3 +81,13 @@ def test_what_is_no_log_is_refused(tmp_path: Path) -> None:
     path.write_text("")
     with pytest.raises(InvalidInput, match="no work"):
         replay(path)
+
+
+def test_a_log_carried_on_by_another_process_names_its_work_once(tmp_path: Path) -> None:
+    path = _log(tmp_path / "log.jsonl")
+    arrivals = [e for e in read_log(path) if isinstance(e, ArrivalEntry)]
+    before = path.read_bytes()
+    with Recorder(path, append=True) as recorder:
+        recorder.saw(Snapshot(0.0, (arrivals[0].run,), ()))
+    assert path.read_bytes().startswith(before) and path.read_bytes() != before
+    assert len(replay(path).history.arrivals) == 12
