@@ -128,18 +128,23 @@ def _run(asked: Question, fleet: Fleet, build: Builder, once: bool, output: Outp
         if asked.record is not None:
             recorder = stack.enter_context(Recorder(asked.record))
         progress = stack.enter_context(_Progress(output))
-        return list(
-            compare(
-                fleet,
-                build,
-                {name: _choice(name) for name in asked.policies},
-                asked.loads[:1] if once else asked.loads,
-                asked.seeds[:1] if once else asked.seeds,
-                config,
-                progress.told,
-                recorder,
-            )
-        )
+        runs = []
+        for run in compare(
+            fleet,
+            build,
+            {name: _choice(name) for name in asked.policies},
+            asked.loads[:1] if once else asked.loads,
+            asked.seeds[:1] if once else asked.seeds,
+            config,
+            progress.told,
+            recorder,
+        ):
+            runs.append(run)
+            if not output.live:
+                goodput = 100.0 * run.summary["goodput"]
+                name = run.outcome.policy
+                output.note(f"load {run.load:g}, {name}, seed {run.seed}: {goodput:.1f} % on time")
+        return runs
 
 
 def _choice(name: str) -> Choice:
