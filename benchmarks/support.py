@@ -192,6 +192,7 @@ def _body(number: int, text: str) -> bytes:
             "model": MODEL,
             "messages": [{"role": "user", "content": question}],
             "max_tokens": 128,
+            "ignore_eos": True,
         }
     )
 
