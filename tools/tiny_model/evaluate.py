@@ -76,13 +76,14 @@ def main() -> int:
     parser.add_argument("--model", type=Path, default=tiny_model_path())
     parser.add_argument("--n", type=int, default=300, help="held-out prompts per family")
     parser.add_argument("--seed", type=int, default=2024)
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES)
     parser.add_argument("--form", choices=("chat", "completions"), default="chat")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--show-wrong", type=int, default=0, help="wrong answers to print")
     options = parser.parse_args()
     engine = open_engine(options.model, options.dtype)
     shares: dict[str, float] = {}
-    for family in FAMILIES:
+    for family in options.families:
         share, wrong = score(engine, family, options.form, options.n, options.seed)
         shares[family] = round(share, 4)
         print(f"{family}: {share:.4f} of {options.n}", flush=True)
