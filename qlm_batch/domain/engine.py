@@ -63,7 +63,7 @@ class EngineAnswer:
 class EngineStats:
     """A cheap look inside. `step` grows whenever the engine makes progress.
 
-    `steps` drains the rows (sequences, kv tokens, prefill tokens, seconds) seen since the last look.
+    `steps` drains the rows (sequences, kv tokens, prefill tokens, seconds) since the last look.
     `generated` are output tokens so far of each running request. Since the start: `evictions`, how
     often a running request lost its place and kept its tokens, and `recomputed_tokens`, how many
     had their keys and values computed again for that.
