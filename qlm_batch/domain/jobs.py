@@ -144,7 +144,7 @@ class LineError:
 class Estimate:
     """When a batch will be done: quantiles as absolute times, and the chance of a miss in [0, 1].
 
-    `p50` and `p95` are None while nothing is known (no instance serves its model), as `reason` says.
+    `p50` and `p95` are None while nothing is known (no instance serves the model): see `reason`.
     """
 
     p50: float | None
@@ -324,7 +324,7 @@ class ApiKey:
 
 @dataclass(frozen=True, slots=True)
 class OutboxItem:
-    """A completion event to deliver over one channel (`webhook`, `email`), claimed under a lease."""
+    """A completion event to deliver over one channel (`webhook`, `email`), held under a lease."""
 
     id: int
     event_id: str

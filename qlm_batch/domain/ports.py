@@ -244,7 +244,7 @@ class ExportStore(Protocol):
         output: FileRecord | None,
         errors: FileRecord | None,
     ) -> Batch | None:
-        """Record the files, end the batch and insert its outbox rows; None when it lost the claim."""
+        """Record the files, end the batch, insert its outbox rows; None when the claim is lost."""
         ...
 
 
@@ -278,7 +278,7 @@ class Ledger(Protocol):
         ...
 
     def preempt(self, epoch: int, instance: str, slices: int) -> int:
-        """Ask an instance to give back up to `slices`, latest deadline first; unclaimed ones go now.
+        """Ask an instance for up to `slices` back, latest deadline first; unclaimed ones go at once.
 
         Fenced by the leader's epoch. Returns how many were marked or requeued.
         """
