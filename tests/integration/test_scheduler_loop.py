@@ -18,7 +18,9 @@ from qlm_batch.domain.jobs import (
     FilePurpose,
     FileRecord,
     RequestLine,
+    ResultRow,
 )
+from qlm_batch.domain.ledger import Held
 from qlm_batch.domain.messages import Assigned, Stopped
 from qlm_batch.domain.ports import Heartbeat, Store
 from qlm_batch.domain.snapshot import InstanceState, ModelView, Observation, Residency
@@ -110,6 +112,27 @@ class Stage:
             self.beat()
             self.loop.tick()
 
+    def finish_all(self) -> None:
+        """The instance does at once whatever it was assigned."""
+        for part in self.store.claim_slices(
+            "gpu-0", "boot-gpu-0", max_requests=10**6, lease_s=30.0
+        ):
+            rows = [
+                ResultRow(
+                    part.slice_id,
+                    part.epoch,
+                    request.run_id,
+                    request.position,
+                    part.generation,
+                    "req",
+                    status_code=200,
+                    body="{}",
+                )
+                for request in part.requests
+            ]
+            held = [Held(part.slice_id, part.epoch, complete=True)]
+            self.store.flush("gpu-0", rows, held, lease_s=30.0)
+
 
 @pytest.fixture
 def stage() -> Stage:
@@ -145,6 +168,22 @@ def test_an_instance_is_topped_up_and_not_flooded(stage: Stage) -> None:
     stage.passes(5.0)
     view = stage.store.snapshot().instances[0]
     assert 0 < sum(own.requests for own in view.assigned) < 2000
+
+
+def test_an_instance_that_runs_dry_is_handed_more_and_sooner(stage: Stage) -> None:
+    stage.beat()
+    stage.submit("b", 64_000)
+    calm = stage.loop.idle_s
+    handed = []
+    for _ in range(4):
+        stage.time += 0.5
+        stage.beat()
+        handed.append(stage.loop.tick().assigned["gpu-0"])
+        stage.finish_all()
+    assert handed[3] > 4 * handed[0]
+    assert stage.loop.idle_s < calm
+    stage.passes(5.0)
+    assert stage.loop.idle_s == calm
 
 
 def test_equal_stores_give_equal_plans() -> None:
