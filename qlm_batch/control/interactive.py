@@ -15,6 +15,7 @@ from typing import ParamSpec, Protocol, TypeVar
 import orjson
 import structlog
 
+from qlm_batch.control.fleet import FRESH_S, STALE_S, Fleet
 from qlm_batch.dispatch.streams import Address, End, News, TokenReader
 from qlm_batch.domain.errors import NotFound, QlmError, TooMany, Unavailable
 from qlm_batch.domain.interactive import (
@@ -26,7 +27,7 @@ from qlm_batch.domain.interactive import (
 )
 from qlm_batch.domain.messages import Interactive
 from qlm_batch.domain.ports import Courier, InstanceStore, InteractiveStore
-from qlm_batch.domain.snapshot import InstanceState, InstanceView
+from qlm_batch.domain.snapshot import InstanceState
 from qlm_batch.ids import new_id
 from qlm_batch.scheduling.routing import Boot, Full, Route, route
 
@@ -41,12 +42,8 @@ WAIT_S = 0.5
 ASK_S = 2.0
 """After so much silence the store is asked how the request stands."""
 POLL_S = 0.2
-"""How often a result is looked for in the store when its stream has a gap."""
-FRESH_S = 1.0
-"""How old a view of the fleet may be."""
-STALE_S = 5.0
-RESTART_S = 120.0
-"""A model whose last instance left so long ago may come back: calls are asked to try again."""
+"""How soon a result is looked for again in the store when its stream has a gap."""
+MOST_POLL_S = 1.0
 MOST_DEATHS = 1
 """After how many engines that died with it inside a request is sent no further."""
 AWAY_S = 30.0
@@ -90,40 +87,6 @@ class Part:
 
     events: Sequence[str] = ()
     end: End | None = None
-
-
-class Fleet:
-    """The instances as of a moment ago, asked for at most once at a time."""
-
-    def __init__(self, ask: Callable[[], Sequence[InstanceView]], threads: ThreadPoolExecutor):
-        self._ask = ask
-        self._threads = threads
-        self._views: Sequence[InstanceView] = ()
-        self._at = float("-inf")
-        self._served: dict[str, float] = {}
-        self._asking: asyncio.Task[None] | None = None
-
-    async def views(self, most_s: float = STALE_S) -> Sequence[InstanceView]:
-        """All instances, from at most `most_s` ago. Raises Unavailable."""
-        age = time.monotonic() - self._at
-        if age > FRESH_S or age > most_s:
-            if self._asking is None or self._asking.done():
-                self._asking = asyncio.create_task(self._refresh())
-            if age > most_s:
-                await asyncio.shield(self._asking)
-        return self._views
-
-    def served_lately(self, model: str) -> bool:
-        """Whether an instance had `model` within the last RESTART_S."""
-        return time.monotonic() - self._served.get(model, float("-inf")) < RESTART_S
-
-    async def _refresh(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._views = await loop.run_in_executor(self._threads, self._ask)
-        self._at = time.monotonic()
-        for view in self._views:
-            for hosted in view.models:
-                self._served[hosted.name] = self._at
 
 
 class Calls:
@@ -345,7 +308,7 @@ class Calls:
     async def _from_store(self, call: Call) -> AsyncGenerator[Part, None]:
         """The rest of a request whose stream is lost: whole, once it has ended."""
         away_since: float | None = None
-        sent_at = time.monotonic()
+        sent_at, pause_s = time.monotonic(), POLL_S
         while True:
             try:
                 stored = await self._stored(call)
@@ -355,7 +318,7 @@ class Calls:
                 if time.monotonic() - away_since > AWAY_S:
                     yield self._finish(call, Part((), _end_of(error)))
                     return
-                await asyncio.sleep(POLL_S)
+                await asyncio.sleep(pause_s)
                 continue
             if stored.state not in OPEN_INTERACTIVE:
                 yield self._rest(call, stored)
@@ -370,7 +333,9 @@ class Calls:
             if part is not None:
                 yield self._finish(call, part)
                 return
-            await asyncio.sleep(POLL_S)
+            await asyncio.sleep(pause_s)
+            # Many calls may wait like this at once while Redis is away.
+            pause_s = min(MOST_POLL_S, pause_s * 1.2)
 
     async def _lost(self, call: Call) -> Part | None:
         if call.shown:

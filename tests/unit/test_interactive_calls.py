@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import orjson
 import pytest
 
-from qlm_batch.control import interactive
+from qlm_batch.control import fleet, interactive
 from qlm_batch.control.interactive import Call, Calls, Part
 from qlm_batch.dispatch.streams import Address, End, News
 from qlm_batch.domain.errors import NotFound, TooMany, Unavailable
@@ -119,8 +119,9 @@ class Rig:
 
 @pytest.fixture(autouse=True)
 def _impatience(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, seconds in {"WAIT_S": 0.01, "ASK_S": 0.05, "POLL_S": 0.005, "FRESH_S": 0.01}.items():
+    for name, seconds in {"WAIT_S": 0.01, "ASK_S": 0.05, "POLL_S": 0.005}.items():
         monkeypatch.setattr(interactive, name, seconds)
+    monkeypatch.setattr(fleet, "FRESH_S", 0.01)
 
 
 @asynccontextmanager
