@@ -18,7 +18,7 @@ from qlm_batch.models import TINY_MODEL_NAME
 from qlm_batch.models.vocabulary import CAPITALS, NAMES, TOWNS, WORDS
 
 MAX_OUTPUT_TOKENS: Final = 400
-LONG_FAMILIES: Final = ("count", "table")
+LONG_FAMILIES: Final = ("count", "table", "rows")
 
 _HELD_OUT_ONE_IN: Final = 5
 _MAX_DRAWS: Final = 20_000
@@ -80,6 +80,10 @@ _PHRASINGS: Final[dict[str, tuple[str, ...]]] = {
         "Show the multiplication table of {factor} up to {rows}.",
         "Multiply {factor} by every number from 1 to {rows}.",
         "List the {factor} times table from 1 to {rows}.",
+    ),
+    "rows": (
+        "Multiply {factor} by every number from {first} to {last}.",
+        "List the {factor} times table from {first} to {last}.",
     ),
 }
 
@@ -217,6 +221,15 @@ def _table(rng: random.Random, held_out: bool) -> _Problem:
     return _Problem(f"{factor}x{rows}", text, "\n".join(lines))
 
 
+def _rows(rng: random.Random, held_out: bool) -> _Problem:
+    factor = rng.randint(2, 15)
+    first = rng.randint(2, 38)
+    last = rng.randint(first + 2, 40)
+    text = rng.choice(_PHRASINGS["rows"]).format(factor=factor, first=first, last=last)
+    lines = (f"{factor} x {row} = {factor * row}" for row in range(first, last + 1))
+    return _Problem(f"{factor}x{first}..{last}", text, "\n".join(lines))
+
+
 _DRAW: Final[dict[str, Callable[[random.Random, bool], _Problem]]] = {
     "add": _add,
     "subtract": _subtract,
@@ -227,6 +240,7 @@ _DRAW: Final[dict[str, Callable[[random.Random, bool], _Problem]]] = {
     "extract": _extract,
     "count": _count,
     "table": _table,
+    "rows": _rows,
 }
 FAMILIES: Final = tuple(_DRAW)
 

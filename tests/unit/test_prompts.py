@@ -58,6 +58,9 @@ def recomputed(family: str, text: str) -> str:
             every = numbers(text)
             factor, rows = every[0], every[-1]
             return "\n".join(f"{factor} x {row} = {factor * row}" for row in range(1, rows + 1))
+        case "rows":
+            factor, first, last = numbers(text)
+            return "\n".join(f"{factor} x {row} = {factor * row}" for row in range(first, last + 1))
     raise AssertionError(family)
 
 
