@@ -52,6 +52,36 @@ if __name__ == "__main__":
 """
 
 
+STOPPED_WORKER = f"""
+import asyncio, json, signal
+from qlm_batch.domain.engine import EngineRequest
+from qlm_batch.domain.jobs import CHAT, EngineKind
+from qlm_batch.settings import Settings
+from qlm_workers.engines import make_engine
+
+async def main():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    engine = make_engine(Settings(kv_cache_bytes={KV_BYTES}), {MODEL!r}, EngineKind.GENERATE)
+    await engine.start()
+    body = dict(model={MODEL!r}, messages=[dict(role="user", content="Hi.")], ignore_eos=True)
+    request = EngineRequest("r1", CHAT, json.dumps(body | dict(max_tokens=1500)), 5, "")
+    task = asyncio.create_task(engine.answer(request))
+    while engine.stats().generated_tokens < 5:
+        await asyncio.sleep(0.01)
+    print("ready", flush=True)
+    await asyncio.to_thread(input)
+    before = engine.stats().step
+    while engine.stats().step < before + 5:
+        await asyncio.sleep(0.01)
+    await engine.stop()
+    await asyncio.gather(task, return_exceptions=True)
+    print("stopped", flush=True)
+
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+
+
 def wait_until(condition: Callable[[], bool], what: str, within_s: float = 30) -> None:
     deadline = time.monotonic() + within_s
     while not condition():
@@ -86,6 +116,35 @@ def test_a_killed_worker_leaves_no_engine(tmp_path: Path) -> None:
     worker.send_signal(signal.SIGKILL)
     worker.wait()
     wait_until(lambda: not any(map(alive, family)), "every process of the engine is gone")
+
+
+@needs_vllm
+def test_ctrl_c_leaves_the_engine_to_its_worker_which_stops_it_without_a_trace(
+    tmp_path: Path,
+) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text(STOPPED_WORKER)
+    with (tmp_path / "log").open("w+") as told:
+        worker = subprocess.Popen(
+            [sys.executable, str(script)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=told,
+            text=True,
+            start_new_session=True,
+        )
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        assert worker.stdout.readline() == "ready\n"
+        os.killpg(worker.pid, signal.SIGINT)
+        worker.stdin.write("\n")
+        worker.stdin.flush()
+        assert worker.stdout.readline() == "stopped\n"
+        assert worker.wait(30) == 0
+        told.seek(0)
+        log = told.read()
+    assert "Traceback" not in log
+    assert "leaked" not in log
 
 
 @needs_vllm
