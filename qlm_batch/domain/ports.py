@@ -278,7 +278,7 @@ class Ledger(Protocol):
         ...
 
     def preempt(self, epoch: int, instance: str, slices: int) -> int:
-        """Ask an instance for up to `slices` back, latest deadline first; unclaimed ones go at once.
+        """Ask an instance for `slices` back, latest deadline first; unclaimed ones go at once.
 
         Fenced by the leader's epoch. Returns how many were marked or requeued.
         """
