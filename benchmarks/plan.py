@@ -164,7 +164,7 @@ def whole_plans(groups: int, machines: int, runs: int, moves: int) -> list[float
     times, forming = [], []
     cpu: list[float] = []
     for seed in range(runs + 1):
-        snapshot = situation(2 * groups, machines, seed)
+        snapshot = situation(5 * groups // 2, machines, seed)
         formed = each_run(snapshot)
         forming.append(timed(lambda now=snapshot: each_run(now)))
         formed = formed[:groups]
@@ -189,7 +189,7 @@ def each_run(snapshot: Snapshot) -> list[RequestGroup]:
 
 def arrivals(groups: int, machines: int, runs: int, moves: int) -> list[float]:
     """Milliseconds of placing one more group in a standing plan."""
-    snapshot = situation(2 * groups, machines, 1)
+    snapshot = situation(5 * groups // 2, machines, 1)
     estimator = Estimator(snapshot)
     formed = each_run(snapshot)[:groups]
     plan = policy("qlm").plan(snapshot, formed, estimator, moves, 0)

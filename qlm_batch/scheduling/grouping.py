@@ -32,7 +32,7 @@ PIECES_PER_SIZE = 8
 """Fewest pieces of one size; four per instance, so that a long run can be spread over a fleet."""
 MOST_PIECES_PER_SIZE = 1024
 BUCKETS_PER_WINDOW = 16.0
-MAX_GROUPS = 4096
+MAX_GROUPS = 6144
 """Beyond this, groups are doubled in size until they fit, unless they differ in kind."""
 
 
