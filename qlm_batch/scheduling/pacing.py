@@ -12,6 +12,8 @@ from qlm_batch.domain.snapshot import Assignment, InstanceView, Snapshot
 
 MOST = 64.0
 """The factor is at most this."""
+PATIENCE_S = 2.0
+"""A factor shrinks no sooner than this after it changed: what was just given is still there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,27 +21,32 @@ class Pace:
     """`factors` multiply what instances are handed: 1 for those not named.
 
     Doubles each time an instance is found with nothing while more was queued than it was handed;
-    halves when more than half of that is still there.
+    halves when more than half of that is still there PATIENCE_S later, or nothing more is
+    queued.
     """
 
     factors: Mapping[str, float] = field(default_factory=dict)
     _handed: Mapping[str, int] = field(default_factory=dict)
     _short: frozenset[str] = frozenset()
+    _changed_at: Mapping[str, float] = field(default_factory=dict)
 
     def seen(self, snapshot: Snapshot) -> Pace:
         """What the instances hold now, before they are handed more."""
-        factors = {}
+        factors, changed_at = {}, {}
         for view in snapshot.instances:
-            factor = self.factors.get(view.name, 1.0)
+            before = factor = self.factors.get(view.name, 1.0)
+            since = self._changed_at.get(view.name, snapshot.now)
             handed = self._handed.get(view.name, 0)
             left = _slices_of(view)
-            if not left and view.name in self._short:
+            short = view.name in self._short
+            if not left and short:
                 factor = min(MOST, 2.0 * factor)
-            elif 2 * left > handed:
+            elif (2 * left > handed or not short) and snapshot.now - since >= PATIENCE_S:
                 factor = max(1.0, factor / 2.0)
             if factor > 1.0:
                 factors[view.name] = factor
-        return Pace(factors, self._handed, self._short)
+                changed_at[view.name] = since if factor == before else snapshot.now
+        return Pace(factors, self._handed, self._short, changed_at)
 
     def handed(self, snapshot: Snapshot, assignments: Iterable[Assignment]) -> Pace:
         """What they were handed; those for which queued work was left may run short of it."""
@@ -62,7 +69,7 @@ class Pace:
         held = {
             view.name: _slices_of(view) + given.get(view.name, 0) for view in snapshot.instances
         }
-        return Pace(self.factors, held, short)
+        return Pace(self.factors, held, short, self._changed_at)
 
 
 def _slices_of(view: InstanceView) -> int:

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qlm_batch.domain.snapshot import Assignment, RunView
-from qlm_batch.scheduling.pacing import MOST, Pace
+from qlm_batch.scheduling.pacing import MOST, PATIENCE_S, Pace
 from tests.unit.planning_cases import assigned, instance, run_view, snapshot
 
 QUEUED = (run_view(1, 1000),)
 
 
-def after(pace: Pace, left: int, *, handed: int = 8, runs: Sequence[RunView] = QUEUED) -> Pace:
+def after(
+    pace: Pace, left: int, *, handed: int = 8, runs: Sequence[RunView] = QUEUED, now: float = 0.0
+) -> Pace:
     """One pass over an instance that still has `left` slices and is handed more."""
     views = [instance("i", assigned=(assigned(9, left * 64, slices=left),) if left else ())]
-    situation = snapshot(runs=list(runs), instances=views)
+    situation = snapshot(runs=list(runs), instances=views, now=now)
     return pace.seen(situation).handed(situation, [Assignment("i", 1, 1, handed, "g")])
 
 
@@ -33,9 +35,20 @@ def test_an_instance_that_got_all_there_was_is_not_taken_for_fast() -> None:
     assert after(pace, 0).factors == {}
 
 
-def test_an_instance_left_with_most_of_it_is_handed_less_again() -> None:
+def test_an_instance_left_with_most_of_it_is_handed_less_again_after_a_while() -> None:
     pace = after(after(after(Pace(), 0), 0), 0)
     assert pace.factors == {"i": 4}
-    pace = after(pace, 7)
+    pace = after(pace, 7, now=PATIENCE_S / 2)
+    assert pace.factors == {"i": 4}
+    pace = after(pace, 14, now=PATIENCE_S)
     assert pace.factors == {"i": 2}
-    assert after(pace, 14).factors == {}
+    pace = after(pace, 21, now=1.5 * PATIENCE_S)
+    assert pace.factors == {"i": 2}
+    assert after(pace, 28, now=2 * PATIENCE_S).factors == {}
+
+
+def test_the_pace_is_forgotten_when_the_queue_is_empty() -> None:
+    pace = after(after(Pace(), 0), 0)
+    assert pace.factors == {"i": 2}
+    pace = after(pace, 1, handed=0, runs=[])
+    assert after(pace, 0, handed=0, runs=[], now=PATIENCE_S).factors == {}
