@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -75,7 +76,7 @@ class Report:
             ("output tokens/s", lambda row: f"{row['tokens_per_s']:.0f}"),
             ("first estimate", lambda row: _finish_text(row["estimated_s"])),
             ("actually done", lambda row: _finish_text(row["seconds"])),
-            ("results", lambda row: row["results"]),
+            ("results", lambda row: _relative(row["results"])),
         ):
             table.add_row(name, *(cell(row) for row in value["batches"]))
         console.print()
@@ -83,7 +84,8 @@ class Report:
         if self.scores:
             shown = Table("question", "answer", "", box=None, pad_edge=False)
             for question, answer, expected, ok in _varied(self.scores):
-                shown.add_row(question, _shorten(answer), "✓" if ok else f"✗ ({expected})")
+                verdict = "✓" if ok else f"✗ ({_shorten(expected, 24)})"
+                shown.add_row(_shorten(question), _shorten(answer), verdict)
             title = f"Answers: {self.right:.1%} of {len(self.scores)} right"
             console.print(Panel(shown, title=title, expand=False))
         console.print(f"webhook  {self.webhook}", highlight=False)
@@ -166,6 +168,10 @@ def _varied(
 def _shorten(text: str, width: int = 60) -> str:
     flat = _plain(text)
     return flat if len(flat) <= width else flat[: width - 1] + "…"
+
+
+def _relative(path: str) -> str:
+    return os.path.relpath(path) if path else "none"
 
 
 def _finish_text(seconds: float | None) -> str:
