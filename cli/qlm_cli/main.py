@@ -22,6 +22,7 @@ COMMANDS: Mapping[str, str] = {
     "results": "qlm_cli.batches:results",
     "cancel": "qlm_cli.batches:cancel",
     "retry": "qlm_cli.batches:retry",
+    "replay": "qlm_cli.batches:replay",
     "list": "qlm_cli.batches:list_batches",
     "estimate": "qlm_cli.foresight:estimate",
     "explain": "qlm_cli.foresight:explain",
