@@ -68,24 +68,16 @@ class Report:
             return
         console = output.console
         table = Table("", *(batch.source.name for batch in self.batches), box=None, pad_edge=False)
-        for name, cell in (
-            ("lines", lambda row: str(row["lines"])),
-            ("completed / failed", lambda row: f"{row['completed']} / {row['failed']}"),
-            ("tokens in / out", lambda row: f"{row['input_tokens']} / {row['output_tokens']}"),
-            ("time", lambda row: f"{row['seconds']:.1f} s"),
-            ("output tokens/s", lambda row: f"{row['tokens_per_s']:.0f}"),
-            ("first estimate", lambda row: _finish_text(row["estimated_s"])),
-            ("actually done", lambda row: _finish_text(row["seconds"])),
-            ("results", lambda row: _relative(row["results"])),
-        ):
-            table.add_row(name, *(cell(row) for row in value["batches"]))
+        columns = [_cells(row) for row in value["batches"]]
+        for name in columns[0]:
+            table.add_row(name, *(cells[name] for cells in columns))
         console.print()
         console.print(Panel(table, title="What came back", expand=False))
         if self.scores:
             shown = Table("question", "answer", "", box=None, pad_edge=False)
             for question, answer, expected, ok in _varied(self.scores):
-                verdict = "✓" if ok else f"✗ ({_shorten(expected, 24)})"
-                shown.add_row(_shorten(question), _shorten(answer), verdict)
+                mark = "✓" if ok else f"✗ ({_shorten(expected, 24)})"
+                shown.add_row(_shorten(question), _shorten(answer), mark)
             title = f"Answers: {self.right:.1%} of {len(self.scores)} right"
             console.print(Panel(shown, title=title, expand=False))
         console.print(f"webhook  {self.webhook}", highlight=False)
@@ -168,6 +160,20 @@ def _varied(
 def _shorten(text: str, width: int = 60) -> str:
     flat = _plain(text)
     return flat if len(flat) <= width else flat[: width - 1] + "…"
+
+
+def _cells(row: Json) -> dict[str, str]:
+    """One batch's column of the summary, by the name of the line."""
+    return {
+        "lines": str(row["lines"]),
+        "completed / failed": f"{row['completed']} / {row['failed']}",
+        "tokens in / out": f"{row['input_tokens']} / {row['output_tokens']}",
+        "time": f"{row['seconds']:.1f} s",
+        "output tokens/s": f"{row['tokens_per_s']:.0f}",
+        "first estimate": _finish_text(row["estimated_s"]),
+        "actually done": _finish_text(row["seconds"]),
+        "results": _relative(row["results"]),
+    }
 
 
 def _relative(path: str) -> str:

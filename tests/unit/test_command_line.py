@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -81,9 +82,13 @@ def test_an_unusable_setting_is_named(
     assert status == 78 and "port" in said
 
 
-def test_a_process_without_a_database_says_what_to_set(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("DATABASE_URL", raising=False)
-    status, _, said = _run(capsys, monkeypatch, "db", "upgrade")
-    assert status == 78 and "DATABASE_URL" in said
+def test_a_process_without_a_database_says_what_to_set() -> None:
+    kept = {name: value for name, value in os.environ.items() if name != "DATABASE_URL"}
+    done = subprocess.run(
+        [sys.executable, "-m", "qlm_cli", "db", "upgrade"],
+        env=kept,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 78 and "DATABASE_URL" in done.stderr

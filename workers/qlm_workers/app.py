@@ -48,7 +48,10 @@ def run_worker(settings: Settings) -> int:
         verdict = engines.verdict
     finally:
         store.close()
-    return int(Exit.CRASHED if verdict is None else verdict)
+    if verdict is None or (verdict is Exit.OK and not engines.told_to_end):
+        # Celery's own loop gave up: the engines ended in order, but nobody asked for it.
+        verdict = Exit.CRASHED
+    return int(verdict)
 
 
 class Storage(WorkerStore, InteractiveStore, Protocol):

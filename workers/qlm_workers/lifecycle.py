@@ -39,6 +39,8 @@ class EngineThread:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="engines", daemon=True)
         self.verdict: Exit | None = None
+        self.told_to_end = False
+        """Whether somebody asked for the end; an orderly end nobody asked for is a fault."""
 
     def start(self) -> None:
         """Start engines and runner; returns at once."""
@@ -58,6 +60,7 @@ class EngineThread:
 
     def drain(self, grace_s: float = GRACE_S) -> None:
         """End when the work in hand is done, at most after `grace_s`."""
+        self.told_to_end = True
         self._order(lambda: self._runner.drain(grace_s))
 
     def end(self) -> None:
@@ -101,6 +104,7 @@ def end_on_signals(engines: EngineThread) -> None:
             return
         for each in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
             signal.signal(each, signal.SIG_DFL)
+        engines.told_to_end = True
         engines.end()
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
