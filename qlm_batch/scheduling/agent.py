@@ -48,9 +48,7 @@ def concurrency_cap(slots: int) -> int:
     return slots + max(1, slots // 4)
 
 
-def batch_cap(
-    cap: int, slots: int, *, step_s: float | None, target_s: float, quiet: bool
-) -> int:
+def batch_cap(cap: int, slots: int, *, step_s: float | None, target_s: float, quiet: bool) -> int:
     """The next cap on batch requests inside the engine, given how long its steps take now.
 
     A step is the time per output token of every stream. Over the target the cap falls by a tenth,
