@@ -150,7 +150,7 @@ def test_a_second_or_hard_signal_gives_the_leases_back_at_once(
     redis_url: str, signals: tuple[signal.Signals, ...]
 ) -> None:
     with started(redis_url, slices=1, engine="hang") as worker:
-        worker.hears("claim", slices=[1])
+        worker.hears("hang")
         for number in signals:
             worker.signal(number)
             time.sleep(0.05)

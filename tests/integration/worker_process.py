@@ -21,7 +21,7 @@ from qlm_workers.runner import Runner
 from qlm_workers.worker import ended, serve
 from tests.unit.worker_fakes import FakeEngine, FakeStore, dead, good, make_slice
 
-RESPONSES = {"hang": lambda _: None, "good": lambda _: good(), "dead": dead}
+RESPONSES = {"hang": lambda _: tell("hang"), "good": lambda _: good(), "dead": dead}
 
 
 def tell(event: str, **what: object) -> None:
