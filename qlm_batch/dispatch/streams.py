@@ -27,6 +27,8 @@ log = structlog.get_logger(__name__)
 READER_S = 5.0
 """Without a sign of its reader for this long, a request is given up."""
 STREAM_TTL_S = 60
+ENDED_TTL_S = 15
+"""How long an ended stream waits for its reader, who may have left meanwhile; the store has it."""
 MOST_ENTRIES = 1000
 """About as many entries a stream keeps; who falls further behind reads the rest in the store."""
 SOCKET_TIMEOUT_S = 5.0
@@ -113,7 +115,7 @@ class TokenWriter(_Connected):
                 fields["e"] = orjson.dumps(news.end)
             number = news.first + len(news.events) + (news.end is not None)
             pipe.xadd(_stream(to), fields, id=f"{number}-0", maxlen=MOST_ENTRIES)
-            pipe.expire(_stream(to), STREAM_TTL_S)
+            pipe.expire(_stream(to), STREAM_TTL_S if news.end is None else ENDED_TTL_S)
             writes += 2
         for to in watched:
             pipe.get(_reader(to))
