@@ -18,6 +18,7 @@ from qlm_batch.settings import Settings, load_settings
 from qlm_cli.context import data_dir_option, json_option
 from qlm_cli.existing_engine import look_at
 from qlm_cli.output import Output
+from qlm_workers.engines import located
 
 DEFAULT_MODEL = "qlm-tiny"
 
@@ -110,6 +111,9 @@ def settings_for_up(
         raise ConfigurationError("--engine openai needs --url, the address of a running server")
     if not settings.models and settings.engine != "openai":
         settings = settings.model_copy(update={"models": (DEFAULT_MODEL,)})
+    if settings.engine == "vllm":
+        for model in settings.models:
+            located(model.removeprefix("embed:"))
     _require_free_port(settings.host, settings.port)
     return settings
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from qlm_batch.domain.engine import Engine
+from qlm_batch.domain.errors import ConfigurationError
 from qlm_batch.domain.jobs import EngineKind
 from qlm_batch.models import resolve_model
 from qlm_batch.settings import Settings
@@ -37,5 +38,21 @@ def make_engine(settings: Settings, model: str, kind: EngineKind) -> Engine:
         return SimulatedEngine.from_settings(settings, name, kind)
     from qlm_workers.vllm_engine import VllmEngine
 
-    path = str(Path(model).expanduser()) if names_a_folder(model) else resolve_model(model)
-    return VllmEngine(settings, name, path, kind)
+    return VllmEngine(settings, name, located(model), kind)
+
+
+def located(model: str) -> str:
+    """The absolute path of a folder or a shipped model; any other name as it is.
+
+    ConfigurationError when a path is named and nothing is there: it is never looked for elsewhere.
+    """
+    if not names_a_folder(model):
+        return resolve_model(model)
+    folder = Path(model).expanduser().resolve()
+    if not folder.is_dir():
+        raise ConfigurationError(
+            f"there is no model folder {folder}; give the path of a folder with config.json, or a "
+            "Hugging Face id without a leading ./",
+            param="models",
+        )
+    return str(folder)
