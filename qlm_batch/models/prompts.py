@@ -18,7 +18,9 @@ from qlm_batch.models import TINY_MODEL_NAME
 from qlm_batch.models.vocabulary import CAPITALS, NAMES, TOWNS, WORDS
 
 MAX_OUTPUT_TOKENS: Final = 400
-LONG_FAMILIES: Final = ("count", "table", "rows")
+LONG_FAMILIES: Final = ("count", "table")
+# Trained on so that the end of a table is learnt, and not promised: about four in five are right.
+TRAINING_FAMILIES: Final = ("rows",)
 
 _HELD_OUT_ONE_IN: Final = 5
 _MAX_DRAWS: Final = 20_000
@@ -242,7 +244,7 @@ _DRAW: Final[dict[str, Callable[[random.Random, bool], _Problem]]] = {
     "table": _table,
     "rows": _rows,
 }
-FAMILIES: Final = tuple(_DRAW)
+FAMILIES: Final = tuple(family for family in _DRAW if family not in TRAINING_FAMILIES)
 
 
 def _all_phrasings() -> Iterator[str]:

@@ -14,7 +14,7 @@ import jinja2
 import pytest
 
 from qlm_batch.models import prompts, resolve_model, tiny_model_path
-from qlm_batch.models.prompts import FAMILIES, Prompt
+from qlm_batch.models.prompts import FAMILIES, TRAINING_FAMILIES, Prompt
 from qlm_batch.models.vocabulary import CAPITALS, WORDS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -80,7 +80,7 @@ def extracted(text: str) -> str:
     return json.dumps({field[1]: int(value) if field[1] == "quantity" else value})
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", (*FAMILIES, *TRAINING_FAMILIES))
 def test_answers_are_what_the_question_asks(family: str) -> None:
     for prompt in prompts.held_out(family, 300, seed=5):
         assert prompt.answer == recomputed(family, prompt.text), prompt.text
@@ -88,7 +88,7 @@ def test_answers_are_what_the_question_asks(family: str) -> None:
         assert not prompts.is_right(prompt, prompt.answer + "0")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", (*FAMILIES, *TRAINING_FAMILIES))
 def test_held_out_prompts_are_seeded_distinct_and_never_trained_on(family: str) -> None:
     first = prompts.held_out(family, 300, seed=1)
     assert first == prompts.held_out(family, 300, seed=1)

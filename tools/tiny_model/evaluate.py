@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from qlm_batch.models import tiny_model_path
 from qlm_batch.models.prompts import (
     FAMILIES,
+    TRAINING_FAMILIES,
     Prompt,
     completion_text,
     held_out,
@@ -32,6 +33,7 @@ def open_engine(model: Path, dtype: str) -> Any:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     from vllm import LLM
 
     return LLM(
@@ -76,7 +78,9 @@ def main() -> int:
     parser.add_argument("--model", type=Path, default=tiny_model_path())
     parser.add_argument("--n", type=int, default=300, help="held-out prompts per family")
     parser.add_argument("--seed", type=int, default=2024)
-    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES)
+    parser.add_argument(
+        "--families", nargs="+", choices=(*FAMILIES, *TRAINING_FAMILIES), default=FAMILIES
+    )
     parser.add_argument("--form", choices=("chat", "completions"), default="chat")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--show-wrong", type=int, default=0, help="wrong answers to print")
@@ -89,6 +93,8 @@ def main() -> int:
         print(f"{family}: {share:.4f} of {options.n}", flush=True)
         for line in wrong[: options.show_wrong]:
             print(f"  {line}", flush=True)
+    # The engine's processes share this one's output: ended first, they cannot print after the JSON.
+    engine.llm_engine.engine_core.shutdown()
     print(json.dumps({"families": shares}), flush=True)
     return 0 if min(shares.values()) >= ENOUGH else 1
 
