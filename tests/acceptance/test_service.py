@@ -47,7 +47,7 @@ def test_a_file_of_questions_comes_back_answered(client: OpenAI, tmp_path: Path)
                 "custom_id": name,
                 "method": "POST",
                 "url": "/v1/chat/completions",
-                "body": chat_body(prompt, "qlm-tiny"),
+                "body": chat_body(prompt),
             }
             for name, prompt in prompts.items()
         ],
@@ -78,7 +78,7 @@ def test_a_file_of_questions_comes_back_answered(client: OpenAI, tmp_path: Path)
 
 
 def test_a_bad_line_fails_alone_with_the_engines_own_error(client: OpenAI, tmp_path: Path) -> None:
-    good = chat_body(mixed(1, seed=3)[0], "qlm-tiny")
+    good = chat_body(mixed(1, seed=3)[0])
     bodies: dict[str, dict[str, object]] = {
         "good": good,
         "type": {**good, "temperature": "hot"},
