@@ -189,10 +189,9 @@ async def test_what_cannot_start_says_why(settings: Settings, problem: str) -> N
     await engine.stop()
 
 
-async def test_a_missing_folder_is_named() -> None:
-    engine = make_engine(Settings(), "/nowhere/model", EngineKind.GENERATE)
-    with pytest.raises(ConfigurationError, match="no model folder '/nowhere/model'"):
-        await engine.start()
+def test_a_missing_folder_is_named() -> None:
+    with pytest.raises(ConfigurationError, match="no model folder /nowhere/model"):
+        make_engine(Settings(), "/nowhere/model", EngineKind.GENERATE)
 
 
 async def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
