@@ -19,7 +19,7 @@ from tests.cluster_support import Cluster, TcpPostgres, TcpValkey, wait_until
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 ENDED = ("completed", "failed", "expired", "cancelled")
-LINES = 120
+LINES = 600
 PROCESSES = ("api", "scheduler-1", "scheduler-2", "files", "callbacks", "gpu-0", "gpu-1")
 
 
