@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,15 @@ _numbers = itertools.count()
 
 # The threads of a CPU engine spin while they wait, which starves everything on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_clusters_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Remove the clusters that services started as root keep outside pytest's own folders."""
+    yield
+    for link in tmp_path_factory.getbasetemp().rglob("postgres"):
+        if link.is_symlink():
+            shutil.rmtree(link.resolve().parent, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
