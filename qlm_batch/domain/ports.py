@@ -65,7 +65,7 @@ class IntakeTask:
 class ExportTask:
     """A batch whose outcome is settled and whose files wait to be written.
 
-    `number` counts the export of this generation's attempt; the work is idempotent.
+    The same export may be done again after a crash; only the first that finishes counts.
     """
 
     batch: Batch

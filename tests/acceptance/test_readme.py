@@ -31,6 +31,19 @@ def _blocks() -> list[Block]:
     return [Block(how or "shell", language, code) for how, language, code in _BLOCK.findall(text)]
 
 
+def _run(service: RunningService, folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run a program in the folder of the tour, as the service's user."""
+    return subprocess.run(
+        command,
+        env=dict(service.environment),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the commands run: a folder with the examples, as in a checkout."""
@@ -47,29 +60,13 @@ def test_the_readme_starts_the_service_as_these_tests_do() -> None:
     "code", [block.code for block in _blocks() if block.how == "shell"], ids=lambda c: c[:24]
 )
 def test_each_shell_block_runs(code: str, service: RunningService, folder: Path) -> None:
-    outcome = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", code],
-        env=dict(service.environment),
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    outcome = _run(service, folder, "bash", "-euo", "pipefail", "-c", code)
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
 
 
 def test_the_python_example_completes(service: RunningService, folder: Path) -> None:
     (code,) = (block.code for block in _blocks() if block.how == "python")
-    outcome = subprocess.run(
-        [sys.executable, "-c", code.replace("8600", str(service.port))],
-        env=dict(service.environment),
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    outcome = _run(service, folder, sys.executable, "-c", code.replace("8600", str(service.port)))
     assert outcome.returncode == 0, outcome.stderr
     assert outcome.stdout.startswith("completed ")
 
@@ -78,15 +75,7 @@ def test_the_chat_example_answers_while_its_batch_runs(
     service: RunningService, folder: Path
 ) -> None:
     (code,) = (block.code for block in _blocks() if block.how == "chat")
-    outcome = subprocess.run(
-        [sys.executable, "-c", code.replace("8600", str(service.port))],
-        env=dict(service.environment),
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    outcome = _run(service, folder, sys.executable, "-c", code.replace("8600", str(service.port)))
     assert outcome.returncode == 0, outcome.stderr
     assert outcome.stdout.strip()
 

@@ -243,14 +243,8 @@ class VllmEngine:
 
     def _check_folder(self) -> None:
         folder = Path(self._path)
-        if not folder.is_absolute() and not self._path.startswith((".", "~")):
-            if not folder.is_dir():
-                return
-        elif not folder.is_dir():
-            raise ConfigurationError(
-                f"There is no model folder '{self._path}'; give an existing folder or a "
-                "Hugging Face id as the model."
-            )
+        if not folder.is_absolute():
+            return
         if not (folder / "config.json").is_file():
             raise ConfigurationError(
                 f"The folder '{self._path}' holds no config.json, so it is no model as "
