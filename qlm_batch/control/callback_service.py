@@ -14,6 +14,7 @@ from qlm_batch.callbacks.email import EmailConfig
 from qlm_batch.callbacks.webhook import WebhookConfig
 from qlm_batch.domain.jobs import OutboxItem
 from qlm_batch.domain.ports import Store
+from qlm_batch.failpoints import failpoint
 from qlm_batch.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -108,6 +109,7 @@ class CallbackService:
     def _deliver(self, item: OutboxItem) -> None:
         jitter = random.random()  # noqa: S311 - spreads load, guards nothing
         made = attempt(item, self._senders, self._store.now, jitter)
+        failpoint("outbox.sent")
         self._store.record_delivery(made)
         entry = log.bind(
             event_id=item.event_id, batch=item.batch_id, channel=item.channel, detail=made.detail

@@ -14,6 +14,7 @@ from qlm_batch.control.keepalive import KeepAlive
 from qlm_batch.domain.errors import Conflict
 from qlm_batch.domain.jobs import Batch, FilePurpose, FileRecord
 from qlm_batch.domain.ports import BlobStore, Store
+from qlm_batch.failpoints import failpoint
 from qlm_batch.intake.results import render_line
 from qlm_batch.settings import Settings
 
@@ -138,6 +139,8 @@ class _ResultFile:
         if not self._buffer:
             return
         if self._file is None:
+            # Runs right after this file has appeared under its key, before the other one does.
+            self._files.callback(failpoint, "export.file_written")
             self._file = self._files.enter_context(self._blobs.create(self._key))
         self._file.write(self._buffer)
         self._digest.update(self._buffer)

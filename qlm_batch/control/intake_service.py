@@ -11,6 +11,7 @@ from qlm_batch.control.keepalive import KeepAlive
 from qlm_batch.domain.errors import Conflict, InvalidInput, NotFound
 from qlm_batch.domain.jobs import LineError, RequestLine
 from qlm_batch.domain.ports import BlobStore, IntakeStore, IntakeTask
+from qlm_batch.failpoints import failpoint
 from qlm_batch.intake.jsonl import FileRefused, LineRules, read_requests
 from qlm_batch.intake.lines import chunks_of
 from qlm_batch.settings import Settings
@@ -138,5 +139,6 @@ def _while_held(requests: Iterable[RequestLine], lease: KeepAlive) -> Iterator[R
     for count, request in enumerate(requests):
         if count % _CHECK_EVERY_LINES == 0:
             lease.check()
+            failpoint("intake.chunk")
         yield request
     lease.check()

@@ -396,7 +396,8 @@ class InteractiveStore(Protocol):
     def sweep_interactive(self, grace_s: float, limit: int = 1000) -> int:
         """Fail open requests accepted over `grace_s` ago whose boot has been gone; how many.
 
-        Whoever waits for one moves it sooner; this ends those nobody waits for any more.
+        Whoever waits for one moves it sooner; this ends those nobody waits for any more, and those
+        that for much longer have not reached their boot although it is there.
         """
         ...
 

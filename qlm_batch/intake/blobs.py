@@ -15,6 +15,7 @@ import fsspec
 
 from qlm_batch.domain.errors import InvalidInput, NotFound, Unavailable
 from qlm_batch.domain.ports import BlobStore
+from qlm_batch.failpoints import failpoint
 from qlm_batch.settings import Settings
 
 _COPY_BYTES = 1024 * 1024
@@ -143,6 +144,7 @@ def _scratch_file(folder: Path) -> Iterator[tuple[BinaryIO, Path]]:
 
 
 def _settle(file: BinaryIO) -> None:
+    failpoint("blob.write")
     file.flush()
     os.fsync(file.fileno())
 

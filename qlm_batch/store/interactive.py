@@ -25,6 +25,10 @@ LOST = '{"error":{"message":"The instance that served this request was lost.",\
 "type":"server_error","param":null,"code":"instance_lost"}}'
 """What is stored as the answer of a request whose instance went away."""
 
+UNSENT_GRACES = 10
+"""Whoever waits sends a request again every few seconds; one still not taken up after so many
+times the grace has lost its caller, as when that process was killed before it could send it."""
+
 _USAGE = ("input_tokens", "cached_tokens", "output_tokens", "reasoning_tokens")
 
 # The client holds the connection open: should the server crash within the fraction of a second
@@ -132,15 +136,21 @@ _SWEEP = sql(
         LEFT JOIN instance i ON i.name = r.instance AND i.boot_id = r.boot_id
             AND i.retired_at IS NULL AND i.beat_at + :silent_s > {now} - :grace_s
         WHERE r.state IN ('sent', 'running') AND r.created_at < {now} - :grace_s
-          AND i.name IS NULL
+          AND (i.name IS NULL OR r.state = 'sent' AND r.created_at < {now} - :unsent_s)
         LIMIT :limit)
     """
 )
 
 
 def sweep_interactive(connection: Connection, silent_s: float, grace_s: float, limit: int) -> int:
-    """Fail open requests whose boot has been gone for `grace_s`; how many."""
-    given = {"silent_s": silent_s, "grace_s": grace_s, "limit": limit, "lost": LOST}
+    """Fail open requests whose boot has been gone for `grace_s`, or that nobody sends; how many."""
+    given = {
+        "silent_s": silent_s,
+        "grace_s": grace_s,
+        "unsent_s": UNSENT_GRACES * grace_s,
+        "limit": limit,
+        "lost": LOST,
+    }
     return connection.execute(_SWEEP, given).rowcount
 
 

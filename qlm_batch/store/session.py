@@ -15,6 +15,7 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.engine.interfaces import IsolationLevel
 
 from qlm_batch.domain.errors import ConfigurationError, Unavailable
+from qlm_batch.failpoints import failpoint
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -156,7 +157,10 @@ class Database:
         for trial in range(RETRIES):
             try:
                 with self.transaction() as connection:
-                    return work(connection, *args, **kwargs)
+                    outcome = work(connection, *args, **kwargs)
+                    failpoint(work.__name__, "before_commit")
+                failpoint(work.__name__, "after_commit")
+                return outcome
             except Unavailable as error:
                 if trial + 1 == RETRIES or not _in_conflict(error.__cause__):
                     raise

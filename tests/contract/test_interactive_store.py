@@ -9,6 +9,7 @@ import pytest
 from qlm_batch.domain.errors import NotFound
 from qlm_batch.domain.interactive import InteractiveMark, InteractiveState, NewInteractive
 from qlm_batch.domain.jobs import CHAT, Usage
+from qlm_batch.store.interactive import UNSENT_GRACES
 from tests.contract.harness import MODEL, TENANT, Bench
 
 NEW = NewInteractive(
@@ -141,6 +142,18 @@ def test_a_silent_and_a_retired_boot_are_gone(bench: Bench) -> None:
     assert state(bench, "req_2") is InteractiveState.FAILED
     bench.harness.advance(GRACE)
     assert bench.store.sweep_interactive(GRACE) == 1
+
+
+def test_a_request_that_nobody_sends_ends_although_its_boot_is_there(bench: Bench) -> None:
+    bench.beat(boot="boot-1")
+    bench.store.add_interactive(NEW)
+    bench.store.add_interactive(replace(NEW, id="req_2"))
+    bench.store.mark_interactive([replace(RUNNING, id="req_2")])
+    bench.harness.advance(UNSENT_GRACES * GRACE + 1)
+    bench.beat(boot="boot-1")
+    assert bench.store.sweep_interactive(GRACE) == 1
+    assert state(bench, "req_1") is InteractiveState.FAILED
+    assert state(bench, "req_2") is InteractiveState.RUNNING
 
 
 def test_an_instance_tells_what_it_does_to_batch_work(bench: Bench) -> None:

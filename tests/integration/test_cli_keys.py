@@ -83,7 +83,7 @@ def test_a_role_opens_what_it_names(
         assert client.get("/v1/files").status_code == reads
         made = client.post("/v1/files", files={"file": b"{}"}, data={"purpose": "batch"})
         assert made.status_code == writes
-        assert client.get("/v1/webhooks/secret").status_code == administers
+        assert client.post("/v1/webhooks/secret/rotate").status_code == administers
 
 
 def test_limits_given_at_the_command_line_are_kept(site: Site, keys: Keys) -> None:

@@ -13,7 +13,7 @@ from qlm_batch.domain.interactive import (
     InteractiveState,
     NewInteractive,
 )
-from qlm_batch.store.interactive import LOST
+from qlm_batch.store.interactive import LOST, UNSENT_GRACES
 from qlm_batch.store.memory.state import Facet, locked
 
 
@@ -79,14 +79,20 @@ class MemoryInteractive(Facet):
 
     @locked
     def sweep_interactive(self, grace_s: float, limit: int = 1000) -> int:
-        """Fail open requests whose boot has been gone for `grace_s`; how many."""
+        """As the Postgres store does."""
         now = self.state.clock()
         lost = [
             request
             for request in self.state.interactive.values()
             if request.state in OPEN_INTERACTIVE
             and request.created_at < now - grace_s
-            and not self._present(request, now - grace_s)
+            and (
+                not self._present(request, now - grace_s)
+                or (
+                    request.state is InteractiveState.SENT
+                    and request.created_at < now - UNSENT_GRACES * grace_s
+                )
+            )
         ][:limit]
         for request in lost:
             self.state.interactive[request.id] = replace(
