@@ -29,6 +29,7 @@ from qlm_batch.api.metrics import Metrics
 from qlm_batch.api.server import run_api
 from qlm_batch.api.services import ApiServices
 from qlm_batch.api.uploads import spool_dir, sweep_spool
+from qlm_batch.dispatch.rates import SharedBuckets
 
 __all__ = ["create_app", "run_api"]
 
@@ -42,17 +43,11 @@ def create_app(services: ApiServices) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await run_in_threadpool(_prepare_spool, services)
-        calls = services.calls
-        if calls is None:
-            yield
-            return
-        presence = asyncio.create_task(calls.keep_present())
         try:
-            yield
+            async with _calling(services):
+                yield
         finally:
-            presence.cancel()
-            await asyncio.gather(presence, return_exceptions=True)
-            await calls.shut()
+            await app.state.limiter.close()
 
     app = FastAPI(
         title="qlm-batch",
@@ -64,7 +59,8 @@ def create_app(services: ApiServices) -> FastAPI:
     )
     app.state.services = services
     app.state.keys = KeyRing(services.store)
-    app.state.limiter = RateLimiter()
+    redis_url = services.settings.redis_url
+    app.state.limiter = RateLimiter(SharedBuckets(redis_url) if redis_url else None)
     app.state.metrics = Metrics(services.store)
     errors.install(app, require_key)
     app.add_middleware(Edge, observe=app.state.metrics.observe)
@@ -72,6 +68,22 @@ def create_app(services: ApiServices) -> FastAPI:
         app.include_router(part.router)
     app.openapi = _honest(app.openapi)  # type: ignore[method-assign]
     return app
+
+
+@asynccontextmanager
+async def _calling(services: ApiServices) -> AsyncIterator[None]:
+    """Keep interactive calls going meanwhile, where there are any."""
+    calls = services.calls
+    if calls is None:
+        yield
+        return
+    presence = asyncio.create_task(calls.keep_present())
+    try:
+        yield
+    finally:
+        presence.cancel()
+        await asyncio.gather(presence, return_exceptions=True)
+        await calls.shut()
 
 
 def _honest(document: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:

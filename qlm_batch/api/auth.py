@@ -76,7 +76,7 @@ class Access:
             raise _no_key()
         ring: KeyRing = request.app.state.keys
         key = await ring.key_for(credentials.credentials)
-        _spend(request, key)
+        await _spend(request, key)
         if _RANKS.get(key.role, -1) < _RANKS[self._role]:
             raise Forbidden(
                 f"This key has the role '{key.role}'; the call needs '{self._role}'.",
@@ -111,12 +111,12 @@ def _no_key() -> Unauthenticated:
     )
 
 
-def _spend(request: Request, key: ApiKey) -> None:
+async def _spend(request: Request, key: ApiKey) -> None:
     per_minute = key.limits.get(REQUESTS_PER_MINUTE)
     if per_minute is None:
         return
     limiter: RateLimiter = request.app.state.limiter
-    allowance = limiter.take(key.id, per_minute, time.monotonic())
+    allowance = await limiter.spend(key.id, per_minute, time.monotonic())
     setattr(request.state, RATE_HEADERS, allowance.headers())
     if allowance.wait_s:
         raise TooMany(

@@ -1,10 +1,11 @@
-"""Limits per key: requests a minute, counted in this process, and queued work."""
+"""Limits per key: requests a minute, counted over all API processes, and queued work."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
+from qlm_batch.dispatch.rates import SharedBuckets
 from qlm_batch.domain.errors import TooMany
 from qlm_batch.domain.jobs import ApiKey
 from qlm_batch.domain.ports import Store
@@ -39,10 +40,30 @@ class Allowance:
 
 
 class RateLimiter:
-    """A token bucket per key, full at first, refilled evenly over a minute."""
+    """A token bucket per key, full at first, refilled evenly over a minute.
 
-    def __init__(self) -> None:
+    `shared` buckets count for all processes; without them, or while they are away, this process
+    counts for itself.
+    """
+
+    def __init__(self, shared: SharedBuckets | None = None) -> None:
+        self._shared = shared
         self._buckets: dict[str, tuple[float, float]] = {}
+
+    async def spend(self, key_id: str, per_minute: int, now: float) -> Allowance:
+        """As `take`, from the shared bucket where it is within reach."""
+        taken = None
+        if self._shared is not None and per_minute > 0:
+            taken = await self._shared.take(key_id, per_minute, per_minute / _MINUTE_S)
+        if taken is None:
+            return self.take(key_id, per_minute, now)
+        granted, level = taken
+        return _allowance(per_minute, level, granted)
+
+    async def close(self) -> None:
+        """Give the shared buckets' connections back."""
+        if self._shared is not None:
+            await self._shared.close()
 
     def take(self, key_id: str, per_minute: int, now: float) -> Allowance:
         """Spend one request of `key_id` at `now`; nothing is spent where none is left."""
@@ -53,12 +74,17 @@ class RateLimiter:
         if granted:
             level -= 1
         self._buckets[key_id] = (level, now)
-        return Allowance(
-            limit=per_minute,
-            remaining=int(level),
-            reset_s=(per_minute - level) / rate if rate else _MINUTE_S,
-            wait_s=0.0 if granted else (1 - level) / rate if rate else _MINUTE_S,
-        )
+        return _allowance(per_minute, level, granted)
+
+
+def _allowance(per_minute: int, level: float, granted: bool) -> Allowance:
+    rate = per_minute / _MINUTE_S
+    return Allowance(
+        limit=per_minute,
+        remaining=int(level),
+        reset_s=(per_minute - level) / rate if rate else _MINUTE_S,
+        wait_s=0.0 if granted else (1 - level) / rate if rate else _MINUTE_S,
+    )
 
 
 def check_queued(store: Store, key: ApiKey) -> None:

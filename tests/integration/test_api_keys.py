@@ -121,6 +121,24 @@ def test_a_key_with_a_rate_is_told_what_is_left_and_when_to_come_back(site: Site
         assert refused.headers["x-ratelimit-remaining-requests"] == "0"
 
 
+def test_a_keys_rate_holds_over_all_processes(tmp_path: Path, redis_url: str) -> None:
+    one = make_site(tmp_path / "one", redis_url=redis_url)
+    other = make_site(tmp_path / "other", one.store, redis_url=redis_url)
+    key = one.key(requests_per_minute=3)
+    with one.client(key) as first, other.client(key) as second:
+        statuses = [each.get("/v1/batches").status_code for each in (first, second) * 3]
+        assert sorted(statuses) == [200] * 3 + [429] * 3
+        refused = second.get("/v1/batches")
+        assert 1 <= int(refused.headers["retry-after"]) <= 21
+
+
+def test_without_redis_a_keys_rate_holds_in_each_process(tmp_path: Path) -> None:
+    site = make_site(tmp_path, redis_url="redis://127.0.0.1:1/0")
+    with site.client(site.key(requests_per_minute=1)) as client:
+        assert client.get("/v1/batches").status_code == 200
+        error_of(client.get("/v1/batches"), 429)
+
+
 def test_a_tenant_with_too_much_queued_may_not_add_more(site: Site) -> None:
     with site.client(site.key(queued_requests=2)) as client:
         submit(client, input_file("a", "b"))
