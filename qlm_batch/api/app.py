@@ -28,8 +28,9 @@ from qlm_batch.api.limits import RateLimiter
 from qlm_batch.api.metrics import Metrics
 from qlm_batch.api.server import run_api
 from qlm_batch.api.services import ApiServices
-from qlm_batch.api.uploads import spool_dir, sweep_spool
+from qlm_batch.api.uploads import spool_dir
 from qlm_batch.dispatch.rates import SharedBuckets
+from qlm_batch.intake.scratch import sweep_scratch
 
 __all__ = ["create_app", "run_api"]
 
@@ -106,4 +107,4 @@ def _honest(document: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, An
 def _prepare_spool(services: ApiServices) -> None:
     folder = spool_dir(services)
     folder.mkdir(parents=True, exist_ok=True)
-    sweep_spool(folder)
+    sweep_scratch(folder)

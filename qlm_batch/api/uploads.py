@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import re
-import tempfile
-import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
 from qlm_batch.api.multipart import MultipartUpload, boundary_of, too_large
 from qlm_batch.api.services import ApiServices
-from qlm_batch.domain.errors import InvalidInput, Unavailable
+from qlm_batch.domain.errors import InvalidInput, NotFound, QlmError, Unavailable
 from qlm_batch.domain.jobs import FilePurpose, FileRecord
 from qlm_batch.ids import FILE, new_id
+from qlm_batch.intake.scratch import make_scratch
 
 EXPIRY_MIN_S, EXPIRY_MAX_S = 3600, 30 * 86400
-STALE_SPOOL_S = 86400.0
 
 _CHUNK_BYTES = 1024**2
 _FORM_OVERHEAD = 64 * 1024
@@ -28,6 +28,14 @@ _MAX_NAME = 200
 _UNPRINTABLE = re.compile(
     r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Spool:
+    """Where one upload lies while it arrives."""
+
+    path: Path
+    file: BinaryIO
 
 
 async def receive_file(request: Request, services: ApiServices, tenant: str) -> FileRecord:
@@ -43,7 +51,7 @@ async def receive_file(request: Request, services: ApiServices, tenant: str) -> 
         raise too_large()
     spool = await run_in_threadpool(_open_spool, spool_dir(services))
     try:
-        upload = MultipartUpload(boundary, spool, limit)
+        upload = MultipartUpload(boundary, spool.file, limit)
         async for pieces in _gathered(request.stream()):
             await run_in_threadpool(upload.feed, pieces)
         return await run_in_threadpool(_keep, services, tenant, upload, spool)
@@ -56,16 +64,6 @@ async def receive_file(request: Request, services: ApiServices, tenant: str) -> 
 def spool_dir(services: ApiServices) -> Path:
     """Where uploads lie while they arrive."""
     return services.settings.data_dir / "spool"
-
-
-def sweep_spool(folder: Path) -> None:
-    """Remove what a crash left behind more than a day ago."""
-    if not folder.is_dir():
-        return
-    limit = time.time() - STALE_SPOOL_S
-    for path in folder.iterdir():
-        if path.stat().st_mtime < limit:
-            path.unlink(missing_ok=True)
 
 
 async def _gathered(stream: AsyncIterator[bytes]) -> AsyncIterator[list[bytes]]:
@@ -81,15 +79,12 @@ async def _gathered(stream: AsyncIterator[bytes]) -> AsyncIterator[list[bytes]]:
     yield pieces
 
 
-def _open_spool(folder: Path) -> BinaryIO:
+def _open_spool(folder: Path) -> Spool:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = tempfile.NamedTemporaryFile(  # noqa: SIM115 - closed by _discard
-            dir=folder, suffix=".part", buffering=_CHUNK_BYTES, delete=False
-        )
+        handle, path = make_scratch(folder, ".part")
     except OSError as error:
         raise _no_room() from error
-    return cast(BinaryIO, handle)
+    return Spool(path, os.fdopen(handle, "wb", buffering=_CHUNK_BYTES))
 
 
 def _no_room() -> Unavailable:
@@ -99,18 +94,16 @@ def _no_room() -> Unavailable:
     )
 
 
-def _discard(spool: BinaryIO) -> None:
+def _discard(spool: Spool) -> None:
     # What is still buffered may not fit on the disk either, and is not wanted any more.
     with suppress(OSError):
-        spool.close()
-    Path(spool.name).unlink(missing_ok=True)
+        spool.file.close()
+    spool.path.unlink(missing_ok=True)
 
 
-def _keep(
-    services: ApiServices, tenant: str, upload: MultipartUpload, spool: BinaryIO
-) -> FileRecord:
+def _keep(services: ApiServices, tenant: str, upload: MultipartUpload, spool: Spool) -> FileRecord:
     expires_after_s = _expiry(upload.finish())
-    spool.flush()
+    spool.file.flush()
     file_id = new_id(FILE)
     now = services.store.now()
     record = FileRecord(
@@ -124,13 +117,25 @@ def _keep(
         created_at=now,
         expires_at=None if expires_after_s is None else now + expires_after_s,
     )
-    services.blobs.adopt(record.blob_key, spool.name)
+    services.blobs.adopt(record.blob_key, str(spool.path))
     try:
         services.store.add_file(record)
     except BaseException:
-        services.blobs.delete(record.blob_key)
+        if _is_unknown(services, record):
+            services.blobs.delete(record.blob_key)
         raise
     return record
+
+
+def _is_unknown(services: ApiServices, record: FileRecord) -> bool:
+    """Whether the record is certainly not there: a commit may have lost no more than its answer."""
+    try:
+        services.store.file(record.tenant, record.id)
+    except NotFound:
+        return True
+    except QlmError:
+        return False
+    return False
 
 
 def _expiry(fields: Mapping[str, str]) -> int | None:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
 
 from qlm_batch.domain.ports import BlobStore, FileStore
+from qlm_batch.intake.scratch import sweep_scratch
 
 log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class RetentionConfig:
-    """`scratch` are the folders of half-written files; there, what is older goes."""
+    """`scratch` are the folders of half-written files; there, what nobody writes goes."""
 
     scratch: tuple[Path, ...] = ()
-    scratch_age_s: float = 86_400.0
     limit: int = 100
     idle_s: float = 60.0
 
@@ -52,21 +50,8 @@ class RetentionService:
         for record in expired:
             self._blobs.delete(record.blob_key)
             log.info("file_expired", file=record.id)
-        leftovers = sum(self._sweep(folder) for folder in self._config.scratch)
+        leftovers = sum(sweep_scratch(folder) for folder in self._config.scratch)
         return RetentionResult(len(expired), leftovers)
 
     def close(self) -> None:
         """Nothing is held between passes."""
-
-    def _sweep(self, folder: Path) -> int:
-        """Remove old files of a local folder; their ages are on this machine's own clock."""
-        if not folder.is_dir():
-            return 0
-        oldest = time.time() - self._config.scratch_age_s
-        removed = 0
-        for path in folder.iterdir():
-            with contextlib.suppress(FileNotFoundError):
-                if path.is_file() and path.stat().st_mtime < oldest:
-                    path.unlink()
-                    removed += 1
-        return removed

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, BinaryIO, cast
@@ -16,6 +15,7 @@ import fsspec
 from qlm_batch.domain.errors import InvalidInput, NotFound, Unavailable
 from qlm_batch.domain.ports import BlobStore
 from qlm_batch.failpoints import failpoint
+from qlm_batch.intake.scratch import make_scratch
 from qlm_batch.settings import Settings
 
 _COPY_BYTES = 1024 * 1024
@@ -133,9 +133,7 @@ def make_blobs(settings: Settings) -> BlobStore:
 @contextlib.contextmanager
 def _scratch_file(folder: Path) -> Iterator[tuple[BinaryIO, Path]]:
     """A fresh file, gone after the block unless it was moved away."""
-    folder.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=folder)
-    path = Path(name)
+    handle, path = make_scratch(folder)
     try:
         with cast(IO[bytes], os.fdopen(handle, "wb", buffering=_COPY_BYTES)) as file:
             yield cast(BinaryIO, file), path

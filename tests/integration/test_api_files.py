@@ -6,7 +6,6 @@ import errno
 import hashlib
 import os
 import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,8 +13,9 @@ import pytest
 from fastapi.testclient import TestClient
 
 from qlm_batch.api.multipart import MultipartUpload
-from qlm_batch.api.uploads import STALE_SPOOL_S
 from qlm_batch.domain.errors import Unavailable
+from qlm_batch.domain.jobs import FileRecord
+from qlm_batch.intake.scratch import make_scratch
 from tests.api_support import Site, error_of, input_file, make_site, submit, upload, wait_until
 
 MAX_BYTES = 3_000_000
@@ -275,13 +275,25 @@ def test_content_lost_from_the_storage_is_a_404_that_names_no_path(
     assert "files/" not in error["message"]
 
 
-def test_old_remains_of_broken_uploads_are_swept_at_the_start(site: Site) -> None:
+def test_remains_of_broken_uploads_are_swept_at_the_start(site: Site) -> None:
     spool = site.settings.data_dir / "spool"
-    spool.mkdir(parents=True)
-    old, young = spool / "old.part", spool / "young.part"
-    for path in (old, young):
-        path.write_bytes(b"x")
-    long_ago = time.time() - STALE_SPOOL_S - 1
-    os.utime(old, (long_ago, long_ago))
+    handle, written = make_scratch(spool)
+    (spool / "left.part").write_bytes(b"x")
     with site.client():
-        assert leftovers(site) == [young]
+        assert leftovers(site) == [written]
+    os.close(handle)
+
+
+def test_a_record_whose_commit_lost_its_answer_keeps_its_bytes(
+    site: Site, client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_file = site.store.add_file
+
+    def recorded_and_silent(record: FileRecord) -> None:
+        add_file(record)
+        raise Unavailable("The connection was lost.")
+
+    monkeypatch.setattr(site.store, "add_file", recorded_and_silent)
+    error_of(post(client, PURPOSE + part("file", b"kept", "a") + END), 503)
+    (recorded,) = client.get("/v1/files").json()["data"]
+    assert client.get(f"/v1/files/{recorded['id']}/content").content == b"kept"

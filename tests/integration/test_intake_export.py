@@ -37,6 +37,7 @@ from qlm_batch.domain.ledger import Held
 from qlm_batch.domain.ports import Heartbeat, Store
 from qlm_batch.domain.snapshot import Assignment, InstanceState
 from qlm_batch.intake.blobs import LocalBlobs
+from qlm_batch.intake.scratch import make_scratch
 from qlm_batch.store.memory import MemoryStore
 from qlm_batch.store.postgres import PostgresStore
 
@@ -366,18 +367,18 @@ def test_expired_files_lose_their_bytes(house: House) -> None:
     assert not service.run_once()
 
 
-def test_leftovers_of_crashes_are_swept_after_a_day(tmp_path: Path) -> None:
-    old, fresh = tmp_path / "old", tmp_path / "fresh"
-    for path in (old, fresh):
-        path.touch()
-    yesterday = time.time() - 86_401
-    os.utime(old, (yesterday, yesterday))
+def test_what_crashes_left_half_written_is_swept_and_nothing_else(tmp_path: Path) -> None:
+    left, folder = tmp_path / "left", tmp_path / "folder"
+    left.touch()
+    folder.mkdir()
+    handle, written = make_scratch(tmp_path)
     config = RetentionConfig(scratch=(tmp_path, tmp_path / "absent"))
-    store = MemoryStore(time.time)
-    result = RetentionService(store, LocalBlobs(tmp_path / "blobs"), config).run_once()
-    assert result.leftovers == 1
-    assert not old.exists()
-    assert fresh.exists()
+    service = RetentionService(MemoryStore(time.time), LocalBlobs(tmp_path / "blobs"), config)
+    assert service.run_once().leftovers == 1
+    assert (left.exists(), written.exists(), folder.exists()) == (False, True, True)
+    os.close(handle)
+    assert service.run_once().leftovers == 1
+    assert not written.exists()
 
 
 def test_a_lease_is_renewed_while_the_work_goes_on() -> None:
