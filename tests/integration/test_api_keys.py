@@ -68,6 +68,21 @@ def test_another_tenants_objects_do_not_exist(site: Site) -> None:
         assert one.get(f"/v1/batches/{batch['id']}").json()["status"] == "validating"
 
 
+def test_no_operation_of_the_document_finds_another_tenants_id(site: Site) -> None:
+    with site.client(site.key("one")) as one, site.client(site.key("two", role="admin")) as two:
+        batch = submit(one, input_file("a"))
+        ids = {"{batch_id}": batch["id"], "{file_id}": batch["input_file_id"]}
+        tried = 0
+        for path, operations in one.get("/openapi.json").json()["paths"].items():
+            for name, known in ids.items():
+                if name not in path:
+                    continue
+                for method in operations:
+                    error_of(two.request(method.upper(), path.replace(name, known)), 404)
+                    tried += 1
+        assert tried >= 10
+
+
 def test_an_idempotency_key_belongs_to_its_tenant(site: Site) -> None:
     made = set()
     for tenant in ("one", "two"):

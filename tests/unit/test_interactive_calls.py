@@ -345,3 +345,23 @@ async def test_a_database_that_stays_away_ends_the_wait(monkeypatch: pytest.Monk
         _, end = await rig.told(call)
         assert end.status == 503
         assert error_in(end)["code"] == "service_unavailable"
+
+
+async def test_a_request_whose_row_a_crash_took_is_still_answered() -> None:
+    def act(rig: Rig, _: Interactive) -> None:
+        rig.store.state.interactive.clear()
+        if len(rig.sent) == 2:
+            rig.write(News(0, ("a",), End(200)))
+
+    async with at_work(act) as rig:
+        assert await rig.told(await rig.open()) == (["a"], End(200))
+
+
+async def test_a_request_lost_in_the_store_and_in_the_stream_ends_with_an_error() -> None:
+    async with at_work() as rig:
+        call = await rig.open()
+        rig.streams.away = True
+        rig.store.state.interactive.clear()
+        _, end = await rig.told(call)
+        assert end.status == 503
+        assert "send the request again" in str(error_in(end)["message"])
