@@ -159,7 +159,8 @@ class Faults:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(str(row[0])), signal.SIGKILL)
                 self.site.database_crashes += 1
-        until(lambda: self.site.connect().close() is None, 30)
+        # It is back once it can be connected to.
+        self.site.connect().close()
 
     def _postgres_immediate(self, fault: Fault) -> None:
         self.site.postgres.process.signal(signal.SIGQUIT)

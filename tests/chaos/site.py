@@ -70,7 +70,6 @@ class Site:
     """Everything that runs. Servers are broken and mended from one thread only."""
 
     folder: Path
-    receiver_url: str = ""
     smtp_url: str = ""
     members: dict[str, Member] = field(default_factory=dict)
     deaths: list[Death] = field(default_factory=list)
@@ -191,19 +190,20 @@ class Site:
         # Children are started by this one thread, whose end they would take for the driver's.
         while not self._stop.wait(0.05):
             with self._lock:
-                members = list(self.members.items())
-            for name, member in members:
-                if member.process.alive() or not member.wanted:
-                    continue
-                now = time.monotonic()
-                if member.starts and not member.restart_at:
-                    status = member.process.poll() or 0
-                    self.deaths.append(Death(name, status, now))
-                    self.worker_kills += name.startswith("gpu") and status != 0
-                    self.kills += status == EXIT_STATUS
-                    member.restart_at = now + RESTART_S
-                if now >= member.restart_at:
-                    self._begin(member)
+                for name, member in self.members.items():
+                    if member.wanted and not member.process.alive():
+                        self._revive(name, member)
+
+    def _revive(self, name: str, member: Member) -> None:
+        now = time.monotonic()
+        if member.starts and not member.restart_at:
+            status = member.process.poll() or 0
+            self.deaths.append(Death(name, status, now))
+            self.worker_kills += name.startswith("gpu") and status != 0
+            self.kills += status == EXIT_STATUS
+            member.restart_at = now + RESTART_S
+        if now >= member.restart_at:
+            self._begin(member)
 
     def _begin(self, member: Member) -> None:
         armed, member.armed = member.armed, ""
@@ -228,7 +228,8 @@ class Site:
     def end(self, name: str, *, roughly: bool) -> None:
         """End a member for good."""
         member = self.members[name]
-        member.wanted = False
+        with self._lock:
+            member.wanted = False
         if roughly:
             self.signal(name, signal.SIGKILL)
         else:
@@ -237,10 +238,6 @@ class Site:
         member.process.wait(60)
         with self._lock:
             del self.members[name]
-
-    def is_up(self, name: str) -> bool:
-        """Whether a process has run for a moment."""
-        return self.pid(name) is not None
 
     # Servers
 
@@ -273,8 +270,15 @@ class Site:
                 time.sleep(0.2)
 
     def connect(self) -> psycopg.Connection[tuple[object, ...]]:
-        """A connection of the driver's own."""
-        return psycopg.connect(self.postgres.url, autocommit=True, connect_timeout=5)
+        """A connection of the driver's own; a server that recovers is waited for."""
+        give_up_at = time.monotonic() + 30
+        while True:
+            try:
+                return psycopg.connect(self.postgres.url, autocommit=True, connect_timeout=5)
+            except psycopg.OperationalError:
+                if time.monotonic() > give_up_at:
+                    raise
+                time.sleep(0.1)
 
     def redis(self) -> redis.Redis:
         """A client of the driver's own."""
@@ -293,8 +297,9 @@ class Site:
 
     def stop(self) -> dict[str, int]:
         """End everything in order; the exit status of each process."""
-        for member in self.members.values():
-            member.wanted = False
+        with self._lock:
+            for member in self.members.values():
+                member.wanted = False
         for member in self.members.values():
             member.process.signal(signal.SIGCONT)
             member.process.signal(signal.SIGTERM)
@@ -343,19 +348,6 @@ def _of_run(process: psutil.Process, run: str) -> bool:
         return process.environ().get(RUN) == run and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
-
-
-@contextlib.contextmanager
-def running(folder: Path, **given: str) -> Iterator[Site]:
-    """A site that is up, and gone afterwards whatever happens."""
-    site = Site(folder, **given)
-    try:
-        site.start()
-        yield site
-    finally:
-        site.stop()
-        with contextlib.suppress(Exception):
-            site.stop_servers()
 
 
 def log_lines(folder: Path, name: str) -> Iterator[Mapping[str, object]]:
