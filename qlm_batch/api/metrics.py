@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from prometheus_client import (
     Counter,
@@ -19,7 +19,7 @@ from prometheus_client.registry import Collector, CollectorRegistry
 
 from qlm_batch.domain.errors import Unavailable
 from qlm_batch.domain.ports import Store
-from qlm_batch.domain.snapshot import InstanceState
+from qlm_batch.domain.snapshot import InstanceState, InstanceView
 
 _BUCKETS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60, 600)
 
@@ -115,38 +115,70 @@ class _Service(Collector):
         for state in InstanceState:
             by_state.add_metric([state.value], states[state])
         yield by_state
-        running = GaugeMetricFamily(
-            "qlm_instance_running", "Requests inside the engine.", labels=["instance"]
-        )
-        interactive = GaugeMetricFamily(
-            "qlm_instance_interactive_running",
-            "Interactive requests inside the engine.",
-            labels=["instance"],
-        )
-        cap = GaugeMetricFamily(
-            "qlm_instance_batch_cap",
-            "Batch requests that may be inside the engine.",
-            labels=["instance"],
-        )
-        evicted = CounterMetricFamily(
-            "qlm_instance_evictions",
-            "How often a running request lost its place, since the boot.",
-            labels=["instance"],
-        )
-        recomputed = CounterMetricFamily(
-            "qlm_instance_recomputed_tokens",
-            "Tokens computed again after that, since the boot.",
-            labels=["instance"],
-        )
-        rate = GaugeMetricFamily(
-            "qlm_instance_tokens_per_second", "Output tokens a second.", labels=["instance"]
-        )
-        for instance in instances:
-            if instance.state is not InstanceState.LOST:
-                running.add_metric([instance.name], instance.running)
-                interactive.add_metric([instance.name], instance.interactive_running)
-                cap.add_metric([instance.name], instance.batch_cap)
-                evicted.add_metric([instance.name], instance.evictions)
-                recomputed.add_metric([instance.name], instance.recomputed_tokens)
-                rate.add_metric([instance.name], instance.tokens_per_s)
-        yield from (running, interactive, cap, evicted, recomputed, rate)
+        alive = [instance for instance in instances if instance.state is not InstanceState.LOST]
+        for kind, name, help_text, value in _PER_INSTANCE:
+            family = kind(f"qlm_instance_{name}", help_text, labels=["instance"])
+            for instance in alive:
+                family.add_metric([instance.name], value(instance))
+            yield family
+
+
+_PER_INSTANCE: tuple[
+    tuple[
+        type[GaugeMetricFamily] | type[CounterMetricFamily],
+        str,
+        str,
+        Callable[[InstanceView], float],
+    ],
+    ...,
+] = (
+    (GaugeMetricFamily, "running", "Requests inside the engine.", lambda seen: seen.running),
+    (
+        GaugeMetricFamily,
+        "interactive_running",
+        "Interactive requests inside the engine.",
+        lambda seen: seen.interactive_running,
+    ),
+    (
+        GaugeMetricFamily,
+        "batch_running",
+        "Batch requests inside the engine.",
+        lambda seen: max(0, seen.running - seen.interactive_running),
+    ),
+    (
+        GaugeMetricFamily,
+        "batch_cap",
+        "Batch requests that may be inside the engine.",
+        lambda seen: seen.batch_cap,
+    ),
+    (
+        GaugeMetricFamily,
+        "kv_usage",
+        "Share of the key-value cache in use.",
+        lambda seen: seen.kv_usage,
+    ),
+    (
+        GaugeMetricFamily,
+        "tokens_per_second",
+        "Output tokens a second.",
+        lambda seen: seen.tokens_per_s,
+    ),
+    (
+        CounterMetricFamily,
+        "output_tokens",
+        "Output tokens of all requests, since the boot.",
+        lambda seen: seen.output_tokens,
+    ),
+    (
+        CounterMetricFamily,
+        "evictions",
+        "How often a running request lost its place, since the boot.",
+        lambda seen: seen.evictions,
+    ),
+    (
+        CounterMetricFamily,
+        "recomputed_tokens",
+        "Tokens computed again after that, since the boot.",
+        lambda seen: seen.recomputed_tokens,
+    ),
+)

@@ -88,8 +88,9 @@ class QueueTotals:
 class Heartbeat:
     """An instance's report; sent every second or two while it lives.
 
-    `batch_cap` is how many batch requests may be inside its engines now; `evictions` and
-    `recomputed_tokens` count since its boot.
+    `batch_cap` is how many batch requests may be inside its engines now; `kv_usage` the share of
+    its key-value cache in use. `evictions`, `recomputed_tokens` and `output_tokens` count since its
+    boot.
     """
 
     name: str
@@ -104,6 +105,8 @@ class Heartbeat:
     batch_cap: int = 0
     evictions: int = 0
     recomputed_tokens: int = 0
+    output_tokens: int = 0
+    kv_usage: float = 0.0
     generated: tuple[int, ...] = ()
     tokens_per_s: float = 0.0
     phase: str = ""

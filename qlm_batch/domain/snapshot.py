@@ -93,8 +93,8 @@ class InstanceView:
     `slots` is the largest running batch; `kv_tokens` its key-value capacity in tokens;
     `running` the requests inside the engine; `generated` the output tokens each running request
     has produced, for residual life. `busy_s` is how long its interactive work will hold it.
-    `batch_cap` bounds the batch requests inside; `evictions` and `recomputed_tokens` count since
-    its boot.
+    `batch_cap` bounds the batch requests inside; `kv_usage` is the share of `kv_tokens` in use;
+    `evictions`, `recomputed_tokens` and `output_tokens` count since its boot.
     """
 
     name: str
@@ -114,6 +114,8 @@ class InstanceView:
     batch_cap: int = 0
     evictions: int = 0
     recomputed_tokens: int = 0
+    output_tokens: int = 0
+    kv_usage: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

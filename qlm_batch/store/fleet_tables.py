@@ -35,6 +35,8 @@ instance = sa.Table(
     count("batch_cap"),
     count("evictions"),
     count("recomputed_tokens"),
+    count("output_tokens"),
+    sa.Column("kv_usage", sa.Double, nullable=False, server_default="0"),
     sa.Column("generated", ARRAY(sa.Integer), nullable=False),
     sa.Column("tokens_per_s", sa.Double, nullable=False),
     text("phase"),

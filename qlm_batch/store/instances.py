@@ -33,11 +33,11 @@ _LOCK = sql("SELECT boot_id, past_boots, retired_at FROM instance WHERE name = :
 _SAVE = sql(
     """
     INSERT INTO instance (name, boot_id, past_boots, device, state, models, slots, kv_tokens,
-        running, interactive_running, batch_cap, evictions, recomputed_tokens, generated,
-        tokens_per_s, phase, beat_at)
+        running, interactive_running, batch_cap, evictions, recomputed_tokens, output_tokens,
+        kv_usage, generated, tokens_per_s, phase, beat_at)
     VALUES (:name, :boot_id, CAST(:past_boots AS text[]), :device, :state,
         CAST(:models AS jsonb), :slots, :kv_tokens, :running, :interactive_running,
-        :batch_cap, :evictions, :recomputed_tokens,
+        :batch_cap, :evictions, :recomputed_tokens, :output_tokens, :kv_usage,
         CAST(:generated AS integer[]), :tokens_per_s, :phase, {now})
     ON CONFLICT (name) DO UPDATE
     SET boot_id = excluded.boot_id, past_boots = excluded.past_boots, device = excluded.device,
@@ -45,6 +45,7 @@ _SAVE = sql(
         kv_tokens = excluded.kv_tokens, running = excluded.running,
         interactive_running = excluded.interactive_running, batch_cap = excluded.batch_cap,
         evictions = excluded.evictions, recomputed_tokens = excluded.recomputed_tokens,
+        output_tokens = excluded.output_tokens, kv_usage = excluded.kv_usage,
         generated = excluded.generated,
         tokens_per_s = excluded.tokens_per_s, phase = excluded.phase, beat_at = excluded.beat_at,
         retired_at = NULL
@@ -90,6 +91,8 @@ def heartbeat(connection: Connection, beat: Heartbeat) -> bool:
             "batch_cap": beat.batch_cap,
             "evictions": beat.evictions,
             "recomputed_tokens": beat.recomputed_tokens,
+            "output_tokens": beat.output_tokens,
+            "kv_usage": beat.kv_usage,
             "generated": list(beat.generated),
             "tokens_per_s": beat.tokens_per_s,
             "phase": beat.phase,
@@ -197,6 +200,8 @@ def _to_view(
         batch_cap=row.batch_cap,
         evictions=row.evictions,
         recomputed_tokens=row.recomputed_tokens,
+        output_tokens=row.output_tokens,
+        kv_usage=row.kv_usage,
         generated=tuple(row.generated),
         assigned=tuple(
             AssignedView(

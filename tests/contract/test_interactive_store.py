@@ -157,10 +157,18 @@ def test_a_request_that_nobody_sends_ends_although_its_boot_is_there(bench: Benc
 
 
 def test_an_instance_tells_what_it_does_to_batch_work(bench: Bench) -> None:
-    bench.beat(interactive_running=2, batch_cap=30, evictions=5, recomputed_tokens=70)
+    bench.beat(
+        interactive_running=2,
+        batch_cap=30,
+        evictions=5,
+        recomputed_tokens=70,
+        output_tokens=900,
+        kv_usage=0.5,
+    )
     (view,) = bench.store.instances()
     assert (view.interactive_running, view.batch_cap) == (2, 30)
     assert (view.evictions, view.recomputed_tokens) == (5, 70)
+    assert (view.output_tokens, view.kv_usage) == (900, 0.5)
 
 
 def test_bodies_are_emptied_first_and_rows_dropped_later(bench: Bench) -> None:

@@ -67,8 +67,17 @@ class Reporter:
             batch_cap=sum(host.cap for host in self._hosts),
             evictions=sum(seen.evictions for seen in stats),
             recomputed_tokens=sum(seen.recomputed_tokens for seen in stats),
+            output_tokens=sum(seen.generated_tokens for seen in stats),
+            kv_usage=_kv_usage(self._hosts),
             generated=tuple(n for s in stats for n in s.generated)[:MOST_GENERATED],
             tokens_per_s=sum(host.meter.tokens_per_s for host in self._hosts),
             phase=phase,
             observations=reports,
         )
+
+
+def _kv_usage(hosts: Sequence[Host]) -> float:
+    """The share in use of all engines' key-value caches together."""
+    told = [(host.stats, host.info) for host in hosts]
+    used = sum(s.kv_usage * i.kv_tokens for s, i in told if s is not None and i is not None)
+    return used / (sum(i.kv_tokens for _, i in told if i is not None) or 1)

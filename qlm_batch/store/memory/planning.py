@@ -236,6 +236,8 @@ def instance_views(state: State) -> tuple[InstanceView, ...]:
             batch_cap=beat.batch_cap,
             evictions=beat.evictions,
             recomputed_tokens=beat.recomputed_tokens,
+            output_tokens=beat.output_tokens,
+            kv_usage=beat.kv_usage,
             generated=beat.generated,
             assigned=tuple(_assigned_views(state, tallies, limits)),
             suspect_slices=sum(tally.suspects for tally in tallies.values()),
