@@ -116,10 +116,10 @@ class _Service(Collector):
             by_state.add_metric([state.value], states[state])
         yield by_state
         alive = [instance for instance in instances if instance.state is not InstanceState.LOST]
-        for kind, name, help_text, value in _PER_INSTANCE:
+        for kind, name, help_text, read in _PER_INSTANCE:
             family = kind(f"qlm_instance_{name}", help_text, labels=["instance"])
             for instance in alive:
-                family.add_metric([instance.name], value(instance))
+                family.add_metric([instance.name], read(instance))
             yield family
 
 
