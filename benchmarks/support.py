@@ -62,13 +62,14 @@ class Stand:
         """The API's base URL, `/v1` included."""
         return f"http://{self.settings.host}:{self.settings.port}/v1"
 
-    def start(self, name: str, **changes: object) -> None:
-        """Start `qlm NAME` as a process of its own, with these settings changed."""
+    def start(self, command: str, *, name: str = "", **changes: object) -> None:
+        """Start `qlm COMMAND` as a process of its own, with these settings changed."""
+        name = name or command
         settings = self.settings.model_copy(update=changes)
         process = ManagedProcess(
             ProcessSpec(
                 name=name,
-                argv=[sys.executable, "-m", "qlm_cli", name],
+                argv=[sys.executable, "-m", "qlm_cli", command],
                 log=settings.data_dir / "logs" / f"{name}.log",
                 env=environment_of(settings),
             )

@@ -1,0 +1,341 @@
+"""What interactive users notice of a batch on the same engine, and what it costs the batch.
+
+Real vLLM on a CPU, everything through HTTP. Arms: `idle` (the service without a batch), `service`
+(the service with a saturating batch, in windows between windows of `batch_only`), `fcfs` and
+`priority` (vLLM's own server with the same batch and the same interactive load). Times are seconds.
+
+`step_p50` is slots over the median batch-only rate. `--kv` makes keys and values scarce instead of
+places. `--instances 2` halves the slots over two engines and kills one in the middle of the load.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+# Not this folder first: its queue.py would hide the standard library's.
+sys.path[0] = str(ROOT)
+
+import aiohttp
+
+from benchmarks.cohost_batch import Likeness, Service, answers, compare, file_of, keep_full
+from benchmarks.interactive_load import Counter, Seen, arrivals, metric, play, summary
+from benchmarks.support import CHAT, Stand, finish, load, require, say, stand
+from benchmarks.vllm_server import vllm_server
+
+ARMS = ("idle", "service", "fcfs", "priority")
+RATE = 3.0
+BURST_EVERY_S = 20.0 / 3
+SETTLE_S = 3.0
+"""Between a change of the load and the measurement of its rates."""
+KV_BYTES = 512 * 1024**2
+MODEL_LEN = 1024
+BUDGET = 2048
+DUE = 1_900_000_000
+"""The deadline, as vLLM's priority, of batch work sent to vLLM's own server."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of a run."""
+
+    window_s: float
+    rounds: int
+    bodies: int
+    slots: int
+    instances: int
+    dtype: str
+    kv_blocks: int | None
+    model: Path
+
+    @property
+    def arm_s(self) -> float:
+        """How long an arm lasts that is measured in one piece."""
+        return self.window_s * self.rounds
+
+    @property
+    def name(self) -> str:
+        """What requests call the model."""
+        return self.model.name
+
+    def engine_args(self) -> dict[str, object]:
+        """Arguments both servers get beyond the settings they share."""
+        return {} if self.kv_blocks is None else {"num_gpu_blocks_override": self.kv_blocks}
+
+
+def main() -> None:
+    """Run the arms asked for and print their figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--quick", action="store_true", help="small sizes, for development")
+    parser.add_argument("--kv", type=int, nargs="?", const=60, metavar="BLOCKS")
+    parser.add_argument("--instances", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="qlm-cohost-") as folder:
+        plan = Plan(
+            window_s=7.0 if options.quick else 20.0,
+            rounds=1 if options.quick else 3,
+            bodies=32 if options.quick else 96,
+            slots=32 // options.instances,
+            instances=options.instances,
+            dtype=options.dtype,
+            kv_blocks=options.kv,
+            model=_make_model(Path(folder)),
+        )
+        finish(asyncio.run(_run(plan, options.arms, Path(folder))))
+
+
+def _make_model(folder: Path) -> Path:
+    path = folder / "compute"
+    make = [sys.executable, str(ROOT / "tools/tiny_model/compute_bound.py"), str(path)]
+    subprocess.run([*make, "--layers", "8", "--hidden", "512"], check=True, stdout=sys.stderr)
+    return path
+
+
+async def _run(plan: Plan, arms: list[str], folder: Path) -> dict[str, object]:
+    result: dict[str, object] = {}
+    say(f"{load()}; {plan.instances} x {plan.slots} slots, {plan.dtype}")
+    if "idle" in arms or "service" in arms:
+        with _service(plan) as site:
+            result |= await _service_arms(plan, site, arms)
+    for policy in ("fcfs", "priority"):
+        if policy in arms:
+            with vllm_server(_arguments(plan, policy), folder / f"{policy}.log") as url:
+                result[policy] = await _vllm_arm(plan, url, policy)
+                say(f"{policy}: {result[policy]}")
+    return result
+
+
+# The service
+
+
+@contextmanager
+def _service(plan: Plan) -> Iterator[Stand]:
+    with stand(
+        engine="vllm",
+        models=(str(plan.model),),
+        slots=plan.slots,
+        max_num_batched_tokens=BUDGET,
+        max_model_len=MODEL_LEN,
+        kv_cache_bytes=KV_BYTES,
+        dtype=plan.dtype,
+        engine_args=plan.engine_args(),
+        # Often told, so that tokens are counted to the window's edges.
+        heartbeat_s=0.5,
+    ) as site:
+        for name in ("api", "scheduler", "files"):
+            site.start(name)
+        for number in range(plan.instances):
+            site.start("worker", name=f"worker-{number}", instance=f"bench-{number}")
+        yield site
+
+
+async def _service_arms(plan: Plan, site: Stand, arms: list[str]) -> dict[str, object]:
+    headers = {"authorization": f"Bearer {site.key}"}
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(headers=headers, connector=connector) as session:
+        url = f"http://{site.settings.host}:{site.settings.port}"
+        await _until_served(session, f"{url}{CHAT}", plan)
+        found: dict[str, object] = {}
+        if "idle" in arms:
+            quiet = await _play(session, url, plan, plan.arm_s, seed=1)
+            found["idle"] = summary(quiet)
+            say(f"idle: {found['idle']}")
+        if "service" in arms:
+            found |= await _beside_a_batch(plan, site, session, url)
+        return found
+
+
+async def _until_served(session: aiohttp.ClientSession, url: str, plan: Plan) -> None:
+    """Wait until requests are answered, and warm the path."""
+    give_up_at = time.monotonic() + 240
+    warm = 0
+    while warm < 8 * plan.instances:
+        plan_of_one = arrivals(0.5, 2.0, 1e9, seed=warm) or arrivals(3.0, 2.0, 1e9, seed=7)
+        seen = await play(session, url, plan.name, plan_of_one[:1], seed=900 + warm)
+        ok = seen[0].ttft_s is not None
+        warm += ok
+        require(time.monotonic() < give_up_at, f"not served: {seen[0].fault}")
+        if not ok:
+            await asyncio.sleep(1.0)
+
+
+async def _beside_a_batch(
+    plan: Plan, site: Stand, session: aiohttp.ClientSession, url: str
+) -> dict[str, object]:
+    api = Service(session, f"{url}/v1")
+    reference = await _reference(plan, api)
+    spread = None
+    if plan.dtype != "float32":
+        again = await api.output(await api.submit(file_of(plan.name, plan.bodies, plan.bodies)))
+        spread = compare(again, reference)
+        say(f"two batch-only runs: {spread}")
+    windows = 2 * plan.rounds + 1
+    lines = int(windows * (plan.window_s + SETTLE_S) * 40)
+    batch_id = await api.submit(file_of(plan.name, lines, plan.bodies))
+    counter = Counter(session, f"{url}/metrics", _output_tokens)
+    watching = asyncio.create_task(counter.watch(0.25))
+    rates: list[tuple[bool, float]] = []
+    seen: list[Seen] = []
+    evictions = await _metric(session, url, "qlm_instance_evictions_total")
+    for number in range(windows):
+        busy = number % 2 == 1
+        await asyncio.sleep(SETTLE_S)
+        since = time.perf_counter()
+        if busy:
+            killer = None
+            if plan.instances > 1 and number == 1:
+                killer = asyncio.create_task(_kill_in(plan.window_s / 2, site, "worker-1"))
+            seen += await _play(session, url, plan, plan.window_s, seed=number + 1)
+            if killer is not None:
+                await killer
+            await asyncio.sleep(max(0.0, since + plan.window_s - time.perf_counter()))
+        else:
+            await asyncio.sleep(plan.window_s)
+        until = time.perf_counter()
+        await asyncio.sleep(1.0)
+        rates.append((busy, counter.rate(since, until)))
+        say(f"{'beside interactive' if busy else 'batch only'}: {rates[-1][1]:.0f} tokens/s")
+    evictions = await _metric(session, url, "qlm_instance_evictions_total") - evictions
+    watching.cancel()
+    with suppress(asyncio.CancelledError):
+        await watching
+    await api.cancel(batch_id)
+    likeness = compare(await api.output(batch_id), reference)
+    say(f"outputs: {likeness}")
+    only = [rate for busy, rate in rates if not busy]
+    kept = [
+        rates[at][1] / statistics.mean((rates[at - 1][1], rates[at + 1][1]))
+        for at in range(1, windows, 2)
+    ]
+    service = summary(seen) | {
+        "batch_tokens_per_s": round(statistics.median(r for busy, r in rates if busy), 1),
+        "batch_share": round(statistics.median(kept), 4),
+        "evictions": evictions,
+    }
+    say(f"service: {service}")
+    for one in seen:
+        if one.fault:
+            say(f"failed: {one.fault}")
+    return {
+        "service": service,
+        "batch_only": {
+            "before": round(only[0], 1),
+            "after": round(only[-1], 1),
+            "batch_tokens_per_s": round(statistics.median(only), 1),
+        },
+        "step_p50": round(plan.slots * plan.instances / statistics.median(only), 5),
+        "outputs_compared": likeness.compared,
+        "outputs_identical": likeness.different == 0,
+        **({} if spread is None else _shares(likeness, spread)),
+    }
+
+
+def _shares(likeness: Likeness, spread: Likeness) -> dict[str, object]:
+    return {
+        "differing_share": round(likeness.share, 4),
+        "differing_share_of_batch_only": round(spread.share, 4),
+    }
+
+
+async def _reference(plan: Plan, api: Service) -> dict[str, dict[str, Any]]:
+    """Each body's answer without interactive traffic, by its number."""
+    began = time.monotonic()
+    output = await api.output(await api.submit(file_of(plan.name, plan.bodies, plan.bodies)))
+    say(f"reference outputs in {time.monotonic() - began:.0f} s")
+    return {custom_id.split(":")[1]: choice for custom_id, choice in answers(output)}
+
+
+async def _kill_in(seconds: float, site: Stand, name: str) -> None:
+    """SIGKILL a worker, as a crash would."""
+    await asyncio.sleep(seconds)
+    process = site.processes.pop(name)
+    say(f"killing {name}")
+    process.signal(signal.SIGKILL)
+    await asyncio.to_thread(process.wait, 10)
+
+
+def _output_tokens(text: str) -> float:
+    return metric(text, "qlm_instance_output_tokens_total")
+
+
+async def _metric(session: aiohttp.ClientSession, url: str, name: str) -> float:
+    async with session.get(f"{url}/metrics") as answer:
+        return metric(await answer.text(), name)
+
+
+# vLLM's own server
+
+
+def _arguments(plan: Plan, policy: str) -> dict[str, object]:
+    return {
+        "model": str(plan.model),
+        "served_model_name": plan.name,
+        "dtype": plan.dtype,
+        "max_num_seqs": plan.slots * plan.instances,
+        "max_num_batched_tokens": BUDGET,
+        "max_model_len": MODEL_LEN,
+        "kv_cache_memory_bytes": KV_BYTES,
+        "scheduling_policy": policy,
+        "enforce_eager": True,
+        **plan.engine_args(),
+    }
+
+
+async def _vllm_arm(plan: Plan, url: str, policy: str) -> dict[str, object]:
+    ordered = policy == "priority"
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(connector=connector) as session:
+        await _until_served(session, f"{url}{CHAT}", plan)
+        due = {"priority": DUE} if ordered else {}
+        # A queue as long as the running batch, in which the service's own worker keeps its work.
+        in_flight = 2 * plan.slots * plan.instances
+        filling = asyncio.create_task(
+            keep_full(session, f"{url}{CHAT}", plan.name, plan.bodies, in_flight, due)
+        )
+        await asyncio.sleep(2 * SETTLE_S)
+        counter = Counter(
+            session, f"{url}/metrics", lambda text: metric(text, "vllm:generation_tokens_total")
+        )
+        watching = asyncio.create_task(counter.watch(0.5))
+        preempted = await _metric(session, url, "vllm:num_preemptions_total")
+        since = time.perf_counter()
+        seen = await _play(
+            session, url, plan, plan.arm_s, seed=1, extra={"priority": 0} if ordered else {}
+        )
+        rate = counter.rate(since, time.perf_counter())
+        preempted = await _metric(session, url, "vllm:num_preemptions_total") - preempted
+        for task in (filling, watching):
+            require(not task.done(), f"a task of the load ended: {task}")
+            task.cancel()
+        await asyncio.gather(filling, watching, return_exceptions=True)
+    return {**summary(seen), "batch_tokens_per_s": round(rate, 1), "evictions": preempted}
+
+
+async def _play(
+    session: aiohttp.ClientSession,
+    url: str,
+    plan: Plan,
+    seconds: float,
+    seed: int,
+    extra: dict[str, object] | None = None,
+) -> list[Seen]:
+    wanted = arrivals(seconds, RATE, min(BURST_EVERY_S, seconds), seed)
+    return await play(session, f"{url}{CHAT}", plan.name, wanted, seed, extra or {})
+
+
+if __name__ == "__main__":
+    main()
