@@ -27,6 +27,7 @@ COMMANDS: Mapping[str, str] = {
     "estimate": "qlm_cli.foresight:estimate",
     "explain": "qlm_cli.foresight:explain",
     "calibration": "qlm_cli.foresight:calibration",
+    "top": "qlm_cli.top:top",
     "simulate": "qlm_cli.simulate:simulate",
     "keys": "qlm_cli.keys:keys",
     "db": "qlm_cli.processes:db",

@@ -15,6 +15,7 @@ from qlm_batch.api import (
     batches,
     errors,
     files,
+    fleet,
     foresight,
     health,
     interactive,
@@ -65,7 +66,7 @@ def create_app(services: ApiServices) -> FastAPI:
     app.state.metrics = Metrics(services.store)
     errors.install(app, require_key)
     app.add_middleware(Edge, observe=app.state.metrics.observe)
-    for part in (files, batches, results, interactive, foresight, models, webhooks, health):
+    for part in (files, batches, results, interactive, foresight, fleet, models, webhooks, health):
         app.include_router(part.router)
     app.openapi = _honest(app.openapi)  # type: ignore[method-assign]
     return app

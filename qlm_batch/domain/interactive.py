@@ -68,6 +68,22 @@ class InteractiveRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class Timeliness:
+    """How interactive requests that were answered lately fared: their number and quantiles.
+
+    Times are seconds as the worker saw them, from taking a request up; None where nothing is known.
+    `met` is the share whose first token came within its target.
+    """
+
+    requests: int = 0
+    ttft_p50: float | None = None
+    ttft_p95: float | None = None
+    ttft_p99: float | None = None
+    tpot_p50: float | None = None
+    met: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class InteractiveMark:
     """What a holder reports of a request under its `epoch`; marks of another epoch are void.
 

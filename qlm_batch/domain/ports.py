@@ -12,7 +12,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import BinaryIO, Generic, Protocol, TypeVar
 
-from qlm_batch.domain.interactive import InteractiveMark, InteractiveRequest, NewInteractive
+from qlm_batch.domain.interactive import (
+    InteractiveMark,
+    InteractiveRequest,
+    NewInteractive,
+    Timeliness,
+)
 from qlm_batch.domain.jobs import (
     ApiKey,
     Batch,
@@ -167,6 +172,10 @@ class BatchStore(Protocol):
         self, tenant: str, *, after: str | None = None, limit: int = 20
     ) -> Page[Batch]:
         """A page of the tenant's batches, newest first."""
+        ...
+
+    def open_batches(self, limit: int = 100) -> Sequence[Batch]:
+        """Batches of all tenants that have not ended, earliest deadline first."""
         ...
 
     def cancel_batch(self, tenant: str, batch_id: str) -> Batch:
@@ -394,6 +403,10 @@ class InteractiveStore(Protocol):
 
     def interactive(self, tenant: str, request_id: str) -> InteractiveRequest:
         """The request. NotFound."""
+        ...
+
+    def timeliness(self, window_s: float) -> Timeliness:
+        """How the requests fared that were answered within the last `window_s`."""
         ...
 
     def sweep_interactive(self, grace_s: float, limit: int = 1000) -> int:

@@ -108,6 +108,21 @@ def list_batches(connection: Connection, tenant: str, after: str | None, limit: 
     return Page(tuple(batches_by_id(connection, ids[:limit])), has_more=len(ids) > limit)
 
 
+_UNENDED = sql(
+    """
+    SELECT id FROM batch
+    WHERE state IN ('validating', 'in_progress', 'finalizing', 'cancelling')
+    ORDER BY deadline, seq LIMIT :limit
+    """
+)
+
+
+def open_batches(connection: Connection, limit: int) -> Sequence[Batch]:
+    """Batches of all tenants that have not ended, earliest deadline first."""
+    ids = connection.scalars(_UNENDED, {"limit": limit}).all()
+    return sorted(batches_by_id(connection, ids), key=lambda found: ids.index(found.id))
+
+
 _OPEN_SLICES = sql(
     """
     SELECT id FROM slice

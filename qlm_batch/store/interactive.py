@@ -16,6 +16,7 @@ from qlm_batch.domain.interactive import (
     InteractiveRequest,
     InteractiveState,
     NewInteractive,
+    Timeliness,
 )
 from qlm_batch.domain.jobs import Usage
 from qlm_batch.store.fleet_tables import interactive_request
@@ -125,6 +126,28 @@ def _to_request(row: Any) -> InteractiveRequest:
     found = dict(row._mapping)
     usage = Usage(**{name: found.pop(name) for name in _USAGE})
     return InteractiveRequest(**found | {"state": InteractiveState(row.state), "usage": usage})
+
+
+_TIMELINESS = sql(
+    """
+    SELECT count(*) AS requests,
+           percentile_cont(0.5) WITHIN GROUP (ORDER BY first_token_s) AS ttft_p50,
+           percentile_cont(0.95) WITHIN GROUP (ORDER BY first_token_s) AS ttft_p95,
+           percentile_cont(0.99) WITHIN GROUP (ORDER BY first_token_s) AS ttft_p99,
+           percentile_cont(0.5) WITHIN GROUP (
+               ORDER BY (duration_s - first_token_s) / (output_tokens - 1)
+           ) FILTER (WHERE output_tokens > 1) AS tpot_p50,
+           avg((first_token_s <= ttft_s)::int)::double precision AS met
+    FROM interactive_request
+    WHERE ended_at > {now} - :window_s AND state = 'done' AND first_token_s IS NOT NULL
+    """
+)
+
+
+def timeliness(connection: Connection, window_s: float) -> Timeliness:
+    """How the requests fared that were answered within the last `window_s`."""
+    row = connection.execute(_TIMELINESS, {"window_s": window_s}).one()
+    return Timeliness(**row._mapping)
 
 
 _SWEEP = sql(

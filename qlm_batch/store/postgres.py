@@ -9,7 +9,12 @@ from cryptography.fernet import Fernet
 from sqlalchemy.engine import Connection
 
 from qlm_batch.domain.errors import Unavailable
-from qlm_batch.domain.interactive import InteractiveMark, InteractiveRequest, NewInteractive
+from qlm_batch.domain.interactive import (
+    InteractiveMark,
+    InteractiveRequest,
+    NewInteractive,
+    Timeliness,
+)
 from qlm_batch.domain.jobs import (
     ApiKey,
     Batch,
@@ -145,6 +150,9 @@ class PostgresStore:
         self, tenant: str, *, after: str | None = None, limit: int = 20
     ) -> Page[Batch]:
         return self._run(batches.list_batches, tenant, after, limit)
+
+    def open_batches(self, limit: int = 100) -> Sequence[Batch]:
+        return self._run(batches.open_batches, limit)
 
     def cancel_batch(self, tenant: str, batch_id: str) -> Batch:
         return self._run(batches.cancel_batch, tenant, batch_id)
@@ -282,6 +290,9 @@ class PostgresStore:
 
     def interactive(self, tenant: str, request_id: str) -> InteractiveRequest:
         return self._run(interactive.get_interactive, tenant, request_id)
+
+    def timeliness(self, window_s: float) -> Timeliness:
+        return self._run(interactive.timeliness, window_s)
 
     def sweep_interactive(self, grace_s: float, limit: int = 1000) -> int:
         return self._run(interactive.sweep_interactive, self._silent_s, grace_s, limit)

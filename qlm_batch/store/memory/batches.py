@@ -67,6 +67,12 @@ class MemoryBatches(Facet):
         return page_of(own, "batch", after, limit)
 
     @locked
+    def open_batches(self, limit: int = 100) -> Sequence[Batch]:
+        """Batches of all tenants that have not ended, earliest deadline first."""
+        found = [batch.shown() for batch in self.state.unfinished.values()]
+        return sorted(found, key=lambda batch: batch.deadline)[:limit]
+
+    @locked
     def cancel_batch(self, tenant: str, batch_id: str) -> Batch:
         """Close every open slice as cancelled and turn the batch `cancelling`."""
         batch = self.state.batch_of(tenant, batch_id)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
+import numpy as np
+
 from qlm_batch.domain.errors import NotFound
 from qlm_batch.domain.interactive import (
     OPEN_INTERACTIVE,
@@ -12,6 +14,7 @@ from qlm_batch.domain.interactive import (
     InteractiveRequest,
     InteractiveState,
     NewInteractive,
+    Timeliness,
 )
 from qlm_batch.store.interactive import LOST, UNSENT_GRACES
 from qlm_batch.store.memory.state import Facet, locked
@@ -76,6 +79,35 @@ class MemoryInteractive(Facet):
                 f"No request found with id '{request_id}'.", code="request_not_found", param="id"
             )
         return found
+
+    @locked
+    def timeliness(self, window_s: float) -> Timeliness:
+        """How the requests fared that were answered within the last `window_s`."""
+        since = self.state.clock() - window_s
+        ended = [
+            (request, request.first_token_s)
+            for request in self.state.interactive.values()
+            if (request.ended_at or 0.0) > since
+            and request.state is InteractiveState.DONE
+            and request.first_token_s is not None
+        ]
+        if not ended:
+            return Timeliness()
+        first = [first_s for _, first_s in ended]
+        per_token = [
+            ((request.duration_s or 0.0) - first_s) / (request.usage.output_tokens - 1)
+            for request, first_s in ended
+            if request.usage.output_tokens > 1
+        ]
+        p50, p95, p99 = (float(np.percentile(first, level)) for level in (50, 95, 99))
+        return Timeliness(
+            requests=len(ended),
+            ttft_p50=p50,
+            ttft_p95=p95,
+            ttft_p99=p99,
+            tpot_p50=float(np.median(per_token)) if per_token else None,
+            met=sum(first_s <= request.ttft_s for request, first_s in ended) / len(ended),
+        )
 
     @locked
     def sweep_interactive(self, grace_s: float, limit: int = 1000) -> int:

@@ -1,0 +1,150 @@
+"""`qlm top`: instances, virtual queues, batches and interactive requests, drawn live."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+import click
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from qlm_cli.context import Context, service_options
+from qlm_cli.output import Json, ago
+
+_GROUPS_SHOWN = 5
+_REASON_WIDTH = 60
+
+
+@click.command()
+@click.option("--every", type=click.FloatRange(0.2, 60.0), default=1.0, show_default=True)
+@click.option("--once", is_flag=True, help="Show it once and end.")
+@service_options
+def top(context: Context, every: float, once: bool) -> None:
+    """Show what runs where, what waits, and how interactive requests fare. Needs an admin key.
+
+    On a terminal it is redrawn until Ctrl-C; in a pipe, or with --json, each look is printed.
+    """
+    client, output = context.client(), context.output
+
+    def look() -> Json:
+        return client.get("/v1/fleet")
+
+    def tell(seen: Json) -> None:
+        if output.as_json:
+            output.event(seen, "")
+        else:
+            output.console.print(screen(seen))
+
+    with contextlib.suppress(KeyboardInterrupt):
+        in_lines = once or output.as_json or not output.console.is_terminal
+        while in_lines:
+            tell(look())
+            if once:
+                return
+            time.sleep(every)
+        with Live(screen(look()), console=output.console, screen=True, auto_refresh=False) as live:
+            while True:
+                time.sleep(every)
+                live.update(screen(look()), refresh=True)
+
+
+def screen(seen: Json) -> RenderableType:
+    """Everything `/v1/fleet` told, for a terminal."""
+    return Group(
+        _headline(seen),
+        Text(),
+        _instances(seen["instances"]),
+        Text(),
+        _queues(seen["instances"]),
+        Text(),
+        _batches(seen["batches"], seen["at"]),
+    )
+
+
+def _headline(seen: Json) -> Text:
+    interactive = seen["interactive"]
+    words = [f"{seen['queued_requests']} requests waiting or running"]
+    if interactive["requests"]:
+        words.append(
+            f"{interactive['requests']} interactive in {ago(interactive['window_s'])}: first token "
+            f"{_ms(interactive['ttft_p50'])} (95 %: {_ms(interactive['ttft_p95'])}, "
+            f"99 %: {_ms(interactive['ttft_p99'])}), then {_ms(interactive['tpot_p50'])} each, "
+            f"{100 * interactive['met']:.1f} % in time"
+        )
+    else:
+        words.append(f"no interactive requests in {ago(interactive['window_s'])}")
+    return Text("; ".join(words))
+
+
+def _instances(instances: list[Json]) -> RenderableType:
+    if not instances:
+        return Text("no instance has reported yet")
+    table = _table(
+        "instance", "state", "models", "batch", "interactive", "KV", "tokens/s", "evicted", "again"
+    )
+    for each in instances:
+        table.add_row(
+            each["name"],
+            each["state"],
+            ", ".join(_model(model) for model in each["models"]),
+            f"{each['batch_running']} of {each['batch_cap']}",
+            str(each["interactive_running"]),
+            f"{100 * each['kv_usage']:.0f} %",
+            f"{each['tokens_per_s']:.0f}",
+            str(each["evictions"]),
+            f"{each['recomputed_tokens']} tokens",
+        )
+    return table
+
+
+def _model(model: Json) -> str:
+    if model["residency"] == "awake":
+        return str(model["name"])
+    wake = "" if model["wake_s"] is None else f", {ago(model['wake_s'])} to wake"
+    return f"{model['name']} ({model['residency']}{wake})"
+
+
+def _queues(instances: list[Json]) -> RenderableType:
+    table = _table("virtual queue", "group", "slices", "why there")
+    for each in instances:
+        for group in each["queue"][:_GROUPS_SHOWN]:
+            reason = group["reason"]
+            table.add_row(each["name"], group["group"], str(group["slices"]), _short(reason))
+        if each["groups"] > _GROUPS_SHOWN:
+            table.add_row(each["name"], f"and {each['groups'] - _GROUPS_SHOWN} more", "", "")
+    return table if table.row_count else Text("the virtual queues are empty")
+
+
+def _batches(batches: list[Json], now: float) -> RenderableType:
+    if not batches:
+        return Text("no open batches")
+    table = _table("batch", "tenant", "status", "done", "deadline", "expected (95 %)", "miss")
+    for each in batches:
+        p50, p95 = each["eta"]["p50"], each["eta"]["p95"]
+        miss = each["miss_probability"]
+        expected = f"in {ago(p50 - now)}" if p50 is not None else "not known yet"
+        table.add_row(
+            each["id"],
+            each["tenant"],
+            each["status"],
+            f"{each['done']}/{each['total']}",
+            f"in {ago(each['deadline'] - now)}",
+            expected if p95 is None else f"{expected} ({ago(p95 - now)})",
+            "" if miss is None else f"{100 * miss:.0f} %",
+        )
+    return table
+
+
+def _table(*columns: str) -> Table:
+    return Table(*columns, box=None, pad_edge=False, header_style="bold")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _REASON_WIDTH else text[: _REASON_WIDTH - 1] + "…"
+
+
+def _ms(seconds: float | None) -> str:
+    return "–" if seconds is None else f"{1000 * seconds:.0f} ms"
