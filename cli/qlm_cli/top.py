@@ -16,6 +16,7 @@ from qlm_cli.output import Json, ago
 
 _GROUPS_SHOWN = 5
 _REASON_WIDTH = 60
+_PIPE_WIDTH = 200
 
 
 @click.command()
@@ -28,6 +29,7 @@ def top(context: Context, every: float, once: bool) -> None:
     On a terminal it is redrawn until Ctrl-C; in a pipe, or with --json, each look is printed.
     """
     client, output = context.client(), context.output
+    on_terminal = output.console.is_terminal
 
     def look() -> Json:
         return client.get("/v1/fleet")
@@ -36,10 +38,10 @@ def top(context: Context, every: float, once: bool) -> None:
         if output.as_json:
             output.event(seen, "")
         else:
-            output.console.print(screen(seen))
+            output.console.print(screen(seen), width=None if on_terminal else _PIPE_WIDTH)
 
     with contextlib.suppress(KeyboardInterrupt):
-        in_lines = once or output.as_json or not output.console.is_terminal
+        in_lines = once or output.as_json or not on_terminal
         while in_lines:
             tell(look())
             if once:
