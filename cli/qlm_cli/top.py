@@ -30,6 +30,8 @@ def top(context: Context, every: float, once: bool) -> None:
     """
     client, output = context.client(), context.output
     on_terminal = output.console.is_terminal
+    if not on_terminal:
+        output.console.width = _PIPE_WIDTH
 
     def look() -> Json:
         return client.get("/v1/fleet")
@@ -38,7 +40,7 @@ def top(context: Context, every: float, once: bool) -> None:
         if output.as_json:
             output.event(seen, "")
         else:
-            output.console.print(screen(seen), width=None if on_terminal else _PIPE_WIDTH)
+            output.console.print(screen(seen))
 
     with contextlib.suppress(KeyboardInterrupt):
         in_lines = once or output.as_json or not on_terminal

@@ -5,7 +5,7 @@ Pure rules, called by the worker's runner and by the simulated cluster alike.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 PULL_BELOW = 1.5
 """Claim more once less than this many running batches of requests are in hand."""
@@ -76,18 +76,6 @@ def interactive_priority(due_at: float) -> int:
     Ahead of any batch work; among calls the earliest due comes first, to a tenth of a second.
     """
     return min(INTERACTIVE_PRIORITY, int(due_at * 10) - _INTERACTIVE_BASE)
-
-
-Rank = tuple[int, float]
-"""A request's engine priority and arrival; the lowest rank runs first."""
-
-
-def victim(running: Sequence[Rank]) -> int:
-    """Which of the running requests gives way when one must: the index of the highest rank.
-
-    The last of equals. ValueError when nothing runs.
-    """
-    return max(range(len(running)), key=lambda i: (running[i], i))
 
 
 def next_model(awake: str | None, in_hand: Mapping[str, float]) -> str | None:

@@ -55,14 +55,6 @@ def is_urgent(priority: int) -> bool:
     return priority < URGENT_BELOW
 
 
-def may_evict(waiting: int, running: int) -> bool:
-    """Whether a request of priority `waiting` may take the place of one of priority `running`.
-
-    It compares classes and is strict: two of one class would take turns without end.
-    """
-    return is_urgent(waiting) and not is_urgent(running)
-
-
 def admission_limit(size: int, slots: int, urgent_running: int, urgent_waiting: int) -> int:
     """How many requests may run, so that at most `slots` of the `size` places hold batch work.
 
@@ -90,6 +82,18 @@ class Running:
     grows: int
 
 
+Rank = tuple[int, float]
+"""A request's engine priority and arrival; the lowest rank runs first."""
+
+
+def gives_way_first(running: Sequence[Rank]) -> list[int]:
+    """Indices of the running requests in the order in which they give way: highest rank first.
+
+    That is the latest deadline, of equals the last to arrive, of those the last in `running`.
+    """
+    return sorted(range(len(running)), key=lambda index: (running[index], index), reverse=True)
+
+
 def victims(
     waiting: Sequence[Waiting],
     running: Sequence[Running],
@@ -100,18 +104,18 @@ def victims(
 ) -> list[int]:
     """Indices of the running requests that give way so that the first of `waiting` fit.
 
-    The latest deadline goes first, of equals the last to arrive. `waiting` is in the order of
-    admission; where room cannot be made for one of them, nobody gives way to it or those behind.
-    `evictions` tells how often a request has given way before.
+    They go in the order of `gives_way_first`. `waiting` is in the order of admission; where room
+    cannot be made for one of them, nobody gives way to it or those behind.
+    `evictions` tells how often a request has given way before. Classes are compared, strictly: two
+    of one class would take turns without end.
     """
-    candidates = sorted(
-        (
-            index
-            for index, request in enumerate(running)
-            if not is_urgent(request.priority) and evictions.get(request.id, 0) < MAX_EVICTIONS
-        ),
-        key=lambda index: (running[index].priority, running[index].arrival, index),
-    )
+    order = gives_way_first([(request.priority, request.arrival) for request in running])
+    candidates = [
+        index
+        for index in order
+        if not is_urgent(running[index].priority)
+        and evictions.get(running[index].id, 0) < MAX_EVICTIONS
+    ]
     free_kv -= sum(request.grows for request in running)
     chosen: list[int] = []
     for request in waiting:
@@ -119,7 +123,7 @@ def victims(
         while free_slots < 1 or free_kv < request.kv:
             if not candidates:
                 return chosen
-            taken.append(candidates.pop())
+            taken.append(candidates.pop(0))
             free_slots += 1
             free_kv += running[taken[-1]].kv + running[taken[-1]].grows
         chosen += taken

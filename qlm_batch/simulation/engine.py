@@ -2,16 +2,17 @@
 
 A step has a budget of tokens. Running requests come before waiting ones; a prompt may take several
 steps. A request is admitted when its whole sequence so far fits in key-value blocks and a slot is
-free. When a running one cannot grow, the request of highest (priority, arrival) is preempted: it
-keeps its tokens, and computes them anew when it resumes. Nothing is admitted in a step that
-preempted. `fast_engine` does the same, compiled.
+free. When a running one cannot grow, the one that gives way first is preempted: it keeps its
+tokens, and computes them anew when it resumes. Nothing is admitted in a step that preempted. Before
+the step, batch work is evicted for interactive requests by the rules of `scheduling.eviction`,
+which the real engine follows too. `fast_engine` does the same, compiled.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from qlm_batch.scheduling import agent, eviction
+from qlm_batch.scheduling import eviction
 from qlm_batch.scheduling.speed import StepTime
 
 BLOCK_TOKENS = 16
@@ -19,12 +20,22 @@ BLOCK_TOKENS = 16
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
-    """What an engine can hold and do at once."""
+    """What an engine can hold and do at once.
+
+    `slots` are places of batch work; `headroom` and `alone` are those of `eviction.Pace`.
+    """
 
     slots: int
     kv_tokens: int
     batched_tokens: int = 2048
     block_tokens: int = BLOCK_TOKENS
+    headroom: int = 0
+    alone: bool = False
+
+    @property
+    def size(self) -> int:
+        """The largest running batch."""
+        return self.slots + self.headroom
 
     @property
     def blocks(self) -> int:
@@ -54,7 +65,13 @@ class Sequence:
     generated: int = 0
     computed: int = 0
     blocks: int = 0
+    evictions: int = 0
     first_token: float = -1.0
+
+    @property
+    def urgent(self) -> bool:
+        """Whether it is interactive."""
+        return eviction.is_urgent(self.priority)
 
     @property
     def known(self) -> int:
@@ -82,6 +99,7 @@ class ReferenceEngine:
     recomputed: int = 0
     busy_s: float = 0.0
     submitted: int = 0
+    was_alone: bool = False
 
     def submit(self, key: int, prompt: int, output: int, priority: int, arrival: float) -> None:
         """Hand in a request; it joins the next step that begins at or after its arrival.
@@ -117,11 +135,17 @@ class ReferenceEngine:
         return self.limits.blocks - sum(sequence.blocks for sequence in self.running)
 
     def _step(self, done: list[Finished]) -> None:
-        self._evict()
+        urgent = sorted((s for s in self.waiting if s.urgent), key=lambda s: s.rank)
+        self._evict(urgent)
+        alone = self._alone(urgent)
+        limit = self._most_running(len(urgent), alone=alone)
         budget, before, scheduled = self.limits.batched_tokens, self.preemptions, dict[int, int]()
         position = 0
         while position < len(self.running) and budget > 0:
             sequence = self.running[position]
+            if alone and not sequence.urgent:
+                position += 1
+                continue
             tokens = min(sequence.known - sequence.computed, budget)
             lost = self._grow(sequence, self._blocks(sequence.computed + tokens))
             budget += sum(scheduled.pop(other.number, 0) for other in lost)
@@ -131,7 +155,7 @@ class ReferenceEngine:
             budget -= tokens
             position = self.running.index(sequence) + 1
         room = self.preemptions == before
-        while room and self.waiting and len(self.running) < self.limits.slots and budget > 0:
+        while room and self.waiting and len(self.running) < limit and budget > 0:
             head = min(self.waiting, key=lambda s: s.rank)
             head.blocks = self._blocks(head.known)
             if head.blocks > self.free:
@@ -147,24 +171,55 @@ class ReferenceEngine:
         """Give a running request its blocks; those preempted for it, maybe itself."""
         lost = []
         while need - sequence.blocks > self.free:
-            last = agent.victim([(s.priority, s.arrival) for s in self.running])
-            lost.append(self._preempt(last))
+            ranks = [(s.priority, s.arrival) for s in self.running]
+            lost.append(self._preempt(eviction.gives_way_first(ranks)[0]))
             if lost[-1] is sequence:
                 return lost
         sequence.blocks = max(sequence.blocks, need)
         return lost
 
-    def _evict(self) -> None:
-        """Make room for a waiting interactive request before the step."""
-        while self.waiting and self.running:
-            head = min(self.waiting, key=lambda s: s.rank)
-            fits = self._blocks(head.known) <= self.free
-            if len(self.running) < self.limits.slots and fits:
-                return
-            last = agent.victim([(s.priority, s.arrival) for s in self.running])
-            if not eviction.may_evict(head.priority, self.running[last].priority):
-                return
-            self._preempt(last)
+    def _evict(self, urgent: list[Sequence]) -> None:
+        """Make room for waiting interactive requests before the step."""
+        if not urgent:
+            return
+        chosen = eviction.victims(
+            [eviction.Waiting(str(s.number), self._blocks(s.known)) for s in urgent],
+            [
+                eviction.Running(str(s.number), s.priority, s.arrival, s.blocks, self._growth(s))
+                for s in self.running
+            ],
+            free_slots=self.limits.size - len(self.running),
+            free_kv=self.free,
+            evictions={str(s.number): s.evictions for s in self.running},
+        )
+        for victim in [self.running[index] for index in chosen]:
+            self._preempt(self.running.index(victim))
+            victim.evictions += 1
+
+    def _alone(self, urgent: list[Sequence]) -> bool:
+        """Whether interactive requests have this step without batch work; never twice in a row."""
+        stay = [s for s in self.running if s.urgent]
+        alone = (
+            bool(urgent)
+            and self.limits.alone
+            and not self.was_alone
+            and len(self.running) < self.limits.size
+            and sum(map(self._growth, stay)) + self._blocks(urgent[0].known) <= self.free
+        )
+        self.was_alone = alone
+        return alone
+
+    def _most_running(self, urgent: int, *, alone: bool) -> int:
+        """How many may run after this step's admissions."""
+        inside = sum(s.urgent for s in self.running)
+        held = len(self.running) - inside if alone else 0
+        slots = 0 if alone else self.limits.slots
+        limit = eviction.admission_limit(self.limits.size - held, slots, inside, urgent)
+        return max(limit + held, len(self.running))
+
+    def _growth(self, sequence: Sequence) -> int:
+        tokens = min(sequence.known - sequence.computed, self.limits.batched_tokens)
+        return max(0, self._blocks(sequence.computed + tokens) - sequence.blocks)
 
     def _preempt(self, position: int) -> Sequence:
         sequence = self.running.pop(position)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from qlm_batch.scheduling.eviction import URGENT_BELOW
+from qlm_batch.scheduling.eviction import MAX_EVICTIONS, URGENT_BELOW
 from qlm_batch.scheduling.speed import StepTime
 from qlm_batch.simulation import kernel as k
 from qlm_batch.simulation.engine import EngineLimits, Finished, check_size
@@ -23,13 +23,21 @@ class FastEngine:
         self._totals = np.zeros(k.TOTALS, dtype=np.int64)
         self._totals[k.FREE_BLOCKS] = limits.blocks
         self._limits = np.array(
-            [limits.slots, limits.batched_tokens, limits.block_tokens, URGENT_BELOW],
+            [
+                limits.slots,
+                limits.batched_tokens,
+                limits.block_tokens,
+                URGENT_BELOW,
+                limits.size,
+                limits.alone,
+                MAX_EVICTIONS,
+            ],
             dtype=np.int64,
         )
         self._speed = np.array(
             [speed.base, speed.per_sequence, speed.per_kv, speed.per_prefill], dtype=np.float64
         )
-        self._order = np.zeros(limits.slots, dtype=np.int64)
+        self._order = np.zeros(limits.size, dtype=np.int64)
         self._samples = np.zeros((k.SAMPLES, 4))
         self._sampled = 0
         self._submitted = 0
@@ -38,7 +46,7 @@ class FastEngine:
         self._floats = np.zeros((0, 3))
         self._done = np.zeros(0, dtype=np.int64)
         self._spare: list[int] = []
-        self._room(2 * limits.slots + 64)
+        self._room(2 * limits.size + 64)
 
     def _room(self, rows: int) -> None:
         """Grow to so many rows."""
@@ -100,17 +108,14 @@ class FastEngine:
             self._room(2 * len(self._ints))
         row = self._spare.pop()
         self._rows[key] = row
-        self._ints[row] = (
+        self._ints[row] = 0
+        self._ints[row, : k.GENERATED] = (
             k.WAITING,
             key,
             prompt,
             output,
             priority,
             self._submitted,
-            0,
-            0,
-            0,
-            0,
         )
         self._floats[row] = (arrival, -1.0, -1.0)
         self._submitted += 1

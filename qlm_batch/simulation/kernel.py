@@ -26,13 +26,15 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 STATE, KEY, PROMPT, OUTPUT, PRIORITY, NUMBER, GENERATED, COMPUTED, BLOCKS, SCHEDULED = range(10)
-ROW = 10
+EVICTIONS, CHOSEN = 10, 11
+ROW = 12
 FREE, WAITING, RUNNING = 0, 1, 2
 ARRIVAL, FIRST, END = 0, 1, 2
 
 RUNS, WAITS, FREE_BLOCKS, STEPS, TOKENS, PREEMPTIONS, RECOMPUTED, ROWS, SAMPLED = range(9)
-TOTALS = 9
-SLOTS, BATCHED, BLOCK, URGENT_BELOW = 0, 1, 2, 3
+WAS_ALONE = 9
+TOTALS = 10
+SLOTS, BATCHED, BLOCK, URGENT_BELOW, SIZE, ALONE, MAX_EVICTIONS = range(7)
 CLOCK, BUSY = 0, 1
 SAMPLES = 32
 
@@ -43,23 +45,30 @@ def _blocks(tokens: int, block: int) -> int:
 
 
 @jit
-def _head(ints: Ints, floats: Floats, rows: int) -> int:
-    """The waiting row of lowest (priority, arrival, number); -1 without any."""
+def _head(ints: Ints, floats: Floats, rows: int, after: int) -> int:
+    """The waiting row of lowest (priority, arrival, number) behind `after`; -1 without any.
+
+    `after` is a row, or -1 for the very first.
+    """
     best = -1
     for row in range(rows):
         if ints[row, STATE] != WAITING:
             continue
-        if best < 0 or (
-            (ints[row, PRIORITY], floats[row, ARRIVAL], ints[row, NUMBER])
-            < (ints[best, PRIORITY], floats[best, ARRIVAL], ints[best, NUMBER])
+        rank = (ints[row, PRIORITY], floats[row, ARRIVAL], ints[row, NUMBER])
+        if after >= 0 and rank <= (
+            ints[after, PRIORITY],
+            floats[after, ARRIVAL],
+            ints[after, NUMBER],
         ):
+            continue
+        if best < 0 or rank < (ints[best, PRIORITY], floats[best, ARRIVAL], ints[best, NUMBER]):
             best = row
     return best
 
 
 @jit
 def _victim(ints: Ints, floats: Floats, order: Ints, runs: int) -> int:
-    """The position of the highest (priority, arrival) among the running, the last of equals."""
+    """The position of the running row that gives way first, as in `eviction.gives_way_first`."""
     best = 0
     for at in range(1, runs):
         row, worst = order[at], order[best]
@@ -69,6 +78,35 @@ def _victim(ints: Ints, floats: Floats, order: Ints, runs: int) -> int:
         ):
             best = at
     return best
+
+
+@jit
+def _candidate(ints: Ints, floats: Floats, order: Ints, runs: int, limits: Ints) -> int:
+    """The position of the next row of batch work that may be evicted; -1 without any."""
+    best = -1
+    for at in range(runs):
+        row = order[at]
+        if (
+            ints[row, PRIORITY] < limits[URGENT_BELOW]
+            or ints[row, EVICTIONS] >= limits[MAX_EVICTIONS]
+            or ints[row, CHOSEN] > 0
+        ):
+            continue
+        if best < 0 or (ints[row, PRIORITY], floats[row, ARRIVAL]) >= (
+            ints[order[best], PRIORITY],
+            floats[order[best], ARRIVAL],
+        ):
+            best = at
+    return best
+
+
+@jit
+def _growth(ints: Ints, limits: Ints, row: int) -> int:
+    """Blocks a running row takes in the next step."""
+    left = ints[row, PROMPT] + ints[row, GENERATED] - ints[row, COMPUTED]
+    tokens = min(left, limits[BATCHED])
+    grown: int = _blocks(ints[row, COMPUTED] + tokens, limits[BLOCK]) - ints[row, BLOCKS]
+    return max(0, grown)
 
 
 @jit
@@ -90,29 +128,95 @@ def _preempt(ints: Ints, order: Ints, totals: Ints, at: int) -> int:
 
 @jit
 def _evict(ints: Ints, floats: Floats, order: Ints, totals: Ints, limits: Ints) -> int:
-    """Make room for an interactive request; the head of the waiting afterwards."""
-    while totals[WAITS] > 0:
-        head = _head(ints, floats, totals[ROWS])
-        if totals[RUNS] == 0 or ints[head, PRIORITY] >= limits[URGENT_BELOW]:
-            return head
+    """Make room for interactive rows, as `eviction.victims` does; how many of them wait."""
+    head = _head(ints, floats, totals[ROWS], -1) if totals[WAITS] > 0 else -1
+    if head < 0 or ints[head, PRIORITY] >= limits[URGENT_BELOW]:
+        return 0
+    urgent = 0
+    for row in range(totals[ROWS]):
+        urgent += ints[row, STATE] == WAITING and ints[row, PRIORITY] < limits[URGENT_BELOW]
+    free_slots = limits[SIZE] - totals[RUNS]
+    free = totals[FREE_BLOCKS]
+    for at in range(totals[RUNS]):
+        ints[order[at], CHOSEN] = 0
+        free -= _growth(ints, limits, order[at])
+    stuck = False
+    for number in range(1, urgent + 1):
+        if number > 1:
+            head = _head(ints, floats, totals[ROWS], head)
         need = _blocks(ints[head, PROMPT] + ints[head, GENERATED], limits[BLOCK])
-        if totals[RUNS] < limits[SLOTS] and need <= totals[FREE_BLOCKS]:
-            return head
-        last = _victim(ints, floats, order, totals[RUNS])
-        if ints[order[last], PRIORITY] < limits[URGENT_BELOW]:
-            return head
-        _preempt(ints, order, totals, last)
-    return -1
+        while free_slots < 1 or free < need:
+            at = _candidate(ints, floats, order, totals[RUNS], limits)
+            if at < 0:
+                stuck = True
+                break
+            row = order[at]
+            ints[row, CHOSEN] = number
+            free_slots += 1
+            free += ints[row, BLOCKS] + _growth(ints, limits, row)
+        if stuck:
+            # Nobody gives way in vain.
+            for at in range(totals[RUNS]):
+                if ints[order[at], CHOSEN] == number:
+                    ints[order[at], CHOSEN] = 0
+            break
+        free_slots -= 1
+        free -= need
+    for at in range(totals[RUNS] - 1, -1, -1):
+        if ints[order[at], CHOSEN] > 0:
+            row = _preempt(ints, order, totals, at)
+            ints[row, EVICTIONS] += 1
+            ints[row, CHOSEN] = 0
+    return urgent
+
+
+@jit
+def _alone(
+    ints: Ints, floats: Floats, order: Ints, totals: Ints, limits: Ints, urgent: int
+) -> bool:
+    """Whether interactive rows have this step without batch work; never twice in a row."""
+    alone = (
+        urgent > 0 and limits[ALONE] > 0 and totals[WAS_ALONE] == 0 and totals[RUNS] < limits[SIZE]
+    )
+    if alone:
+        head = _head(ints, floats, totals[ROWS], -1)
+        needed = _blocks(ints[head, PROMPT] + ints[head, GENERATED], limits[BLOCK])
+        for at in range(totals[RUNS]):
+            if ints[order[at], PRIORITY] < limits[URGENT_BELOW]:
+                needed += _growth(ints, limits, order[at])
+        alone = needed <= totals[FREE_BLOCKS]
+    totals[WAS_ALONE] = 1 if alone else 0
+    return alone
+
+
+@jit
+def _most_running(
+    ints: Ints, order: Ints, totals: Ints, limits: Ints, urgent: int, alone: bool
+) -> int:
+    """How many may run after this step's admissions, as `eviction.admission_limit` has it."""
+    inside = 0
+    for at in range(totals[RUNS]):
+        inside += ints[order[at], PRIORITY] < limits[URGENT_BELOW]
+    held = totals[RUNS] - inside if alone else 0
+    slots = 0 if alone else limits[SLOTS]
+    limit = min(limits[SIZE] - held, slots + inside + urgent) + held
+    return int(max(limit, totals[RUNS]))
 
 
 @jit
 def _schedule_running(
-    ints: Ints, floats: Floats, order: Ints, totals: Ints, limits: Ints
+    ints: Ints, floats: Floats, order: Ints, totals: Ints, limits: Ints, alone: bool
 ) -> tuple[int, bool]:
-    """Give running rows their tokens of this step; the budget left, and whether any lost out."""
+    """Give running rows their tokens of this step; the budget left, and whether any lost out.
+
+    With `alone` only interactive rows get any.
+    """
     budget, before, at = limits[BATCHED], totals[PREEMPTIONS], 0
     while at < totals[RUNS] and budget > 0:
         row = order[at]
+        if alone and ints[row, PRIORITY] >= limits[URGENT_BELOW]:
+            at += 1
+            continue
         tokens = min(ints[row, PROMPT] + ints[row, GENERATED] - ints[row, COMPUTED], budget)
         need = _blocks(ints[row, COMPUTED] + tokens, limits[BLOCK])
         lost = False
@@ -139,10 +243,11 @@ def _schedule_running(
 
 @jit
 def _admit(
-    ints: Ints, floats: Floats, order: Ints, totals: Ints, limits: Ints, head: int, budget: int
-) -> int:
-    """Admit waiting rows from `head` on; the head left over."""
-    while totals[WAITS] > 0 and totals[RUNS] < limits[SLOTS] and budget > 0:
+    ints: Ints, floats: Floats, order: Ints, totals: Ints, limits: Ints, most: int, budget: int
+) -> None:
+    """Admit waiting rows in their order while fewer than `most` run."""
+    while totals[WAITS] > 0 and totals[RUNS] < most and budget > 0:
+        head = _head(ints, floats, totals[ROWS], -1)
         known = ints[head, PROMPT] + ints[head, GENERATED]
         need = _blocks(known, limits[BLOCK])
         if need > totals[FREE_BLOCKS]:
@@ -155,8 +260,6 @@ def _admit(
         order[totals[RUNS]] = head
         totals[RUNS] += 1
         totals[WAITS] -= 1
-        head = _head(ints, floats, totals[ROWS]) if totals[WAITS] > 0 else -1
-    return head
 
 
 @jit
@@ -301,15 +404,18 @@ def advance(
         if totals[RUNS] == 0 and totals[WAITS] == 0:
             times[CLOCK] = until
             break
-        head = _evict(ints, floats, order, totals, limits)
-        shut = head < 0 or totals[RUNS] >= limits[SLOTS]
+        urgent = _evict(ints, floats, order, totals, limits)
+        alone = _alone(ints, floats, order, totals, limits, urgent)
+        most = _most_running(ints, order, totals, limits, urgent, alone)
+        shut = totals[WAITS] == 0 or totals[RUNS] >= most
         if not shut:
+            head = _head(ints, floats, totals[ROWS], -1)
             need = _blocks(ints[head, PROMPT] + ints[head, GENERATED], limits[BLOCK])
             shut = need > totals[FREE_BLOCKS]
-        if shut and _still(ints, order, totals, times, limits, speed, samples, until):
+        if shut and not alone and _still(ints, order, totals, times, limits, speed, samples, until):
             continue
-        budget, preempted = _schedule_running(ints, floats, order, totals, limits)
-        if not preempted and head >= 0:
-            _admit(ints, floats, order, totals, limits, head, budget)
+        budget, preempted = _schedule_running(ints, floats, order, totals, limits, alone)
+        if not preempted:
+            _admit(ints, floats, order, totals, limits, most, budget)
         ended = _finish(ints, floats, order, totals, times, speed, samples, done, ended)
     return ended

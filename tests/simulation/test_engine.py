@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlm_batch.scheduling.eviction import URGENT_BELOW
+from qlm_batch.scheduling.eviction import MAX_EVICTIONS, URGENT_BELOW
 from qlm_batch.scheduling.speed import StepTime
 from qlm_batch.simulation.engine import EngineLimits, Finished, ReferenceEngine
 from qlm_batch.simulation.fast_engine import FastEngine
@@ -79,6 +79,26 @@ def test_an_interactive_request_evicts_batch_work_and_the_victim_keeps_its_token
     assert _ends(engine) == {2: (3.0, 4.0), 1: (1.0, 6.0)}
     assert engine.preemptions == 1
     assert engine.recomputed == 2
+
+
+def test_an_interactive_prompt_takes_a_kept_place_in_a_step_of_its_own(make: Make) -> None:
+    engine = make(EngineLimits(1, 1600, headroom=1, alone=True), ONE)
+    engine.submit(1, 1, 4, BATCH, 0.0)
+    engine.advance(1.5)
+    engine.submit(2, 1, 2, 0, 1.5)
+    # The step from 2 s to 3 s is the guest's alone; both share the next.
+    assert _ends(engine) == {2: (3.0, 4.0), 1: (1.0, 5.0)}
+    assert engine.preemptions == 0
+
+
+def test_nobody_is_evicted_without_end(make: Make) -> None:
+    engine = make(EngineLimits(1, 1600), ONE)
+    engine.submit(1, 1, 30, BATCH, 0.0)
+    engine.advance(0.5)
+    for guest in range(MAX_EVICTIONS + 1):
+        engine.submit(10 + guest, 1, 1, 0, 2.0 * guest)
+        engine.advance(2.0 * guest + 1.5)
+    assert engine.preemptions == MAX_EVICTIONS
 
 
 def test_batch_work_never_evicts(make: Make) -> None:
@@ -154,6 +174,8 @@ def _loads(draw: st.DrawFn) -> tuple[EngineLimits, StepTime, list[tuple[int, ...
         kv_tokens=draw(st.integers(16, 60)) * 8,
         batched_tokens=draw(st.integers(4, 64)),
         block_tokens=8,
+        headroom=draw(st.integers(0, 2)),
+        alone=draw(st.booleans()),
     )
     requests = draw(
         st.lists(

@@ -13,7 +13,6 @@ from qlm_batch.scheduling.eviction import (
     Waiting,
     admission_limit,
     is_urgent,
-    may_evict,
     pace,
     victims,
 )
@@ -44,10 +43,9 @@ def chosen(
 
 def test_interactive_work_evicts_batch_work_and_nothing_else_evicts() -> None:
     assert is_urgent(INTERACTIVE_PRIORITY)
-    assert may_evict(INTERACTIVE_PRIORITY, DUE)
-    assert not may_evict(DUE, INTERACTIVE_PRIORITY)
-    assert not may_evict(INTERACTIVE_PRIORITY, INTERACTIVE_PRIORITY + 5)
-    assert not may_evict(DUE - 1000, DUE)
+    assert not is_urgent(DUE)
+    assert chosen([interactive("i")], [batch("a")]) == ["a"]
+    assert chosen([interactive("i")], [Running("other", INTERACTIVE_PRIORITY + 5, 0, 10, 0)]) == []
 
 
 def test_a_free_place_needs_no_victim() -> None:
