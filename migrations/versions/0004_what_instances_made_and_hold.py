@@ -1,4 +1,4 @@
-"""What instances tell of the tokens they made and of the key-value cache they use."""
+"""Tokens instances made, the key-value cache they use, and how deadlines held."""
 
 from __future__ import annotations
 
@@ -18,8 +18,17 @@ def upgrade() -> None:
     op.add_column(
         "instance", sa.Column("kv_usage", sa.Double(), server_default="0", nullable=False)
     )
+    op.create_table(
+        "attainment",
+        sa.Column("id", sa.Integer(), autoincrement=False, nullable=False),
+        sa.Column("met", sa.BigInteger(), server_default="0", nullable=False),
+        sa.Column("missed", sa.BigInteger(), server_default="0", nullable=False),
+        sa.CheckConstraint("id = 1", name=op.f("ck_attainment_one_row")),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_attainment")),
+    )
 
 
 def downgrade() -> None:
+    op.drop_table("attainment")
     for name in ("output_tokens", "kv_usage"):
         op.drop_column("instance", name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import (
     Counter,
@@ -18,7 +18,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from qlm_batch.domain.errors import Unavailable
-from qlm_batch.domain.ports import Store
+from qlm_batch.domain.ports import Attainment, Store
 from qlm_batch.domain.snapshot import InstanceState, InstanceView
 
 _BUCKETS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60, 600)
@@ -31,7 +31,8 @@ class Metrics:
         self._registry = CollectorRegistry()
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self._registry)
-        self._registry.register(_Service(store))
+        self._met: collections.Counter[bool] = collections.Counter()
+        self._registry.register(_Service(store, self._met))
         self._requests = Histogram(
             "qlm_http_request_seconds",
             "Time to answer, by method, route and status.",
@@ -57,12 +58,6 @@ class Metrics:
             ("status",),
             registry=self._registry,
         )
-        self._attained = Counter(
-            "qlm_slo",
-            "Requests by class, and whether their target was met.",
-            ("slo_class", "met"),
-            registry=self._registry,
-        )
 
     def observe(self, method: str, route: str, status: int, seconds: float) -> None:
         """Count one request."""
@@ -72,7 +67,7 @@ class Metrics:
     def first_token(self, seconds: float, target_s: float) -> None:
         """A client got its first token after so long."""
         self._first_token.observe(seconds)
-        self._attained.labels("interactive", "yes" if seconds <= target_s else "no").inc()
+        self._met[seconds <= target_s] += 1
 
     def per_token(self, seconds: float) -> None:
         """The mean time between the tokens of one stream."""
@@ -88,8 +83,9 @@ class Metrics:
 
 
 class _Service(Collector):
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, met: Mapping[bool, int]) -> None:
         self._store = store
+        self._met = met
 
     def describe(self) -> list[Metric]:
         return []
@@ -98,12 +94,15 @@ class _Service(Collector):
         up = GaugeMetricFamily("qlm_database_up", "Whether the database answers.")
         try:
             totals, instances = self._store.queue_totals(), self._store.instances()
+            attained = self._store.attainment()
         except Unavailable:
             up.add_metric((), 0)
             yield up
+            yield self._attainment(None)
             return
         up.add_metric((), 1)
         yield up
+        yield self._attainment(attained)
         for name, value in (
             ("batches", totals.batches),
             ("slices", totals.slices),
@@ -121,6 +120,20 @@ class _Service(Collector):
             for instance in alive:
                 family.add_metric([instance.name], read(instance))
             yield family
+
+    def _attainment(self, batch: Attainment | None) -> Metric:
+        """Interactive requests of this process, batch requests of the whole service."""
+        family = CounterMetricFamily(
+            "qlm_slo",
+            "Requests by class, and whether their target was met.",
+            labels=["slo_class", "met"],
+        )
+        family.add_metric(["interactive", "yes"], self._met[True])
+        family.add_metric(["interactive", "no"], self._met[False])
+        if batch is not None:
+            family.add_metric(["batch", "yes"], batch.met)
+            family.add_metric(["batch", "no"], batch.missed)
+        return family
 
 
 _PER_INSTANCE: tuple[

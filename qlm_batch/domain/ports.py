@@ -90,6 +90,17 @@ class QueueTotals:
 
 
 @dataclass(frozen=True, slots=True)
+class Attainment:
+    """Batch requests with a success by their deadline, and those that expired or came late.
+
+    Of batches that ended; lines that failed otherwise or were cancelled count as neither.
+    """
+
+    met: int = 0
+    missed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Heartbeat:
     """An instance's report; sent every second or two while it lives.
 
@@ -198,6 +209,10 @@ class BatchStore(Protocol):
 
     def queue_totals(self, tenant: str | None = None) -> QueueTotals:
         """Open work of one tenant, or of all."""
+        ...
+
+    def attainment(self) -> Attainment:
+        """How deadlines held so far; never falls."""
         ...
 
 

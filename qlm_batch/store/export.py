@@ -10,6 +10,7 @@ from sqlalchemy.engine import Connection
 
 from qlm_batch.domain.jobs import Batch, BatchState, ExportLine, FileRecord, SliceState
 from qlm_batch.domain.ports import ExportTask
+from qlm_batch.store.attainments import count_batch
 from qlm_batch.store.batch_rows import batch_by_id
 from qlm_batch.store.events import announce
 from qlm_batch.store.files import add_file
@@ -90,6 +91,8 @@ def finish_export(
     for record in (output, errors):
         if record is not None:
             add_file(connection, record)
+    if BatchState(state) is not BatchState.CANCELLED:
+        count_batch(connection, batch_id)
     announce(connection, batch_id, BatchState(state))
     return batch_by_id(connection, batch_id)
 

@@ -138,6 +138,15 @@ estimate = sa.Table(
     postgresql_with=HOT,
 )
 
+attainment = sa.Table(
+    "attainment",
+    METADATA,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
+    count("met"),
+    count("missed"),
+    sa.CheckConstraint("id = 1", name="one_row"),
+)
+
 profile = sa.Table(
     "profile",
     METADATA,

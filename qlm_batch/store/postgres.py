@@ -30,7 +30,7 @@ from qlm_batch.domain.jobs import (
     ResultRow,
 )
 from qlm_batch.domain.ledger import FlushOutcome, Held, Reaped, ReleaseReason
-from qlm_batch.domain.ports import ExportTask, Heartbeat, IntakeTask, Page, QueueTotals
+from qlm_batch.domain.ports import Attainment, ExportTask, Heartbeat, IntakeTask, Page, QueueTotals
 from qlm_batch.domain.snapshot import (
     Assignment,
     Decision,
@@ -42,6 +42,7 @@ from qlm_batch.domain.snapshot import (
     Snapshot,
 )
 from qlm_batch.store import (
+    attainments,
     batches,
     claims,
     export,
@@ -165,6 +166,9 @@ class PostgresStore:
 
     def queue_totals(self, tenant: str | None = None) -> QueueTotals:
         return self._run(batches.queue_totals, tenant)
+
+    def attainment(self) -> Attainment:
+        return self._run(attainments.attainment)
 
     # Intake
 

@@ -129,6 +129,7 @@ _MOMENTS = {
     "outbox": ("claim_until", "next_attempt_at"),
     "webhook_endpoint": ("expires_at",),
     "request": ("deadline",),
+    "result": ("stored_at",),
     "interactive_request": ("created_at", "ended_at"),
 }
 

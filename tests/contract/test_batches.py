@@ -18,6 +18,7 @@ from qlm_batch.domain.jobs import (
     RequestLine,
     SliceState,
 )
+from qlm_batch.domain.ports import Attainment
 from tests.contract.harness import LEASE, TENANT, WINDOW, Bench, answer, held, lines_of
 
 
@@ -356,3 +357,53 @@ def test_totals_count_open_work_per_tenant(bench: Bench) -> None:
     assert totals.tokens > 0
     assert bench.store.queue_totals() == totals
     assert bench.store.queue_totals("other").requests == 0
+
+
+def test_open_batches_are_listed_by_deadline(bench: Bench) -> None:
+    first = bench.batch(lines=1)
+    second = bench.batch(lines=1)
+    assert [batch.id for batch in bench.store.open_batches()] == [first.id, second.id]
+    assert [batch.id for batch in bench.store.open_batches(limit=1)] == [first.id]
+    bench.serve()
+    bench.export(first.id)
+    assert [batch.id for batch in bench.store.open_batches()] == [second.id]
+
+
+def test_deadlines_that_held_are_counted_once_a_batch_ends(bench: Bench) -> None:
+    batch = bench.batch(lines=3)
+    bench.serve()
+    assert bench.store.attainment() == Attainment(0, 0)
+    bench.export(batch.id)
+    assert bench.store.attainment() == Attainment(met=3, missed=0)
+
+
+@pytest.mark.parametrize("on_miss", list(OnMiss))
+def test_lines_that_expire_or_come_late_count_as_missed(bench: Bench, on_miss: OnMiss) -> None:
+    batch = bench.batch(lines=3, on_miss=on_miss)
+    part = bench.take()[0]
+    bench.store.flush("gpu-0", [answer(part, part.requests[0])], [held(part)], lease_s=LEASE)
+    bench.harness.advance(WINDOW + 1)
+    bench.store.reap(bench.lead())
+    if on_miss is OnMiss.FINISH_LATE:
+        bench.serve()
+    bench.export(batch.id)
+    assert bench.store.attainment() == Attainment(met=1, missed=2)
+
+
+def test_a_retry_counts_its_own_lines_under_its_own_deadline(bench: Bench) -> None:
+    batch = bench.batch(lines=3)
+    for part in bench.take():
+        bench.finish(part, ok=part.requests[0].position > 0)
+    bench.export(batch.id)
+    assert bench.store.attainment() == Attainment(met=1, missed=0)
+    bench.store.retry_batch(TENANT, batch.id)
+    bench.serve()
+    bench.export(batch.id)
+    assert bench.store.attainment() == Attainment(met=3, missed=0)
+
+
+def test_a_cancelled_batch_counts_as_neither(bench: Bench) -> None:
+    batch = bench.batch(lines=3)
+    bench.store.cancel_batch(TENANT, batch.id)
+    bench.export(batch.id)
+    assert bench.store.attainment() == Attainment(0, 0)

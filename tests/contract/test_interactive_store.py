@@ -171,6 +171,25 @@ def test_an_instance_tells_what_it_does_to_batch_work(bench: Bench) -> None:
     assert (view.output_tokens, view.kv_usage) == (900, 0.5)
 
 
+def test_how_requests_fared_is_told_of_those_answered_lately(bench: Bench) -> None:
+    assert bench.store.timeliness(60).requests == 0
+    for number, first_s in enumerate((0.1, 0.2, 0.9)):
+        new = replace(NEW, id=f"req_{number}")
+        bench.store.add_interactive(new)
+        bench.store.mark_interactive(
+            [replace(DONE, id=new.id, first_token_s=first_s, duration_s=first_s + 0.6)]
+        )
+    bench.store.add_interactive(replace(NEW, id="req_open"))
+    told = bench.store.timeliness(60)
+    assert told.requests == 3
+    assert told.ttft_p50 == pytest.approx(0.2)
+    assert told.ttft_p95 == pytest.approx(0.83)
+    assert told.tpot_p50 == pytest.approx(0.1)
+    assert told.met == pytest.approx(2 / 3)
+    bench.harness.advance(61)
+    assert bench.store.timeliness(60).requests == 0
+
+
 def test_bodies_are_emptied_first_and_rows_dropped_later(bench: Bench) -> None:
     bench.store.add_interactive(NEW)
     bench.store.add_interactive(replace(NEW, id="req_open"))

@@ -15,7 +15,9 @@ from fastapi.testclient import TestClient
 
 from qlm_batch.api.server import api_server
 from qlm_batch.domain.errors import Unavailable
-from qlm_batch.domain.snapshot import InstanceState
+from qlm_batch.domain.jobs import EngineKind
+from qlm_batch.domain.ports import Heartbeat
+from qlm_batch.domain.snapshot import InstanceState, ModelView, Residency
 from tests.api_support import MODEL, Site, input_file, make_site, submit, upload, wait_until
 
 
@@ -67,6 +69,44 @@ def test_metrics_count_the_queue_the_fleet_and_requests_by_route(
     assert 'qlm_instances{state="ready"} 1.0' in text
     assert 'route="/v1/batches/{batch_id}",status="200"' in text
     assert batch["id"] not in text
+
+
+def test_metrics_count_how_batch_deadlines_held(site: Site, client: TestClient) -> None:
+    submit(client, input_file("a", "b"))
+    site.read_in()
+    site.run()
+    site.write_out()
+    text = client.get("/metrics").text
+    assert 'qlm_slo_total{met="yes",slo_class="batch"} 2.0' in text
+    assert 'qlm_slo_total{met="no",slo_class="batch"} 0.0' in text
+
+
+def test_metrics_tell_what_an_instance_does(site: Site, client: TestClient) -> None:
+    model = ModelView(MODEL, EngineKind.GENERATE, Residency.AWAKE, 2048)
+    site.store.heartbeat(
+        Heartbeat(
+            *("gpu-0", "boot", "cpu", InstanceState.READY, (model,), 8, 8192),
+            running=7,
+            interactive_running=2,
+            batch_cap=6,
+            evictions=4,
+            recomputed_tokens=90,
+            output_tokens=1234,
+            kv_usage=0.25,
+        )
+    )
+    text = client.get("/metrics").text
+    for told in (
+        "interactive_running 2.0",
+        "batch_running 5.0",
+        "batch_cap 6.0",
+        "evictions_total 4.0",
+        "recomputed_tokens_total 90.0",
+        "output_tokens_total 1234.0",
+        "kv_usage 0.25",
+    ):
+        name, value = told.split()
+        assert f'qlm_instance_{name}{{instance="gpu-0"}} {value}' in text
 
 
 @pytest.mark.usefixtures("no_database")

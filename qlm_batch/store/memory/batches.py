@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from qlm_batch.domain.errors import Conflict, Unprocessable
 from qlm_batch.domain.jobs import Batch, BatchSpec, BatchState, OnMiss, SliceState
-from qlm_batch.domain.ports import Page, QueueTotals
+from qlm_batch.domain.ports import Attainment, Page, QueueTotals
 from qlm_batch.domain.snapshot import Decision
 from qlm_batch.domain.transitions import CANCELLABLE, TERMINAL
 from qlm_batch.store.memory.files import no_such_file, page_of
@@ -135,6 +135,11 @@ class MemoryBatches(Facet):
         """The batch's story, oldest first."""
         self.state.batch_of(tenant, batch_id)
         return tuple(self.state.decisions.get(batch_id, ())[:limit])
+
+    @locked
+    def attainment(self) -> Attainment:
+        """How deadlines held so far."""
+        return self.state.attained
 
     @locked
     def queue_totals(self, tenant: str | None = None) -> QueueTotals:

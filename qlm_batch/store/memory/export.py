@@ -13,9 +13,9 @@ from qlm_batch.domain.jobs import (
     ResultRow,
     SliceState,
 )
-from qlm_batch.domain.ports import ExportTask
-from qlm_batch.store.memory.state import BatchData, Facet, RunData, locked
-from qlm_batch.store.memory.work import end
+from qlm_batch.domain.ports import Attainment, ExportTask
+from qlm_batch.store.memory.state import BatchData, Facet, RunData, State, locked
+from qlm_batch.store.memory.work import EXPIRED_LINE, end
 
 _PAGE = 1000
 _SETTLED = frozenset({BatchState.FINALIZING, BatchState.CANCELLING})
@@ -85,6 +85,8 @@ class MemoryExport(Facet):
             to = BatchState.CANCELLED
         else:
             to = BatchState.EXPIRED if batch.missed else BatchState.COMPLETED
+        if to is not BatchState.CANCELLED:
+            _count(self.state, batch)
         end(
             self.state,
             batch,
@@ -93,6 +95,20 @@ class MemoryExport(Facet):
             error_file_id=errors.id if errors else None,
         )
         return batch.shown()
+
+
+def _count(state: State, batch: BatchData) -> None:
+    """Count how the lines of the newest generation met their deadlines."""
+    met = missed = 0
+    for run in batch.runs:
+        rows = run.rows[batch.view.generation]
+        ok = {position for position, row in rows.items() if row.ok}
+        met += len(ok - run.late)
+        missed += len(ok & run.late)
+        missed += sum(row.error_code == EXPIRED_LINE for row in rows.values())
+        missed += len(run.lines) - len(run.successes | rows.keys())
+    before = state.attained
+    state.attained = Attainment(before.met + met, before.missed + missed)
 
 
 def _writes(batch: BatchData, holder: str) -> bool:

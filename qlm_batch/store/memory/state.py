@@ -23,7 +23,7 @@ from qlm_batch.domain.jobs import (
     SliceState,
     Usage,
 )
-from qlm_batch.domain.ports import Heartbeat
+from qlm_batch.domain.ports import Attainment, Heartbeat
 from qlm_batch.domain.snapshot import Decision, Observation, Profile, QueueEntry
 
 P = ParamSpec("P")
@@ -60,6 +60,8 @@ class RunData:
     lines: list[RequestLine] = field(default_factory=list)
     successes: set[int] = field(default_factory=set)
     rows: dict[int, dict[int, ResultRow]] = field(default_factory=lambda: defaultdict(dict))
+    late: set[int] = field(default_factory=set)
+    """Positions whose success came after its deadline."""
 
 
 @dataclass(slots=True)
@@ -186,6 +188,7 @@ class State:
         self.keys: dict[str, ApiKey] = {}
         self.keys_by_hash: dict[str, str] = {}
         self.secrets: dict[str, list[SecretData]] = defaultdict(list)
+        self.attained = Attainment()
         self.numbers: dict[str, int] = defaultdict(int)
 
     def next(self, kind: str) -> int:

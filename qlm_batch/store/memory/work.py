@@ -148,6 +148,9 @@ def store_row(state: State, part: SliceData, row: ResultRow) -> bool:
     _count(state, part, 1)
     part.fruitful |= row.epoch == part.epoch
     batch = state.batches[run.batch_id]
+    due = line.deadline if part.generation == 1 and line.deadline else batch.view.deadline
+    if row.ok and state.clock() > due:
+        run.late.add(row.position)
     batch.completed += row.ok
     batch.failed += not row.ok
     batch.usage += row.usage
