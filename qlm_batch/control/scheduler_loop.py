@@ -21,11 +21,11 @@ from qlm_batch.domain.snapshot import Plan, RequestGroup, Snapshot
 from qlm_batch.scheduling.dispatching import DispatchConfig, recalls, rescues, top_up
 from qlm_batch.scheduling.estimator import Estimator, EstimatorConfig
 from qlm_batch.scheduling.forecasts import Forecasts
-from qlm_batch.scheduling.grouping import form_groups
+from qlm_batch.scheduling.grouping import Grouper
 from qlm_batch.scheduling.kernels import COMPILED, loops
 from qlm_batch.scheduling.pacing import Pace
 from qlm_batch.scheduling.policies import Policy
-from qlm_batch.scheduling.profile import Knowledge, fold
+from qlm_batch.scheduling.profile import Knowledge
 from qlm_batch.scheduling.promises import with_estimates
 from qlm_batch.scheduling.replanning import Incumbent, ReplanConfig, carried_on, fleet_signature
 
@@ -145,6 +145,8 @@ class SchedulerLoop:
         self._story: Story | None = None
         self._unserved = Unserved(self._config.unserved)
         self._forecasts = Forecasts()
+        self._known = Knowledge()
+        self._grouper = Grouper()
         self._pace = Pace()
         self._rescued: set[str] = set()
         self._stale = "the first plan"
@@ -156,13 +158,13 @@ class SchedulerLoop:
         self._forget()
 
     def _lead(self, epoch: int) -> Tick:
-        snapshot, full = self._learn(epoch)
+        snapshot, known, full = self._learn(epoch)
         failed, more = self._fail_unserved(epoch, snapshot)
         if failed:
             # What was closed must not be planned; the next pass sees the queue without it.
             return Tick(epoch, failed=failed, more=True)
-        estimator = Estimator(snapshot, self._config.estimator)
-        groups = form_groups(snapshot, estimator.capacities(snapshot))
+        estimator = Estimator(snapshot, self._config.estimator, known)
+        groups = self._grouper.form(snapshot, estimator.capacities(snapshot))
         plan, why = self._plan(snapshot, groups, estimator)
         plan = with_estimates(plan, snapshot, estimator)
         self._forecasts = self._forecasts.planned(plan)
@@ -177,20 +179,22 @@ class SchedulerLoop:
             epoch, why, len(groups), assigned, recalled, more=full or bool(recalled) or more
         )
 
-    def _learn(self, epoch: int) -> tuple[Snapshot, bool]:
+    def _learn(self, epoch: int) -> tuple[Snapshot, Knowledge, bool]:
         """The snapshot with what was newly observed; whether more observations wait."""
         seen = self._store.take_observations(epoch, self._config.observations)
         snapshot = self._store.snapshot()
+        known = Knowledge.of(snapshot.profiles, self._known)
         outcomes = self._forecasts.outcomes
-        if not seen and not outcomes:
-            return snapshot, False
-        profiles = fold(snapshot.profiles, seen)
-        if outcomes:
-            profiles = Knowledge.of(profiles).waited(outcomes).profiles()
+        if seen or outcomes:
+            learned = known.observed(seen).waited(outcomes).written()
             self._forecasts = self._forecasts.told()
-        changed = [profile for profile in profiles if profile not in snapshot.profiles]
-        self._store.save_profiles(epoch, changed)
-        return replace(snapshot, profiles=profiles), len(seen) >= self._config.observations
+            changed = [
+                profile for key, profile in learned.read.items() if known.read.get(key) != profile
+            ]
+            self._store.save_profiles(epoch, changed)
+            known, snapshot = learned, replace(snapshot, profiles=tuple(learned.read.values()))
+        self._known = known
+        return snapshot, known, len(seen) >= self._config.observations
 
     def _fail_unserved(self, epoch: int, snapshot: Snapshot) -> tuple[int, bool]:
         """Slices failed because nobody serves their model, and whether some are left."""

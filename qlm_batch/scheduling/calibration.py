@@ -41,7 +41,7 @@ class Conformal:
 
     def after(self, predicted_s: float, actual_s: float) -> Conformal:
         """After a wait predicted as `predicted_s` (its mean, positive) took `actual_s`."""
-        score = max(0.0, actual_s) / max(predicted_s, 1e-3)
+        score = round(max(0.0, actual_s) / max(predicted_s, 1e-3), 6)
         factor = self.factor
         level = self.level
         if factor is not None:
@@ -70,7 +70,7 @@ class Calibration:
     def to_data(self) -> Mapping[str, object]:
         """As plain JSON values."""
         return {
-            slo_class.value: {"scores": [round(s, 6) for s in own.scores], "level": own.level}
+            slo_class.value: {"scores": list(own.scores), "level": own.level}
             for slo_class, own in sorted(self.classes.items())
         }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from types import FunctionType
 from typing import Any, TypeVar, cast
 
@@ -30,11 +30,23 @@ def compiled(function: F) -> F:
         return cast(F, njit(error_model="numpy")(function))
 
 
-def plain(module: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """Functions of a module as they were written, calling each other as written too."""
-    own = dict(module)
-    for name, value in module.items():
-        written = getattr(value, "py_func", None)
-        if written is not None:
-            own[name] = FunctionType(written.__code__, own, name, written.__defaults__)
+def plain(module: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Functions of a module as they were written, calling each other as written too.
+
+    Those it imported from elsewhere are taken as they were written there.
+    """
+    copies: dict[int, dict[str, Any]] = {}
+
+    def written_in(origin: dict[str, Any]) -> dict[str, Any]:
+        own = copies.get(id(origin))
+        if own is None:
+            own = copies[id(origin)] = dict(origin)
+            for name, value in origin.items():
+                written = getattr(value, "py_func", None)
+                if written is not None:
+                    place = written_in(written.__globals__)
+                    own[name] = FunctionType(written.__code__, place, name, written.__defaults__)
+        return own
+
+    own = written_in(module)
     return {name: own[name] for name in names}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
@@ -20,28 +21,35 @@ from qlm_batch.domain.snapshot import (
     AssignedView,
     InstanceState,
     InstanceView,
-    ModelView,
     RequestGroup,
     Residency,
     Snapshot,
 )
 from qlm_batch.scheduling.fairness import Served
+from qlm_batch.scheduling.flows import (
+    EPSILON_S,
+    Flow,
+    Shape,
+    few,
+    from_grid,
+    saturated,
+    shape_of_assigned,
+    shape_of_group,
+    to_grid,
+    to_grids,
+)
 from qlm_batch.scheduling.grouping import ModelCapacity
-from qlm_batch.scheduling.lengths import LengthDistribution
+from qlm_batch.scheduling.lengths import Ages, LengthDistribution
 from qlm_batch.scheduling.profile import Knowledge
+from qlm_batch.scheduling.running import Running
 from qlm_batch.scheduling.speed import Speed, StepTime
+from qlm_batch.scheduling.worktable import Floats, GroupWork, WorkTable
 
 VERSION = "flow-1"
 """Names this estimator in promises."""
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-
 SERVING = frozenset({InstanceState.READY, InstanceState.STARTING, InstanceState.SWAPPING})
 """States in which an instance has, or will shortly have, time to give."""
-
-_EPSILON_S = 1e-6
-_GRID = 1.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,71 +69,6 @@ class EstimatorConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class Flow:
-    """One kind of work at one instance, saturated: `running` at once, a step each `step_s`.
-
-    `request_s` and `request_var` are what one request adds to the instance's occupation.
-    """
-
-    running: float
-    step_s: float
-    request_s: float
-    request_var: float
-    lengths: LengthDistribution
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Output tokens per second: the paper's Θ."""
-        return self.running / self.step_s
-
-    @property
-    def requests_per_s(self) -> float:
-        """Requests per second."""
-        return 1.0 / self.request_s
-
-    def tail_s(self, requests: float) -> float:
-        """How much later than its occupation a group's last request is expected to end."""
-        last = min(max(1.0, requests), self.running)
-        alone_s = self.lengths.largest_of(last) * self.step_s
-        return max(0.0, alone_s - last * self.request_s)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class GroupWork:
-    """A group's occupation (mean, variance) and tail at every instance; inf where not served."""
-
-    mean: Floats
-    var: Floats
-    tail: Floats
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class WorkTable:
-    """What many groups take everywhere: occupation is `mean[kind] · count`, variance alike.
-
-    Tails are `tails[tail_kind]`. Rows of `mean`, `var` and `tails` are kinds of work, their columns
-    instances in the snapshot's order; inf where not served.
-    """
-
-    kind: Ints
-    count: Floats
-    mean: Floats
-    var: Floats
-    tail_kind: Ints
-    tails: Floats
-
-    @staticmethod
-    def of(works: Sequence[GroupWork], instances: int) -> WorkTable:
-        """A table in which every group is of its own kind."""
-        rows = np.arange(len(works), dtype=np.int64)
-        mean, var, tail = (
-            np.array([getattr(work, name) for work in works]).reshape(len(works), instances)
-            for name in ("mean", "var", "tail")
-        )
-        return WorkTable(rows, np.ones(len(works)), mean, var, rows, tail)
-
-
-@dataclass(frozen=True, slots=True)
 class Ready:
     """When an instance has absorbed what it was given already, and which models are awake then."""
 
@@ -134,25 +77,33 @@ class Ready:
     awake: frozenset[str]
 
 
-_Shape = tuple[str, EngineKind, str, int, int]
-
-
 class Estimator:
     """Estimates for one snapshot. Equal snapshots and settings give equal answers."""
 
-    def __init__(self, snapshot: Snapshot, config: EstimatorConfig | None = None) -> None:
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        config: EstimatorConfig | None = None,
+        knowledge: Knowledge | None = None,
+    ) -> None:
+        """`knowledge` is what the snapshot's profiles say, where the caller has it read already."""
         self.config = config or EstimatorConfig()
         self.now = snapshot.now
         self.instances = snapshot.instances
-        self.knowledge = Knowledge.of(snapshot.profiles)
-        self._ages = _ages(snapshot.instances)
+        self.knowledge = knowledge or Knowledge.of(snapshot.profiles)
+        self._running = Running(snapshot.instances)
         self._views = [{model.name: model for model in i.models} for i in snapshot.instances]
+        self._ages: dict[str, Ages] = {}
         self._lengths: dict[tuple[str, EngineKind, str], LengthDistribution] = {}
-        self._flows: dict[tuple[_Shape, str, int, int], Flow] = {}
-        self._arrays: dict[_Shape, tuple[Floats, Floats, float]] = {}
-        self._tails: dict[tuple[_Shape, int], Floats] = {}
+        self._capped: dict[tuple[str, EngineKind, str, int], LengthDistribution] = {}
+        self._left: dict[tuple[str, int], tuple[Floats, Floats]] = {}
+        self._flows: dict[tuple[Shape, str, int, int], Flow] = {}
+        self._arrays: dict[Shape, tuple[Floats, Floats, float]] = {}
+        self._tails: dict[tuple[Shape, int], Floats] = {}
         self._speeds: dict[tuple[str, str], tuple[Speed, StepTime]] = {}
         self._drains: dict[tuple[str, str, int, int], float] = {}
+        self._factors: dict[tuple[str, SloClass], float | None] = {}
+        self._ready: dict[tuple[int, bool], Ready] = {}
         # Instances alike in device, slots and memory are told apart only by their slowdown.
         alike: dict[tuple[str, int, int], list[int]] = {}
         for i, view in enumerate(snapshot.instances):
@@ -179,21 +130,21 @@ class Estimator:
 
         The instance must host the model. Time lost to interactive traffic is not in it.
         """
-        return self._flow(instance, (model, kind, tenant, _grid(prompt), _grid(cap)))
+        return self._flow(instance, (model, kind, tenant, to_grid(prompt), to_grid(cap)))
 
-    def _flow(self, instance: int, shape: _Shape) -> Flow:
+    def _flow(self, instance: int, shape: Shape) -> Flow:
         view = self.instances[instance]
         key = (shape, view.device, view.slots, view.kv_tokens)
         found = self._flows.get(key)
         if found is None:
             model, kind, tenant, prompt, cap = shape
-            lengths = self._length(model, kind, tenant).capped(max(1.0, _ungrid(cap)))
+            lengths = self._length_capped(model, kind, tenant, cap)
             pair = (model, view.device)
             if pair not in self._speeds:
                 speed = self.knowledge.speed(*pair)
                 self._speeds[pair] = (speed, speed.step_time())
-            found = _saturated(
-                *self._speeds[pair], lengths, _ungrid(prompt), view.slots, view.kv_tokens, kind
+            found = saturated(
+                *self._speeds[pair], lengths, from_grid(prompt), view.slots, view.kv_tokens, kind
             )
             self._flows[key] = found
         return found
@@ -201,32 +152,51 @@ class Estimator:
     def _length(self, model: str, kind: EngineKind, tenant: str) -> LengthDistribution:
         key = (model, kind, tenant)
         if key not in self._lengths:
-            book, ages = self.knowledge.book(model), self._ages.get(model, ())
+            book = self.knowledge.book(model)
+            if model not in self._ages:
+                self._ages[model] = self._running.ages(model)
             of_model = self._length(model, kind, "") if tenant else None
-            self._lengths[key] = book.distribution(kind, tenant, ages, of_model)
+            self._lengths[key] = book.distribution(kind, tenant, self._ages[model], of_model)
         return self._lengths[key]
+
+    def _length_capped(
+        self, model: str, kind: EngineKind, tenant: str, cap: int
+    ) -> LengthDistribution:
+        key = (model, kind, tenant, cap)
+        found = self._capped.get(key)
+        if found is None:
+            found = self._length(model, kind, tenant).capped(max(1.0, from_grid(cap)))
+            self._capped[key] = found
+        return found
 
     def capacities(self, snapshot: Snapshot) -> Mapping[str, ModelCapacity]:
         """For each model that is served, a typical instance as its queued work would find it."""
         sums: dict[str, tuple[EngineKind, list[int]]] = {}
         for run in snapshot.runs:
             _, total = sums.setdefault(run.model, (run.kind, [0, 0, 0]))
-            for i, value in enumerate((run.requests, run.prompt_tokens, run.max_tokens)):
-                total[i] += value
+            total[0] += run.requests
+            total[1] += run.prompt_tokens
+            total[2] += run.max_tokens
         capacities: dict[str, ModelCapacity] = {}
         for model, (kind, (requests, prompt, most)) in sums.items():
             count = max(1, requests)
+            shape = (model, kind, "", to_grid(prompt / count), to_grid(most / count))
+            hosts = self._hosting(model)
             flows = sorted(
                 (
-                    self.flow(i, model, kind, "", prompt / count, most / count)
-                    for i in range(len(self.instances))
-                    if self.serves(i, model)
+                    (self._flow(int(own[0]), shape), own.size)
+                    for members in self._alike
+                    if (own := members[hosts[members]]).size
                 ),
-                key=lambda flow: flow.running,
+                key=lambda entry: entry[0].running,
             )
-            if flows:
-                typical = flows[(len(flows) - 1) // 2]
-                capacities[model] = ModelCapacity(typical.running, typical.request_s, len(flows))
+            serving = sum(size for _, size in flows)
+            middle = (serving - 1) // 2
+            for flow, size in flows:
+                middle -= size
+                if middle < 0:
+                    capacities[model] = ModelCapacity(flow.running, flow.request_s, serving)
+                    break
         return capacities
 
     # Work
@@ -240,15 +210,15 @@ class Estimator:
     def table(self, groups: Sequence[RequestGroup]) -> WorkTable:
         """What these groups would take at each instance, in the snapshot's order."""
         count = np.array([max(1, group.requests) for group in groups], dtype=np.float64)
-        kinds: dict[_Shape, int] = {}
-        tails: dict[tuple[_Shape, int], int] = {}
+        kinds: dict[Shape, int] = {}
+        tails: dict[tuple[Shape, int], int] = {}
         kind: list[int] = []
         tail_kind: list[int] = []
         largest: list[int] = []
         for group, prompt, most in zip(
             groups,
-            _grids(np.array([group.prompt_tokens for group in groups]) / count),
-            _grids(np.array([group.max_tokens for group in groups]) / count),
+            to_grids(np.array([group.prompt_tokens for group in groups]) / count),
+            to_grids(np.array([group.max_tokens for group in groups]) / count),
             strict=True,
         ):
             shape = (group.model, group.kind, group.tenant, prompt, most)
@@ -256,7 +226,7 @@ class Estimator:
             if row == len(largest):
                 largest.append(math.ceil(self._unit(shape)[2]))
             kind.append(row)
-            last = _few(min(group.requests, largest[row]))
+            last = few(min(group.requests, largest[row]))
             tail_kind.append(tails.setdefault((shape, last), len(tails)))
         rows = [self._unit(shape) for shape in kinds]
         n = len(self.instances)
@@ -271,11 +241,10 @@ class Estimator:
 
     def expected_tokens(self, group: RequestGroup) -> float:
         """The output tokens the group's requests are expected to have in all."""
-        model, kind, tenant, _, cap = _shape_of_group(group)
-        lengths = self._length(model, kind, tenant).capped(max(1.0, _ungrid(cap)))
-        return lengths.mean * group.requests
+        model, kind, tenant, _, cap = shape_of_group(group)
+        return self._length_capped(model, kind, tenant, cap).mean * group.requests
 
-    def _tail(self, shape: _Shape, last: int) -> Floats:
+    def _tail(self, shape: Shape, last: int) -> Floats:
         found = self._tails.get((shape, last))
         if found is None:
             found = np.full(len(self.instances), np.inf)
@@ -288,7 +257,7 @@ class Estimator:
             self._tails[shape, last] = found
         return found
 
-    def _unit(self, shape: _Shape) -> tuple[Floats, Floats, float]:
+    def _unit(self, shape: Shape) -> tuple[Floats, Floats, float]:
         """Occupation per request everywhere, and the largest running batch."""
         found = self._arrays.get(shape)
         if found is None:
@@ -330,46 +299,64 @@ class Estimator:
 
         With `claimed_only`, after what it has leased, as if the rest were taken back.
         """
+        key = (instance, claimed_only)
+        found = self._ready.get(key)
+        if found is None:
+            found = self._ready[key] = self._make_ready(instance, claimed_only)
+        return found
+
+    def _make_ready(self, instance: int, claimed_only: bool) -> Ready:
         view, models = self.instances[instance], self._views[instance]
         awake = frozenset(m.name for m in view.models if m.residency is Residency.AWAKE)
         mean, var = 0.0, 0.0
         if view.state is InstanceState.STARTING:
             mean += self.config.start_s
-        sole = next(iter(awake)) if len(awake) == 1 else None
+        sole, slow = self._running.sole[instance], float(self._slow[instance])
         order = sorted(
             (own for own in view.assigned if own.requests > 0 and own.model in models),
             key=lambda own: (own.model not in awake, own.model, own.deadline, own.run_id),
         )
-        running = [age for age in view.generated if age > 0]
+        begun = running = self._running.counts[instance]
         for own in order:
             if claimed_only and not own.leased_slices:
                 continue
             if own.model not in awake:
                 mean += self.swap_s(instance, own.model)
                 awake = frozenset({own.model})
-            shape = _shape_of_assigned(own, models[own.model])
-            flow, slow = self._flow(instance, shape), float(self._slow[instance])
+            shape = shape_of_assigned(own, models[own.model])
+            flow = self._flow(instance, shape)
             rest = _claimed(own) if claimed_only else own.requests
-            if own.model == sole:
+            if own.model == sole and begun:
                 # Their tokens so far are behind them; which run each belongs to is not reported.
-                inside, running = running[:rest], running[rest:]
-                rest -= len(inside)
-                left, spread = flow.lengths.residuals(inside)
+                inside = min(begun, rest)
+                begun -= inside
+                rest -= inside
+                left, spread = self._still(own.model, shape)
                 per_token = flow.step_s / flow.running * slow
-                mean += float(left.sum()) * per_token
-                var += float(spread.sum()) * per_token**2
+                mean += float(left[instance]) * inside / running * per_token
+                var += float(spread[instance]) * inside / running * per_token**2
             mean += rest * flow.request_s * slow
             var += rest * flow.request_var * slow**2
         return Ready(mean, var, awake)
 
+    def _still(self, model: str, shape: Shape) -> tuple[Floats, Floats]:
+        """By instance, what its running requests of the model still have before them, in tokens."""
+        key = (model, shape[4])
+        found = self._left.get(key)
+        if found is None:
+            lengths = self._length_capped(model, shape[1], "", shape[4])
+            found = self._left[key] = self._running.left(model, lengths)
+        return found
+
     def tail_s(self, instance: int, own: AssignedView) -> float:
         """How much later than its occupation the last of an instance's own work ends."""
-        shape = _shape_of_assigned(own, self._views[instance][own.model])
-        return self._flow(instance, shape).tail_s(own.requests) * float(self._slow[instance])
+        shape = shape_of_assigned(own, self._views[instance][own.model])
+        last = few(min(own.requests, math.ceil(self._flow(instance, shape).running)))
+        return float(self._tail(shape, last)[instance])
 
     def flow_of(self, instance: int, group: RequestGroup) -> Flow:
         """The group's kind of work at an instance that hosts its model."""
-        return self._flow(instance, _shape_of_group(group))
+        return self._flow(instance, shape_of_group(group))
 
     def swap_s(self, instance: int, model: str) -> float:
         """Time to make a hosted model the awake one: what was measured, else what is assumed."""
@@ -385,7 +372,7 @@ class Estimator:
         key = (model, view.device, view.slots, view.kv_tokens)
         half_s = self._drains.get(key)
         if half_s is None:
-            shape = (model, EngineKind.GENERATE, "", _grid(256.0), _grid(1024.0))
+            shape = (model, EngineKind.GENERATE, "", to_grid(256.0), to_grid(1024.0))
             flow = self._flow(instance, shape)
             half_s = self._drains[key] = 0.5 * flow.lengths.mean * flow.step_s
         return half_s * float(self._slow[instance])
@@ -398,77 +385,32 @@ class Estimator:
 
     def quantile(self, mean: float, var: float, level: float) -> float:
         """The duration not exceeded with probability `level`; never negative."""
-        return max(0.0, mean + NormalDist().inv_cdf(level) * self.spread(mean, var))
+        return max(0.0, mean + _z(level) * self.spread(mean, var))
 
     def upper(self, mean: float, var: float, model: str, slo_class: SloClass) -> float:
         """The 95 % bound shown to users, calibrated where enough outcomes were seen."""
-        factor = self.knowledge.calibration(model).factor(slo_class)
+        key = (model, slo_class)
+        if key not in self._factors:
+            self._factors[key] = self.knowledge.calibration(model).factor(slo_class)
+        factor = self._factors[key]
         if factor is None:
             return self.quantile(mean, var, 0.95)
-        return max(_EPSILON_S, mean * factor)
+        return max(EPSILON_S, mean * factor)
 
     def miss_probability(self, mean: float, var: float, left_s: float) -> float:
         """The chance that a duration exceeds `left_s`."""
         if left_s <= 0.0:
             return 1.0
         spread = self.spread(mean, var)
-        if spread <= _EPSILON_S:
+        if spread <= EPSILON_S:
             return float(mean > left_s)
         return 1.0 - NormalDist(mean, spread).cdf(left_s)
 
 
-def _saturated(
-    speed: Speed,
-    step: StepTime,
-    lengths: LengthDistribution,
-    prompt: float,
-    slots: int,
-    kv_tokens: int,
-    kind: EngineKind,
-) -> Flow:
-    """The steady state of a full instance: every step one token each, ended ones replaced at once.
-
-    A running request holds its prompt and, by the inspection paradox, E[L²] / 2 E[L] output tokens.
-    """
-    mean = max(1.0, lengths.mean)
-    second = lengths.var + lengths.mean**2
-    held = prompt + (second / (2.0 * mean) if kind is EngineKind.GENERATE else 0.0)
-    running = float(max(1, slots))
-    if kv_tokens > 0:
-        running = max(1.0, min(running, kv_tokens / max(1.0, held)))
-    if not speed.fitted and speed.measured:
-        if speed.tokens > 0.0 and kind is EngineKind.GENERATE:
-            step_s = running * speed.busy_s / speed.tokens
-        else:
-            step_s = running * mean * speed.busy_s / max(1.0, speed.requests)
-    else:
-        seconds = step.seconds(running, running * held, running * prompt / mean)
-        step_s = seconds / speed.efficiency
-    step_s = max(_EPSILON_S, step_s)
-    per_token = step_s / running
-    return Flow(running, step_s, mean * per_token, lengths.var * per_token**2, lengths)
-
-
-def _ages(instances: Sequence[InstanceView]) -> dict[str, list[int]]:
-    """Output tokens so far of running requests, by model, where only one model can be meant."""
-    ages: dict[str, list[int]] = {}
-    for view in instances:
-        awake = [m for m in view.models if m.residency is Residency.AWAKE]
-        if len(awake) == 1 and awake[0].kind is EngineKind.GENERATE:
-            ages.setdefault(awake[0].name, []).extend(view.generated)
-    return ages
-
-
-def _shape_of_group(group: RequestGroup) -> _Shape:
-    count = max(1, group.requests)
-    prompt, most = group.prompt_tokens / count, group.max_tokens / count
-    return (group.model, group.kind, group.tenant, _grid(prompt), _grid(most))
-
-
-def _shape_of_assigned(own: AssignedView, model: ModelView) -> _Shape:
-    count = max(1, own.requests)
-    prompt, most = own.prompt_tokens / count, own.max_tokens / count
-    return (own.model, model.kind, own.tenant, _grid(prompt), _grid(most))
+@lru_cache
+def _z(level: float) -> float:
+    """The standard normal quantile."""
+    return NormalDist().inv_cdf(level)
 
 
 def _claimed(own: AssignedView) -> int:
@@ -479,24 +421,3 @@ def _claimed(own: AssignedView) -> int:
 def _slowdown(view: InstanceView) -> float:
     """How much longer everything takes while interactive work is served first."""
     return 1.0 / (1.0 - min(0.95, max(0.0, view.interactive_share)))
-
-
-def _few(count: int) -> int:
-    """A number of requests, above 8 on a 25 % grid, so that tails are shared."""
-    return count if count <= 8 else round(1.25 ** round(math.log(count, 1.25)))
-
-
-def _grids(tokens: Floats) -> list[int]:
-    points: list[int] = (
-        np.rint(np.log(np.maximum(1.0, tokens)) / math.log(_GRID)).astype(np.int64).tolist()
-    )
-    return points
-
-
-def _grid(tokens: float) -> int:
-    """Tokens on a 10 % grid, so that groups of one kind of work share their estimates."""
-    return round(math.log(max(1.0, tokens)) / math.log(_GRID))
-
-
-def _ungrid(point: int) -> float:
-    return float(_GRID**point)

@@ -42,7 +42,7 @@ class Served:
                 at = seen.at
             for tenant, length in seen.outputs:
                 tokens[tenant] = tokens.get(tenant, 0.0) + max(1, length)
-        return Served(tokens, at)
+        return Served({name: round(n, 3) for name, n in sorted(tokens.items())}, at)
 
     def share(self, tenant: str, among: Iterable[str]) -> float:
         """The tenant's share of what these were served; 0 while nobody was."""
@@ -51,7 +51,7 @@ class Served:
 
     def to_data(self) -> Mapping[str, object]:
         """As plain JSON values."""
-        return {"tokens": {k: round(v, 3) for k, v in sorted(self.tokens.items())}, "at": self.at}
+        return {"tokens": dict(self.tokens), "at": self.at}
 
     @staticmethod
     def from_data(data: object) -> Served:

@@ -17,9 +17,12 @@ has room instead of renaming it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby, pairwise
+from operator import itemgetter
+from typing import NamedTuple
 
 from qlm_batch.domain.jobs import EngineKind, OnMiss, SloClass
 from qlm_batch.domain.snapshot import GroupPart, RequestGroup, RunView, Snapshot
@@ -48,23 +51,71 @@ class ModelCapacity:
     instances: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
+class _Piece(NamedTuple):
     """The slices of one run in front of `behind` others; `label` keeps while any are left."""
 
     run: RunView
-    behind: int
+    label: str
     slices: int
     requests: int
     prompt_tokens: int
     max_tokens: int
 
-    @property
-    def label(self) -> str:
-        return f"{self.run.run_id}.{self.run.generation}.{self.behind}"
-
 
 _Key = tuple[str, EngineKind, SloClass, str, OnMiss, float]
+_Entry = tuple[_Key, float, float, int, int, RunView]
+
+
+class _Formed(NamedTuple):
+    """What was made of the runs of one key, and of what: it holds while that is the same."""
+
+    runs: tuple[RunView, ...]
+    per_size: int
+    names: frozenset[str]
+    groups: tuple[RequestGroup, ...]
+
+
+class Grouper:
+    """Forms groups pass by pass and takes over what did not change, which only spares work."""
+
+    def __init__(self) -> None:
+        self._formed: dict[tuple[_Key, float], _Formed] = {}
+        self._known: frozenset[str] = frozenset()
+
+    def form(
+        self, snapshot: Snapshot, capacity: Mapping[str, ModelCapacity]
+    ) -> tuple[RequestGroup, ...]:
+        """See `form_groups`."""
+        runs = sorted((_entry(run) for run in snapshot.runs if run.slices > 0), key=_order)
+        families = [
+            (key, tuple(entry[-1] for entry in members))
+            for key, members in groupby(runs, key=itemgetter(0))
+        ]
+        known = frozenset(entry.group_key for entry in snapshot.queues)
+        renamed = {_run_of(name) for name in known ^ self._known}
+        before, self._formed, self._known = self._formed, {}, known
+        largest, grow = max((entry[-1].slices for entry in runs), default=0), 1
+        while True:
+            groups: list[RequestGroup] = []
+            for key, own in families:
+                server = capacity.get(key[0])
+                limit = _limit(own, snapshot.now, server) * grow
+                spread = 4 * server.instances if server else 0
+                per_size = min(MOST_PIECES_PER_SIZE, max(PIECES_PER_SIZE, spread))
+                made = before.get((key, limit))
+                stands = made and made.runs == own and made.per_size == per_size
+                if not (made and stands and renamed.isdisjoint(made.names)):
+                    made = _formed(own, limit, per_size, known)
+                self._formed[key, limit] = made
+                groups += made.groups
+                if len(groups) > MAX_GROUPS and grow <= largest:
+                    break
+            else:
+                break
+            grow *= 2
+        # Stable, so that a run's groups stay in order from its head to its tail.
+        groups.sort(key=lambda group: (group.deadline, group.arrived_at))
+        return tuple(groups)
 
 
 def form_groups(
@@ -75,51 +126,38 @@ def form_groups(
     `capacity` is by model; a model without an entry is served nowhere, and its groups take the
     largest size. Sizes are powers of two of slices, at least one.
     """
-    runs = sorted((run for run in snapshot.runs if run.slices > 0), key=_order)
-    known = frozenset(entry.group_key for entry in snapshot.queues)
-    grow = 1
-    while True:
-        groups = list(_all_groups(runs, snapshot.now, capacity, known, grow))
-        if len(groups) <= MAX_GROUPS or grow > max(run.slices for run in runs):
-            break
-        grow *= 2
-    # Stable, so that a run's groups stay in order from its head to its tail.
-    groups.sort(key=lambda group: (group.deadline, group.arrived_at))
-    return tuple(groups)
+    return Grouper().form(snapshot, capacity)
 
 
-def deadline_bucket(run: RunView) -> float:
-    """The bucket a run's deadline falls in: its end, on a grid of about 1/16 of its window."""
-    window_s = max(1.0, run.deadline - run.created_at)
+@lru_cache(maxsize=1 << 15)
+def deadline_bucket(created_at: float, deadline: float) -> float:
+    """The bucket a deadline falls in: its end, on a grid of about 1/16 of its window."""
+    window_s = max(1.0, deadline - created_at)
     width = 2.0 ** math.floor(math.log2(window_s / BUCKETS_PER_WINDOW))
-    return math.ceil(run.deadline / width) * width
+    return math.ceil(deadline / width) * width
 
 
-def _key(run: RunView) -> _Key:
-    bucket = deadline_bucket(run)
-    return (run.model, run.kind, run.slo_class, run.tenant, run.on_miss, bucket)
+def _entry(run: RunView) -> _Entry:
+    bucket = deadline_bucket(run.created_at, run.deadline)
+    key = (run.model, run.kind, run.slo_class, run.tenant, run.on_miss, bucket)
+    return (key, run.deadline, run.created_at, run.run_id, run.generation, run)
 
 
-def _order(run: RunView) -> tuple[_Key, float, float, int, int]:
-    return (_key(run), run.deadline, run.created_at, run.run_id, run.generation)
+_order = itemgetter(0, 1, 2, 3, 4)
 
 
-def _all_groups(
-    runs: Sequence[RunView],
-    now: float,
-    capacity: Mapping[str, ModelCapacity],
-    known: frozenset[str],
-    grow: int,
-) -> Iterator[RequestGroup]:
-    for key, members in groupby(runs, key=_key):
-        own = tuple(members)
-        server = capacity.get(key[0])
-        limit = _limit(own, now, server) * grow
-        spread = 4 * server.instances if server else 0
-        per_size = min(MOST_PIECES_PER_SIZE, max(PIECES_PER_SIZE, spread))
-        pieces = [piece for run in own for piece in _cut(run, limit, per_size)]
-        for name, group in _pack(pieces, limit, known):
-            yield _group(name, group)
+def _run_of(name: str) -> str:
+    """The part of a group's name that names its run."""
+    return name.rpartition(".")[0]
+
+
+def _formed(
+    runs: tuple[RunView, ...], limit: float, per_size: int, known: frozenset[str]
+) -> _Formed:
+    pieces = [piece for run in runs for piece in _cut(run, limit, per_size)]
+    names = frozenset(f"{run.run_id}.{run.generation}" for run in runs)
+    groups = tuple(_group(name, own) for name, own in _pack(pieces, limit, known))
+    return _Formed(runs, per_size, names, groups)
 
 
 def _limit(runs: Sequence[RunView], now: float, capacity: ModelCapacity | None) -> float:
@@ -140,31 +178,40 @@ def _cut(run: RunView, limit: float, per_size: int) -> Iterator[_Piece]:
     base = 1
     while base < run.slices and 2 * base * per_slice <= limit:
         base *= 2
-    position, size, made = run.slices, base, 0
-    bounds = [run.slices]
+    whole = run.slices
+    if base >= whole:
+        yield _Piece(run, _label(run, 0), whole, run.requests, run.prompt_tokens, run.max_tokens)
+        return
+    position, size, made = whole, base, 0
+    bounds = [whole]
     while position > 0:
         if made == per_size and position % (2 * size) == 0:
             size, made = 2 * size, 0
         made = min(per_size, made + 1)
         position = (math.ceil(position / size) - 1) * size
         bounds.append(position)
-    cuts = [run.slices - bound for bound in bounds]
-    for start, end in pairwise(cuts):
+    for front, back in pairwise(bounds):
+        start, end = whole - front, whole - back
         yield _Piece(
             run,
-            run.slices - end,
+            _label(run, back),
             end - start,
-            *(
-                total * end // run.slices - total * start // run.slices
-                for total in (run.requests, run.prompt_tokens, run.max_tokens)
-            ),
+            run.requests * end // whole - run.requests * start // whole,
+            run.prompt_tokens * end // whole - run.prompt_tokens * start // whole,
+            run.max_tokens * end // whole - run.max_tokens * start // whole,
         )
+
+
+def _label(run: RunView, behind: int) -> str:
+    return f"{run.run_id}.{run.generation}.{behind}"
 
 
 def _pack(
     pieces: Sequence[_Piece], limit: float, known: frozenset[str]
-) -> Iterator[tuple[str, list[_Piece]]]:
+) -> Iterable[tuple[str, list[_Piece]]]:
     """Named groups of consecutive pieces: up to each known name, then as many as fit."""
+    if len(pieces) == 1:
+        return [(pieces[0].label, [pieces[0]])]
     groups: list[tuple[str, list[_Piece]]] = []
     waiting: list[_Piece] = []
     for piece in pieces:
@@ -180,9 +227,9 @@ def _pack(
         if len(first) > len(last):
             groups[-1] = (name, first)
             groups += [(part[-1].label, part) for part in others]
-            return iter(groups)
+            return groups
     groups += [(part[-1].label, part) for part in _fill(waiting, limit)]
-    return iter(groups)
+    return groups
 
 
 def _fill(pieces: Sequence[_Piece], limit: float) -> Iterator[list[_Piece]]:
@@ -201,22 +248,37 @@ def _fill(pieces: Sequence[_Piece], limit: float) -> Iterator[list[_Piece]]:
 
 def _group(key: str, pieces: Sequence[_Piece]) -> RequestGroup:
     first = pieces[0].run
-    slices: dict[tuple[int, int], int] = {}
-    for piece in pieces:
-        run = (piece.run.run_id, piece.run.generation)
-        slices[run] = slices.get(run, 0) + piece.slices
+    if len(pieces) == 1:
+        parts: tuple[GroupPart, ...] = (
+            GroupPart(first.run_id, first.generation, pieces[0].slices),
+        )
+        batches: tuple[str, ...] = (first.batch_id,)
+        deadline, arrived_at = first.deadline, first.created_at
+        _, _, _, requests, prompt_tokens, max_tokens = pieces[0]
+    else:
+        slices: dict[tuple[int, int], int] = {}
+        for piece in pieces:
+            run = (piece.run.run_id, piece.run.generation)
+            slices[run] = slices.get(run, 0) + piece.slices
+        parts = tuple(GroupPart(*run, n) for run, n in slices.items())
+        batches = tuple(dict.fromkeys([piece.run.batch_id for piece in pieces]))
+        deadline = min([piece.run.deadline for piece in pieces])
+        arrived_at = min([piece.run.created_at for piece in pieces])
+        requests = sum([piece.requests for piece in pieces])
+        prompt_tokens = sum([piece.prompt_tokens for piece in pieces])
+        max_tokens = sum([piece.max_tokens for piece in pieces])
     return RequestGroup(
         key=key,
         model=first.model,
         kind=first.kind,
         slo_class=first.slo_class,
         tenant=first.tenant,
-        deadline=min(piece.run.deadline for piece in pieces),
-        arrived_at=min(piece.run.created_at for piece in pieces),
-        parts=tuple(GroupPart(run, generation, n) for (run, generation), n in slices.items()),
-        batches=tuple(dict.fromkeys(piece.run.batch_id for piece in pieces)),
-        requests=sum(piece.requests for piece in pieces),
-        prompt_tokens=sum(piece.prompt_tokens for piece in pieces),
-        max_tokens=sum(piece.max_tokens for piece in pieces),
+        deadline=deadline,
+        arrived_at=arrived_at,
+        parts=parts,
+        batches=batches,
+        requests=requests,
+        prompt_tokens=prompt_tokens,
+        max_tokens=max_tokens,
         on_miss=first.on_miss,
     )

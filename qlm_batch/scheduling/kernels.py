@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlm_batch.scheduling.compiled import AVAILABLE, compiled, plain
+from qlm_batch.scheduling.survival import survival
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -496,9 +497,10 @@ class Loops(NamedTuple):
     insert_one: Callable[[Columns, Ints, Ints, int, float], tuple[int, int]]
     by_insertion: Callable[[Columns, Ints, Ints, Ints, float, float], Ints]
     search: Callable[[Columns, Floats, Ints, Ints, Ints, int, int, int, float, float], int]
+    survival: Callable[[Floats, Floats, Floats, float, float], tuple[Floats, Floats]]
 
 
-COMPILED = Loops(in_order, walk, walk_all, behind, insert_one, by_insertion, search)
+COMPILED = Loops(in_order, walk, walk_all, behind, insert_one, by_insertion, search, survival)
 WRITTEN = Loops(**plain(globals(), Loops._fields))
 
 
@@ -539,4 +541,5 @@ def compile_all() -> None:
     COMPILED.behind(columns, none, one.copy(), np.full(1, -1, dtype=np.int64))
     COMPILED.insert_one(columns, place, size, 0, 0.5)
     COMPILED.search(columns, one, place, size, none.copy(), 0, 1, 0, 0.5, 0.5)
+    COMPILED.survival(one, one, one, 1.0, 0.5)
     _choice.compiled = True

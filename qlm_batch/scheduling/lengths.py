@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlm_batch.domain.jobs import EngineKind
+from qlm_batch.scheduling.kernels import loops
 
 Floats = NDArray[np.float64]
 
@@ -50,6 +51,11 @@ class LengthDistribution:
         return max(0.0, float((self.values * self.values) @ self.probabilities) - self.mean**2)
 
     @cached_property
+    def _up_to(self) -> Floats:
+        """The chance of a length up to each value but the last."""
+        return np.minimum(np.cumsum(self.probabilities[:-1]), 1.0)
+
+    @cached_property
     def _beyond(self) -> tuple[Floats, Floats, Floats]:
         """Mass, first and second moment of all values from each one on, and zeros at the end."""
         first = self.probabilities * self.values
@@ -60,7 +66,13 @@ class LengthDistribution:
 
     def capped(self, limit: float) -> LengthDistribution:
         """The distribution of min(length, limit)."""
-        return LengthDistribution(np.minimum(self.values, limit), self.probabilities)
+        kept = int(np.searchsorted(self.values, limit))
+        if kept == self.values.size:
+            return self
+        rest = self.probabilities[kept:].sum()
+        return LengthDistribution(
+            np.append(self.values[:kept], limit), np.append(self.probabilities[:kept], rest)
+        )
 
     def residual(self, age: float) -> tuple[float, float]:
         """Mean and variance of what is still to come after `age` tokens.
@@ -76,7 +88,7 @@ class LengthDistribution:
         mean = float(rest @ share)
         return mean, max(0.0, float(rest**2 @ share) - mean**2)
 
-    def residuals(self, ages: Sequence[float]) -> tuple[Floats, Floats]:
+    def residuals(self, ages: Sequence[float] | Floats) -> tuple[Floats, Floats]:
         """`residual` of each age."""
         given = np.asarray(ages, dtype=np.float64)
         ahead = np.searchsorted(self.values, given, side="right")
@@ -89,9 +101,8 @@ class LengthDistribution:
 
     def largest_of(self, count: float) -> float:
         """Expected largest of `count` independent lengths; `count` below 1 means 1."""
-        power = np.minimum(np.cumsum(self.probabilities), 1.0) ** max(1.0, count)
-        steps = self.values[1:] - self.values[:-1]
-        return float(self.values[-1] - steps @ power[:-1])
+        power = self._up_to ** max(1.0, count)
+        return float(self.values[-1] - np.diff(self.values) @ power)
 
     def mixed(self, weight: float, other: LengthDistribution, lean: float) -> LengthDistribution:
         """This distribution with `weight` beside `other` with weight `lean`."""
@@ -102,9 +113,9 @@ class LengthDistribution:
 
 
 def kaplan_meier(
-    lengths: Sequence[float],
-    weights: Sequence[float],
-    ages: Sequence[float] = (),
+    lengths: Sequence[float] | Floats,
+    weights: Sequence[float] | Floats,
+    ages: Sequence[float] | Floats = (),
     *,
     age_weight: float = 1.0,
     fading: float = 0.0,
@@ -118,43 +129,12 @@ def kaplan_meier(
     ValueError without any observation.
     """
     finished = np.asarray(lengths, dtype=np.float64)
-    running = np.asarray(ages, dtype=np.float64)
-    seen = np.concatenate((finished, running))
-    if seen.size == 0:
+    running = np.sort(np.asarray(ages, dtype=np.float64))
+    if not finished.size and not running.size:
         raise ValueError("Kaplan–Meier needs at least one observation")
-    mass = np.concatenate(
-        (np.asarray(weights, dtype=np.float64), np.full(running.size, age_weight))
-    )
-    times, where = np.unique(finished, return_inverse=True)
-    ended = np.zeros(times.size)
-    np.add.at(ended, where, mass[: finished.size])
-    at_risk = _at_risk(times, seen, mass, fading)
-    survival = np.cumprod(1.0 - np.minimum(1.0, ended / np.maximum(at_risk, 1e-300)))
-    chances = -np.diff(survival, prepend=1.0)
-    rest = float(survival[-1]) if times.size else 1.0
-    if rest > 1e-12:
-        times = np.append(times, seen.max())
-        chances = np.append(chances, rest)
-    return LengthDistribution(times, chances / chances.sum())
-
-
-def _at_risk(times: Floats, seen: Floats, mass: Floats, fading: float) -> Floats:
-    """The mass still to end at each of the ascending `times`, faded by the tokens since."""
-    interval = np.searchsorted(times, seen, side="right") - 1
-    own = interval >= 0
-    since = seen[own] - times[interval[own]]
-    joined = np.bincount(
-        interval[own], weights=mass[own] * np.exp(-fading * since), minlength=times.size
-    )
-    kept = np.exp(-fading * np.diff(times))
-    return _carried_back(joined.astype(np.float64), kept)
-
-
-def _carried_back(joined: Floats, kept: Floats) -> Floats:
-    """Each entry with what is kept of the one behind it, from the end on."""
-    for n in range(joined.size - 2, -1, -1):
-        joined[n] += joined[n + 1] * kept[n]
-    return joined
+    order = np.argsort(finished)
+    mass = np.asarray(weights, dtype=np.float64)[order]
+    return LengthDistribution(*loops().survival(finished[order], mass, running, age_weight, fading))
 
 
 def prior(kind: EngineKind) -> LengthDistribution:
@@ -168,6 +148,27 @@ def prior(kind: EngineKind) -> LengthDistribution:
     normal = NormalDist(np.log(128.0), np.log(730.0 / 128.0) / NormalDist().inv_cdf(0.95))
     values = np.exp([normal.inv_cdf((i + 0.5) / points) for i in range(points)])
     return LengthDistribution(values, np.full(points, 1.0 / points))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ages:
+    """Output tokens so far of running requests: each of `begun` stands for `weight` of them.
+
+    `running` counts them all, those without a token yet included.
+    """
+
+    begun: Floats
+    weight: float
+    running: int
+
+    @staticmethod
+    def of(ages: Sequence[int]) -> Ages:
+        """These ages, each for itself."""
+        given = np.asarray(ages, dtype=np.float64)
+        return Ages(given[given > 0.0], 1.0, given.size)
+
+
+NO_AGES = Ages.of(())
 
 
 def _weights(count: int) -> Floats:
@@ -202,10 +203,10 @@ class LengthBook:
         self,
         kind: EngineKind,
         tenant: str | None = None,
-        ages: Sequence[int] = (),
+        ages: Ages = NO_AGES,
         of_model: LengthDistribution | None = None,
     ) -> LengthDistribution:
-        """The lengths to expect, given `ages`: tokens so far of this model's running requests.
+        """The lengths to expect, given the `ages` of this model's running requests.
 
         Without a tenant, or for one not seen yet, the model's own distribution: `of_model`, where
         the caller has it.
@@ -224,16 +225,15 @@ class LengthBook:
         return own.mixed(float(_weights(len(history)).sum()), of_model, LEAN_ON_MODEL)
 
     @staticmethod
-    def _estimate(
-        history: tuple[int, ...], ages: Sequence[int], share: float
-    ) -> LengthDistribution:
-        weights = _weights(len(history))
-        mean = max(1.0, float(weights @ np.asarray(history)) / float(weights.sum()))
+    def _estimate(history: tuple[int, ...], ages: Ages, share: float) -> LengthDistribution:
+        lengths, weights = np.array(history, dtype=np.float64), _weights(len(history))
+        mean = max(1.0, float(weights @ lengths) / float(weights.sum()))
         # Little's law: while one request produces a token, running/mean requests finish.
-        fading = (1.0 - DECAY) * len(ages) * share / mean
-        # The ages stand for the tenant's share of them; 0 tokens say nothing.
-        told = [age for age in ages if age > 0]
-        return kaplan_meier(history, weights.tolist(), told, age_weight=share, fading=fading)
+        fading = (1.0 - DECAY) * ages.running * share / mean
+        # The ages stand for the tenant's share of them.
+        return kaplan_meier(
+            lengths, weights, ages.begun, age_weight=share * ages.weight, fading=fading
+        )
 
     def to_data(self) -> Mapping[str, object]:
         """As plain JSON values."""

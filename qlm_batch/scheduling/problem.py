@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 
 from qlm_batch.domain.jobs import SloClass
 from qlm_batch.domain.snapshot import InstanceView, RequestGroup, Snapshot
-from qlm_batch.scheduling.estimator import EstimatorConfig, Ready, WorkTable
+from qlm_batch.scheduling.estimator import EstimatorConfig, Ready
 from qlm_batch.scheduling.fairness import Served, aged, fair_factors, on_floor, virtual_times
 from qlm_batch.scheduling.kernels import Columns, Ints, loops
+from qlm_batch.scheduling.worktable import WorkTable
 
 Floats = NDArray[np.float64]
 

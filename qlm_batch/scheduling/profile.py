@@ -22,31 +22,44 @@ ANY_MODEL = "*"
 
 @dataclass(frozen=True, slots=True)
 class Knowledge:
-    """Everything learned so far, typed."""
+    """Everything learned so far, typed; `read` are the profiles it is the meaning of."""
 
     books: Mapping[str, LengthBook] = field(default_factory=dict)
     speeds: Mapping[tuple[str, str], Speed] = field(default_factory=dict)
     calibrations: Mapping[str, Calibration] = field(default_factory=dict)
     served: Served = field(default_factory=Served)
+    read: Mapping[tuple[str, str], Profile] = field(default_factory=dict, compare=False)
 
     @staticmethod
-    def of(profiles: Iterable[Profile]) -> Knowledge:
-        """Read profiles; data of unknown shape counts as nothing learned."""
+    def of(profiles: Iterable[Profile], before: Knowledge | None = None) -> Knowledge:
+        """Read profiles; data of unknown shape counts as nothing learned.
+
+        What `before` read from equal profiles is taken over.
+        """
+        known = before or Knowledge()
         books: dict[str, LengthBook] = {}
         speeds: dict[tuple[str, str], Speed] = {}
         calibrations: dict[str, Calibration] = {}
         served = Served()
+        read: dict[tuple[str, str], Profile] = {}
         for profile in profiles:
-            if profile.model == ANY_MODEL:
-                served = Served.from_data(profile.data.get("served"))
+            model, key = profile.model, (profile.model, profile.device)
+            read[key] = profile
+            same = known.read.get(key) == profile
+            if model == ANY_MODEL:
+                served = known.served if same else Served.from_data(profile.data.get("served"))
             elif profile.device == ANY_DEVICE:
-                books[profile.model] = LengthBook.from_data(profile.data.get("lengths"))
-                calibrations[profile.model] = Calibration.from_data(profile.data.get("calibration"))
+                if same:
+                    books[model], calibrations[model] = known.books[model], known.calibration(model)
+                else:
+                    books[model] = LengthBook.from_data(profile.data.get("lengths"))
+                    calibrations[model] = Calibration.from_data(profile.data.get("calibration"))
+            elif same:
+                speeds[key] = known.speeds[key]
             else:
-                start = prior_step_time(profile.model, profile.device)
-                key = (profile.model, profile.device)
+                start = prior_step_time(*key)
                 speeds[key] = Speed.from_data(start, profile.data.get("speed"))
-        return Knowledge(books, speeds, calibrations, served)
+        return Knowledge(books, speeds, calibrations, served, read)
 
     def book(self, model: str) -> LengthBook:
         """The model's lengths; empty for one not seen yet."""
@@ -62,47 +75,67 @@ class Knowledge:
 
     def profiles(self) -> tuple[Profile, ...]:
         """All of it as profiles, in a fixed order."""
-        models = sorted(self.books.keys() | self.calibrations.keys())
-        by_model = [
-            Profile(
-                model,
-                ANY_DEVICE,
+        return tuple(self.written().read.values())
+
+    def written(self) -> Knowledge:
+        """The same with profiles of all of it in `read`."""
+        read: dict[tuple[str, str], Profile] = {}
+        key = (ANY_MODEL, ANY_DEVICE)
+        if self.served.tokens:
+            read[key] = self.read.get(key) or Profile(*key, {"served": self.served.to_data()})
+        for model in sorted(self.books.keys() | self.calibrations.keys()):
+            key = (model, ANY_DEVICE)
+            read[key] = self.read.get(key) or Profile(
+                *key,
                 {
                     "lengths": self.book(model).to_data(),
                     "calibration": self.calibration(model).to_data(),
                 },
             )
-            for model in models
-        ]
-        by_pair = [
-            Profile(model, device, {"speed": speed.to_data()})
-            for (model, device), speed in sorted(self.speeds.items(), key=lambda item: item[0])
-        ]
-        tenants = Profile(ANY_MODEL, ANY_DEVICE, {"served": self.served.to_data()})
-        return (*((tenants,) if self.served.tokens else ()), *by_model, *by_pair)
+        for key, speed in sorted(self.speeds.items(), key=lambda item: item[0]):
+            read[key] = self.read.get(key) or Profile(*key, {"speed": speed.to_data()})
+        return replace(self, read=read)
 
     def observed(self, observations: Sequence[Observation]) -> Knowledge:
         """What is known after these reports, oldest first."""
-        books, speeds = dict(self.books), dict(self.speeds)
+        if not observations:
+            return self
+        books, speeds, read = dict(self.books), dict(self.speeds), dict(self.read)
+        read.pop((ANY_MODEL, ANY_DEVICE), None)
+        outputs: dict[str, list[tuple[str, int]]] = {}
+        work: dict[tuple[str, str], list[Observation]] = {}
         for seen in observations:
             if seen.outputs:
-                books[seen.model] = books.get(seen.model, LengthBook()).seen(seen.outputs)
+                outputs.setdefault(seen.model, []).extend(seen.outputs)
             if seen.steps or seen.seconds > 0.0:
-                key = (seen.model, seen.device)
-                before = speeds.get(key) or self.speed(seen.model, seen.device)
-                speeds[key] = before.after_steps(seen.steps).after_busy(
-                    seen.tokens, seen.requests, seen.seconds, seen.steps
+                work.setdefault((seen.model, seen.device), []).append(seen)
+        for model, ended in outputs.items():
+            read.pop((model, ANY_DEVICE), None)
+            books[model] = self.book(model).seen(ended)
+        for key, own in work.items():
+            read.pop(key, None)
+            steps = [row for seen in own for row in seen.steps]
+            speeds[key] = (
+                self.speed(*key)
+                .after_steps(steps)
+                .after_busy(
+                    sum(seen.tokens for seen in own),
+                    sum(seen.requests for seen in own),
+                    sum(seen.seconds for seen in own),
+                    steps,
                 )
+            )
         served = self.served.after(observations)
-        return replace(self, books=books, speeds=speeds, served=served)
+        return replace(self, books=books, speeds=speeds, served=served, read=read)
 
     def waited(self, outcomes: Iterable[tuple[str, SloClass, float, float]]) -> Knowledge:
         """What is known after these waits: (model, class, predicted seconds, actual seconds)."""
-        calibrations = dict(self.calibrations)
+        calibrations, read = dict(self.calibrations), dict(self.read)
         for model, slo_class, predicted_s, actual_s in outcomes:
+            read.pop((model, ANY_DEVICE), None)
             before = calibrations.get(model, Calibration())
             calibrations[model] = before.after(slo_class, predicted_s, actual_s)
-        return replace(self, calibrations=calibrations)
+        return replace(self, calibrations=calibrations, read=read)
 
 
 def fold(profiles: Sequence[Profile], observations: Sequence[Observation]) -> tuple[Profile, ...]:

@@ -205,7 +205,8 @@ class Cluster:
     def _tick(self) -> None:
         while self._loop.tick():
             pass
-        self._views = self.store.instances()
+        if any(work.interactive for work in self._workload.classes):
+            self._views = self.store.instances()
         for key in self._homeless[:]:
             self._homeless.remove(key)
             self._route(key)

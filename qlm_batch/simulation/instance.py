@@ -43,10 +43,7 @@ class _Lease:
     first_key: int
     claimed_at: float
     left: set[int]
-
-    @property
-    def held(self) -> Held:
-        return Held(self.slice.slice_id, self.slice.epoch)
+    held: Held
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,7 +298,8 @@ class SimulatedInstance:
         for slice_ in claimed:
             first_key = self._key_of(slice_.batch_id)
             keys = {first_key + request.position for request in slice_.requests}
-            lease = _Lease(slice_, first_key, now, keys)
+            held = Held(slice_.slice_id, slice_.epoch)
+            lease = _Lease(slice_, first_key, now, keys, held)
             self._leases[slice_.slice_id] = lease
             if slice_.model == self.awake:
                 self._feed(lease)
@@ -332,7 +330,7 @@ class SimulatedInstance:
 
     def _switch(self) -> None:
         """Begin a swap when the agent's rule wants another model and the engine is empty."""
-        if self.state is not InstanceState.READY:
+        if self.state is not InstanceState.READY or len(self.spec.models) == 1:
             return
         if self._urgent_parked:
             wanted: str | None = self._urgent[self._urgent_parked[0]]

@@ -19,8 +19,9 @@ from qlm_batch.domain.snapshot import (
     RunView,
     Snapshot,
 )
-from qlm_batch.scheduling.estimator import EstimatorConfig, GroupWork, Ready, WorkTable
+from qlm_batch.scheduling.estimator import EstimatorConfig, Ready
 from qlm_batch.scheduling.fairness import Served
+from qlm_batch.scheduling.worktable import GroupWork, WorkTable
 
 DAY = 86_400.0
 

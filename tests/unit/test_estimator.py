@@ -14,7 +14,8 @@ from qlm_batch.domain.snapshot import (
     Residency,
     Snapshot,
 )
-from qlm_batch.scheduling.estimator import Estimator, Flow
+from qlm_batch.scheduling.estimator import Estimator
+from qlm_batch.scheduling.flows import Flow
 from qlm_batch.scheduling.grouping import form_groups
 from qlm_batch.scheduling.policies import policy
 from qlm_batch.scheduling.profile import fold

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlm_batch.domain.jobs import EngineKind
-from qlm_batch.scheduling.lengths import HISTORY, TENANTS, LengthBook, kaplan_meier, prior
+from qlm_batch.scheduling.lengths import HISTORY, TENANTS, Ages, LengthBook, kaplan_meier, prior
 
 GENERATE = EngineKind.GENERATE
 
@@ -59,7 +59,7 @@ def test_in_a_steady_state_running_requests_do_not_inflate_the_mean() -> None:
         fresh = rng.geometric(1 / 100, int(done.sum()))
         left[done], total[done] = fresh, fresh
     ages = (total - left).tolist()
-    assert book.distribution(GENERATE, None, ages).mean == pytest.approx(105, rel=0.2)
+    assert book.distribution(GENERATE, None, Ages.of(ages)).mean == pytest.approx(105, rel=0.2)
 
 
 def test_a_residual_life_grows_with_age_where_lengths_are_heavy_tailed() -> None:
@@ -117,7 +117,7 @@ def test_a_book_is_bounded_and_survives_storage(outputs: list[tuple[str, int]]) 
     st.lists(st.integers(1, 5000), max_size=60),
 )
 def test_an_estimate_is_a_distribution(lengths: list[int], ages: list[int]) -> None:
-    found = LengthBook().seen(("t", n) for n in lengths).distribution(GENERATE, "t", ages)
+    found = LengthBook().seen(("t", n) for n in lengths).distribution(GENERATE, "t", Ages.of(ages))
     assert found.probabilities.sum() == pytest.approx(1.0)
     assert (found.probabilities >= -1e-12).all()
     assert (np.diff(found.values) >= 0).all()

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from qlm_batch.domain.snapshot import Plan, RequestGroup, Snapshot
-from qlm_batch.scheduling.estimator import EstimatorConfig, Ready, WorkTable
+from qlm_batch.scheduling.estimator import EstimatorConfig, Ready
 from qlm_batch.scheduling.fairness import Served
 from qlm_batch.scheduling.policies.qlm import QLM
 from qlm_batch.scheduling.problem import Durations
+from qlm_batch.scheduling.worktable import WorkTable
 
 TrueLength = Callable[[RequestGroup], float]
 """The output tokens a group's requests will have in all."""

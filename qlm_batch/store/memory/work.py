@@ -81,9 +81,12 @@ def move(state: State, part: SliceData, to: SliceState, *, instance: str | None 
 
 
 def _tally(state: State, part: SliceData) -> Tally:
-    if part.instance is None:
-        return state.queued.setdefault(part.part, Tally())
-    return state.placed[part.instance].setdefault(part.part, Tally())
+    home = state.queued if part.instance is None else state.placed[part.instance]
+    key = part.part
+    tally = home.get(key)
+    if tally is None:
+        tally = home[key] = Tally()
+    return tally
 
 
 def _count(state: State, part: SliceData, sign: int) -> None:
@@ -140,12 +143,15 @@ def store_row(state: State, part: SliceData, row: ResultRow) -> bool:
     if row.ok:
         run.successes.add(row.position)
     line = run.lines[row.position]
-    _count(state, part, -1)
-    part.remaining -= 1
-    part.prompt_tokens -= line.prompt_tokens
-    part.max_tokens -= line.max_tokens or 0
-    part.unbounded -= line.max_tokens is None
-    _count(state, part, 1)
+    tally = _tally(state, part)
+    prompt, most, unbounded = line.prompt_tokens, line.max_tokens or 0, line.max_tokens is None
+    part.remaining, tally.requests = part.remaining - 1, tally.requests - 1
+    part.prompt_tokens, tally.prompt_tokens = (
+        part.prompt_tokens - prompt,
+        tally.prompt_tokens - prompt,
+    )
+    part.max_tokens, tally.max_tokens = part.max_tokens - most, tally.max_tokens - most
+    part.unbounded, tally.unbounded = part.unbounded - unbounded, tally.unbounded - unbounded
     part.fruitful |= row.epoch == part.epoch
     batch = state.batches[run.batch_id]
     due = line.deadline if part.generation == 1 and line.deadline else batch.view.deadline
