@@ -1,9 +1,9 @@
 """How good estimates are: error, bounds and their coverage, on a trace and on drifting lengths.
 
 Work ahead is counted in output tokens, to which a saturated instance's waiting time is in
-proportion. At every group the book knows what came before it and nothing else. Groups scored for
-coverage follow each other without overlap, and the bound learns of a group when it is over. The
-oracle is a window of 100 requests around the group's start: it sees the future on one side.
+proportion. At every group the book knows what came before it, and the group's prompts. Groups
+scored for coverage follow each other without overlap, and the bound learns of one when it is over.
+The oracle is a window of 100 requests around the start: it sees the future on one side.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ import httpx
 import numpy as np
 from numpy.typing import NDArray
 
+from qlm_batch.domain.buckets import prompt_mix
 from qlm_batch.domain.jobs import EngineKind
 from qlm_batch.scheduling.calibration import LEVEL, Conformal
-from qlm_batch.scheduling.lengths import LengthBook
+from qlm_batch.scheduling.lengthbook import LengthBook
 
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 TRACE = Path(__file__).resolve().parents[2] / "shared" / "data" / "azure-llm-2023-conv.csv"
 ORACLE_HALF = 50
 WARM_UP = 100
@@ -42,67 +44,91 @@ def say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def trace(path: Path) -> Floats:
-    """Output lengths in order of arrival, from a CSV with Azure's columns."""
+Lengths = tuple[Floats, Ints]
+"""Output lengths in order of arrival, and the tokens of their prompts."""
+
+
+def trace(path: Path) -> Lengths:
+    """A CSV with Azure's columns."""
     with path.open() as file:
-        return np.array(
-            [max(1, int(row["GeneratedTokens"])) for row in csv.DictReader(file)], float
-        )
+        rows = list(csv.DictReader(file))
+    outputs = np.array([max(1, int(row["GeneratedTokens"])) for row in rows], float)
+    return outputs, np.array([int(row["ContextTokens"]) for row in rows])
 
 
-def drifting(count: int, seed: int) -> Floats:
-    """Log-normal lengths whose mean swings by 40 %, and jumps by half at three fifths."""
+def drifting(count: int, seed: int) -> Lengths:
+    """Log-normal lengths whose mean swings by 40 %, and jumps by half at three fifths.
+
+    Prompts are log-normal too and say nothing.
+    """
     rng, at = np.random.default_rng(seed), np.arange(count)
     mean = 200 * (1 + 0.4 * np.sin(at / (count / 10))) * np.where(at > 0.6 * count, 1.5, 1.0)
-    return np.maximum(1.0, np.round(mean * np.exp(0.9 * rng.standard_normal(count) - 0.405)))
+    lengths = np.maximum(1.0, np.round(mean * np.exp(0.9 * rng.standard_normal(count) - 0.405)))
+    return lengths, np.maximum(1, rng.lognormal(5.5, 1.0, count)).astype(np.int64)
 
 
 class Expected:
-    """The mean and spread the estimator expects at each position of a sequence of lengths."""
+    """The mean and spread the estimator expects of groups along a sequence of requests."""
 
-    def __init__(self, lengths: Floats) -> None:
-        self._lengths = [int(length) for length in lengths]
+    def __init__(self, lengths: Lengths) -> None:
+        self._outputs = lengths[0].astype(int).tolist()
+        self._prompts = lengths[1].tolist()
         self._book, self._told = LengthBook(), 0
 
-    def at(self, start: int) -> tuple[float, float]:
-        """Mean and variance of a length, knowing those before `start`; starts ascend."""
-        self._book = self._book.seen(("", n) for n in self._lengths[self._told : start])
+    def at(self, start: int, *ends: int) -> list[tuple[float, float]]:
+        """Mean and variance of a length in the groups from `start` to each end; starts ascend.
+
+        Known are the requests before `start`, and the prompts of the groups.
+        """
+        new = slice(self._told, start)
+        self._book = self._book.seen(
+            ("", output, prompt)
+            for output, prompt in zip(self._outputs[new], self._prompts[new], strict=True)
+        )
         self._told = start
-        known = self._book.distribution(EngineKind.GENERATE)
-        return known.mean, known.var
+        known, answers = self._book.distribution(EngineKind.GENERATE), self._book.answers()
+        found = []
+        for end in ends:
+            factor = answers.factor(prompt_mix(self._prompts[start:end]))
+            found.append((known.mean * factor, known.var * factor))
+        return found
 
 
-def score(lengths: Floats, seed: int = 0) -> dict[str, float]:
+def score(lengths: Lengths, seed: int = 0) -> dict[str, float]:
     """All figures for one sequence."""
-    sums = np.concatenate(([0.0], np.cumsum(lengths)))
+    sums = np.concatenate(([0.0], np.cumsum(lengths[0])))
     return {**_errors(lengths, sums, seed), **_coverage(lengths, sums)}
 
 
-def _errors(lengths: Floats, sums: Floats, seed: int) -> dict[str, float]:
+def _errors(lengths: Lengths, sums: Floats, seed: int) -> dict[str, float]:
     """Error of a group of 200 and R² over positions in two groups, ours and the oracle's."""
     rng, expected = np.random.default_rng(seed), Expected(lengths)
-    starts = np.arange(WARM_UP, lengths.size - 2 * LARGE, 16)
-    mean = np.array([expected.at(int(start))[0] for start in starts])
+    starts = np.arange(WARM_UP, lengths[0].size - 2 * LARGE, 16)
+    position = rng.integers(0, 2 * LARGE + 1, size=starts.size)
+    found = [
+        expected.at(start, start + LARGE, start + place)
+        for start, place in zip(starts.tolist(), position.tolist(), strict=True)
+    ]
+    mean, ahead = (np.array([one[n][0] for one in found]) for n in range(2))
     oracle = (sums[starts + ORACLE_HALF] - sums[starts - ORACLE_HALF]) / (2 * ORACLE_HALF)
     actual = (sums[starts + LARGE] - sums[starts]) / LARGE
-    position = rng.integers(0, 2 * LARGE + 1, size=starts.size)
     waited = sums[starts + position] - sums[starts]
     return {
         "mape_n200": float(np.mean(np.abs(mean - actual) / actual)),
         "mape_oracle": float(np.mean(np.abs(oracle - actual) / actual)),
-        "r2_two_groups": _r2(position * mean, waited),
+        "r2_two_groups": _r2(position * ahead, waited),
         "r2_oracle": _r2(position * oracle, waited),
     }
 
 
-def _coverage(lengths: Floats, sums: Floats) -> dict[str, float]:
+def _coverage(lengths: Lengths, sums: Floats) -> dict[str, float]:
     """How often the 95 % bound held, and how wide it was, over at least 1,000 groups in a row."""
-    size = max(1, (lengths.size - WARM_UP) // SCORED)
+    size = max(1, (lengths[0].size - WARM_UP) // SCORED)
     expected, conformal = Expected(lengths), Conformal()
     bounds: list[float] = []
     actual: list[float] = []
-    for start in range(WARM_UP, lengths.size - size + 1, size):
-        mean, var = expected.at(start)
+    for start in range(WARM_UP, lengths[0].size - size + 1, size):
+        ((mean, var),) = expected.at(start, start + size)
         predicted = size * mean
         factor = conformal.factor
         if factor is None:

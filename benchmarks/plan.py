@@ -135,14 +135,20 @@ def _learned(rng: np.random.Generator) -> tuple:
             device,
             model,
             1.0,
-            tuple((f"tenant-{int(rng.integers(4))}", int(rng.lognormal(5, 1)) + 1)
-                  for _ in range(200)),
+            tuple(
+                (f"tenant-{int(rng.integers(4))}", int(rng.lognormal(5, 1)) + 1, _prompt(rng))
+                for _ in range(200)
+            ),
             tuple((32, 12_000, 100, 0.03) for _ in range(50)),
         )
         for model in MODELS
         for device in DEVICES
     ]  # fmt: skip
     return fold((), seen)
+
+
+def _prompt(rng: np.random.Generator) -> int:
+    return int(rng.lognormal(5.5, 1.0)) + 1
 
 
 def timed(call: Callable[[], object], cpu: list[float] | None = None) -> float:

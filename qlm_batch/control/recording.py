@@ -18,7 +18,7 @@ from typing import Any, Final, Literal, Self, cast
 from pydantic import TypeAdapter
 
 from qlm_batch.domain.ports import Planning
-from qlm_batch.domain.snapshot import Observation, Plan, RequestGroup, RunView, Snapshot
+from qlm_batch.domain.snapshot import Observation, Output, Plan, RequestGroup, RunView, Snapshot
 from qlm_batch.scheduling.estimator import Estimator, EstimatorConfig
 from qlm_batch.scheduling.policies import Policy
 from qlm_batch.scheduling.problem import Durations
@@ -34,11 +34,11 @@ class ArrivalEntry:
 
 @dataclass(frozen=True, slots=True)
 class LengthsEntry:
-    """(tenant, output tokens) of requests of `model` that finished."""
+    """Requests of `model` that finished."""
 
     at: float
     model: str
-    outputs: tuple[tuple[str, int], ...]
+    outputs: tuple[Output, ...]
     type: Literal["lengths"] = "lengths"
 
 

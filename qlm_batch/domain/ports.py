@@ -105,8 +105,9 @@ class Heartbeat:
     """An instance's report; sent every second or two while it lives.
 
     `batch_cap` is how many batch requests may be inside its engines now; `kv_usage` the share of
-    its key-value cache in use. `evictions`, `recomputed_tokens` and `output_tokens` count since its
-    boot.
+    its key-value cache in use; `interactive_share` the part of its running batch that interactive
+    work took lately, in [0, 1]. `evictions`, `recomputed_tokens` and `output_tokens` count since
+    its boot.
     """
 
     name: str
@@ -125,6 +126,7 @@ class Heartbeat:
     kv_usage: float = 0.0
     generated: tuple[int, ...] = ()
     tokens_per_s: float = 0.0
+    interactive_share: float = 0.0
     phase: str = ""
     observations: tuple[Observation, ...] = ()
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from qlm_batch.domain.buckets import PromptMix
 from qlm_batch.domain.jobs import EngineKind, Estimate, OnMiss, SloClass
 
 
@@ -37,6 +38,7 @@ class RunView:
 
     `requests`, `prompt_tokens` and `max_tokens` are sums over the queued slices; `max_tokens`
     counts unbounded requests at the model's limit, so it is an upper bound. `deadline` is absolute.
+    `prompts` are those of the whole run, as it was read.
     """
 
     run_id: int
@@ -53,11 +55,15 @@ class RunView:
     requests: int
     prompt_tokens: int
     max_tokens: int
+    prompts: PromptMix = ()
 
 
 @dataclass(frozen=True, slots=True)
 class AssignedView:
-    """Work of one (run, generation) already at an instance: `requests` remaining in `slices`."""
+    """Work of one (run, generation) already at an instance: `requests` remaining in `slices`.
+
+    `prompts` are those of the whole run.
+    """
 
     run_id: int
     generation: int
@@ -70,6 +76,7 @@ class AssignedView:
     requests: int
     prompt_tokens: int
     max_tokens: int
+    prompts: PromptMix = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +99,9 @@ class InstanceView:
 
     `slots` is the largest running batch; `kv_tokens` its key-value capacity in tokens;
     `running` the requests inside the engine; `generated` the output tokens each running request
-    has produced, for residual life. `busy_s` is how long its interactive work will hold it.
-    `batch_cap` bounds the batch requests inside; `kv_usage` is the share of `kv_tokens` in use;
-    `evictions`, `recomputed_tokens` and `output_tokens` count since its boot.
+    has produced, for residual life. `interactive_share` is the part of it that interactive work
+    takes, in [0, 1]. `batch_cap` bounds the batch requests inside; `kv_usage` is the share of
+    `kv_tokens` in use; `evictions`, `recomputed_tokens` and `output_tokens` count since its boot.
     """
 
     name: str
@@ -138,11 +145,16 @@ class Profile:
     data: Mapping[str, object]
 
 
+Output = tuple[str, int, int]
+"""Tenant, output tokens and prompt tokens of a finished request."""
+
+
 @dataclass(frozen=True, slots=True)
 class Observation:
     """What an instance saw since it last reported; folded into profiles by the leader.
 
-    `outputs` are (tenant, output tokens) of finished requests of `model`. `steps` are rows
+    `outputs` are (tenant, output tokens, prompt tokens as intake counted them) of finished
+    requests of `model`. `steps` are rows
     (sequences, kv tokens, prefill tokens, seconds) of engine steps. `tokens` generated in `seconds`
     while busy give the measured throughput.
     """
@@ -151,7 +163,7 @@ class Observation:
     device: str
     model: str
     at: float
-    outputs: tuple[tuple[str, int], ...] = ()
+    outputs: tuple[Output, ...] = ()
     steps: tuple[tuple[int, int, int, float], ...] = ()
     tokens: int = 0
     requests: int = 0
@@ -184,7 +196,8 @@ class GroupPart:
 class RequestGroup:
     """The unit the scheduler orders: open slices of one model, class, deadline bucket and tenant.
 
-    `key` is stable from one plan to the next while the group lasts.
+    `key` is stable from one plan to the next while the group lasts. `prompts` are those of the runs
+    it is of; only their proportions count.
     """
 
     key: str
@@ -200,6 +213,7 @@ class RequestGroup:
     prompt_tokens: int
     max_tokens: int
     on_miss: OnMiss = OnMiss.EXPIRE
+    prompts: PromptMix = ()
 
     @property
     def slices(self) -> int:

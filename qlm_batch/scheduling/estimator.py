@@ -16,6 +16,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
+from qlm_batch.domain.buckets import PromptMix
 from qlm_batch.domain.jobs import EngineKind, SloClass
 from qlm_batch.domain.snapshot import (
     AssignedView,
@@ -39,6 +40,7 @@ from qlm_batch.scheduling.flows import (
     to_grids,
 )
 from qlm_batch.scheduling.grouping import ModelCapacity
+from qlm_batch.scheduling.lengthbook import Answers
 from qlm_batch.scheduling.lengths import Ages, LengthDistribution
 from qlm_batch.scheduling.profile import Knowledge
 from qlm_batch.scheduling.running import Running
@@ -102,7 +104,9 @@ class Estimator:
         self._tails: dict[tuple[Shape, int], Floats] = {}
         self._speeds: dict[tuple[str, str], tuple[Speed, StepTime]] = {}
         self._drains: dict[tuple[str, str, int, int], float] = {}
-        self._factors: dict[tuple[str, SloClass], float | None] = {}
+        self._bounds: dict[tuple[str, SloClass], float | None] = {}
+        self._factors: dict[tuple[Shape, PromptMix], float] = {}
+        self._answers: dict[tuple[str, str], Answers] = {}
         self._ready: dict[tuple[int, bool], Ready] = {}
         # Instances alike in device, slots and memory are told apart only by their slowdown.
         alike: dict[tuple[str, int, int], list[int]] = {}
@@ -159,6 +163,22 @@ class Estimator:
             self._lengths[key] = book.distribution(kind, tenant, self._ages[model], of_model)
         return self._lengths[key]
 
+    def _factor(self, shape: Shape, prompts: PromptMix) -> float:
+        """How many usual requests of its shape one with these prompts is."""
+        if not prompts:
+            return 1.0
+        found = self._factors.get((shape, prompts))
+        if found is None:
+            model, kind, tenant, _, cap = shape
+            answers = self._answers.get((model, tenant))
+            if answers is None:
+                answers = self.knowledge.book(model).answers(tenant)
+                self._answers[model, tenant] = answers
+            usual = max(1.0, self._length_capped(model, kind, tenant, cap).mean)
+            most = max(1.0, from_grid(cap) / usual)
+            found = self._factors[shape, prompts] = min(most, answers.factor(prompts))
+        return found
+
     def _length_capped(
         self, model: str, kind: EngineKind, tenant: str, cap: int
     ) -> LengthDistribution:
@@ -213,6 +233,7 @@ class Estimator:
         kinds: dict[Shape, int] = {}
         tails: dict[tuple[Shape, int], int] = {}
         kind: list[int] = []
+        amount: list[float] = []
         tail_kind: list[int] = []
         largest: list[int] = []
         for group, prompt, most in zip(
@@ -226,13 +247,14 @@ class Estimator:
             if row == len(largest):
                 largest.append(math.ceil(self._unit(shape)[2]))
             kind.append(row)
+            amount.append(max(1, group.requests) * self._factor(shape, group.prompts))
             last = few(min(group.requests, largest[row]))
             tail_kind.append(tails.setdefault((shape, last), len(tails)))
         rows = [self._unit(shape) for shape in kinds]
         n = len(self.instances)
         return WorkTable(
             np.array(kind, dtype=np.int64),
-            count,
+            np.array(amount, dtype=np.float64),
             np.array([mean for mean, _, _ in rows]).reshape(len(rows), n),
             np.array([var for _, var, _ in rows]).reshape(len(rows), n),
             np.array(tail_kind, dtype=np.int64),
@@ -241,8 +263,10 @@ class Estimator:
 
     def expected_tokens(self, group: RequestGroup) -> float:
         """The output tokens the group's requests are expected to have in all."""
-        model, kind, tenant, _, cap = shape_of_group(group)
-        return self._length_capped(model, kind, tenant, cap).mean * group.requests
+        shape = shape_of_group(group)
+        model, kind, tenant, _, cap = shape
+        usual = self._length_capped(model, kind, tenant, cap).mean
+        return usual * group.requests * self._factor(shape, group.prompts)
 
     def _tail(self, shape: Shape, last: int) -> Floats:
         found = self._tails.get((shape, last))
@@ -335,8 +359,9 @@ class Estimator:
                 per_token = flow.step_s / flow.running * slow
                 mean += float(left[instance]) * inside / running * per_token
                 var += float(spread[instance]) * inside / running * per_token**2
-            mean += rest * flow.request_s * slow
-            var += rest * flow.request_var * slow**2
+            amount = rest * self._factor(shape, own.prompts)
+            mean += amount * flow.request_s * slow
+            var += amount * flow.request_var * slow**2
         return Ready(mean, var, awake)
 
     def _still(self, model: str, shape: Shape) -> tuple[Floats, Floats]:
@@ -390,9 +415,9 @@ class Estimator:
     def upper(self, mean: float, var: float, model: str, slo_class: SloClass) -> float:
         """The 95 % bound shown to users, calibrated where enough outcomes were seen."""
         key = (model, slo_class)
-        if key not in self._factors:
-            self._factors[key] = self.knowledge.calibration(model).factor(slo_class)
-        factor = self._factors[key]
+        if key not in self._bounds:
+            self._bounds[key] = self.knowledge.calibration(model).factor(slo_class)
+        factor = self._bounds[key]
         if factor is None:
             return self.quantile(mean, var, 0.95)
         return max(EPSILON_S, mean * factor)

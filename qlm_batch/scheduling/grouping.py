@@ -24,6 +24,7 @@ from itertools import groupby, pairwise
 from operator import itemgetter
 from typing import NamedTuple
 
+from qlm_batch.domain.buckets import PromptMix
 from qlm_batch.domain.jobs import EngineKind, OnMiss, SloClass
 from qlm_batch.domain.snapshot import GroupPart, RequestGroup, RunView, Snapshot
 
@@ -255,6 +256,7 @@ def _group(key: str, pieces: Sequence[_Piece]) -> RequestGroup:
         batches: tuple[str, ...] = (first.batch_id,)
         deadline, arrived_at = first.deadline, first.created_at
         _, _, _, requests, prompt_tokens, max_tokens = pieces[0]
+        prompts = first.prompts
     else:
         slices: dict[tuple[int, int], int] = {}
         for piece in pieces:
@@ -267,6 +269,7 @@ def _group(key: str, pieces: Sequence[_Piece]) -> RequestGroup:
         requests = sum([piece.requests for piece in pieces])
         prompt_tokens = sum([piece.prompt_tokens for piece in pieces])
         max_tokens = sum([piece.max_tokens for piece in pieces])
+        prompts = _mixed(pieces)
     return RequestGroup(
         key=key,
         model=first.model,
@@ -281,4 +284,17 @@ def _group(key: str, pieces: Sequence[_Piece]) -> RequestGroup:
         prompt_tokens=prompt_tokens,
         max_tokens=max_tokens,
         on_miss=first.on_miss,
+        prompts=prompts,
     )
+
+
+def _mixed(pieces: Sequence[_Piece]) -> PromptMix:
+    """Prompts of the runs in a group, each run once; unknown where one of them is."""
+    runs = {id(piece.run): piece.run for piece in pieces}.values()
+    if len(runs) == 1 or not all(run.prompts for run in runs):
+        return pieces[0].run.prompts if len(runs) == 1 else ()
+    counts: dict[int, int] = {}
+    for run in runs:
+        for bucket, count in run.prompts:
+            counts[bucket] = counts.get(bucket, 0) + count
+    return tuple(sorted(counts.items()))

@@ -1,14 +1,13 @@
-"""Output lengths: what finished and running requests say about those still to come.
+"""Distributions of output lengths.
 
-Kaplan–Meier over an exponentially forgotten history, with running requests as censored
-observations. A tenant's history leans on its model's, and that one on a prior, in proportion to
-how much each has seen. Lengths are tokens.
+Kaplan–Meier over weighted endings, with running requests as censored observations. Lengths are
+tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from statistics import NormalDist
 
@@ -19,18 +18,6 @@ from qlm_batch.domain.jobs import EngineKind
 from qlm_batch.scheduling.kernels import loops
 
 Floats = NDArray[np.float64]
-
-DECAY = 0.992
-"""What one newer observation leaves of a weight: an effective window of 125 observations."""
-HISTORY = 400
-"""Lengths kept per model; the oldest of them weighs 0.992^399, 0.04."""
-TENANTS = 32
-"""Tenants remembered apart per model, the most recent ones."""
-TENANT_HISTORY = 200
-LEAN_ON_MODEL = 16.0
-"""Observations' worth of a model's distribution inside a tenant's."""
-LEAN_ON_PRIOR = 8.0
-"""Observations' worth of the prior inside a model's."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,92 +156,3 @@ class Ages:
 
 
 NO_AGES = Ages.of(())
-
-
-def _weights(count: int) -> Floats:
-    newest_last: Floats = DECAY ** np.arange(count - 1, -1, -1, dtype=np.float64)
-    return newest_last
-
-
-@dataclass(frozen=True, slots=True)
-class LengthBook:
-    """The lengths one model's requests finished with, newest last, overall and by tenant."""
-
-    lengths: tuple[int, ...] = ()
-    tenants: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-
-    def seen(self, outputs: Iterable[tuple[str, int]]) -> LengthBook:
-        """The book after (tenant, length) pairs in the order they finished."""
-        lengths = list(self.lengths)
-        tenants = {name: list(own) for name, own in self.tenants.items()}
-        for tenant, length in outputs:
-            lengths.append(length)
-            # Taken out and put back: a dict keeps order, so the least recent tenant stands first.
-            own = tenants.pop(tenant, [])
-            own.append(length)
-            tenants[tenant] = own
-        recent = list(tenants.items())[-TENANTS:]
-        return LengthBook(
-            tuple(lengths[-HISTORY:]),
-            {name: tuple(own[-TENANT_HISTORY:]) for name, own in recent},
-        )
-
-    def distribution(
-        self,
-        kind: EngineKind,
-        tenant: str | None = None,
-        ages: Ages = NO_AGES,
-        of_model: LengthDistribution | None = None,
-    ) -> LengthDistribution:
-        """The lengths to expect, given the `ages` of this model's running requests.
-
-        Without a tenant, or for one not seen yet, the model's own distribution: `of_model`, where
-        the caller has it.
-        """
-        if of_model is None:
-            of_model = prior(kind)
-            if self.lengths:
-                own = self._estimate(self.lengths, ages, 1.0)
-                weight = float(_weights(len(self.lengths)).sum())
-                of_model = own.mixed(weight, of_model, LEAN_ON_PRIOR)
-        history = self.tenants.get(tenant or "")
-        if not history:
-            return of_model
-        share = min(1.0, len(history) / len(self.lengths)) if self.lengths else 1.0
-        own = self._estimate(history, ages, share)
-        return own.mixed(float(_weights(len(history)).sum()), of_model, LEAN_ON_MODEL)
-
-    @staticmethod
-    def _estimate(history: tuple[int, ...], ages: Ages, share: float) -> LengthDistribution:
-        lengths, weights = np.array(history, dtype=np.float64), _weights(len(history))
-        mean = max(1.0, float(weights @ lengths) / float(weights.sum()))
-        # Little's law: while one request produces a token, running/mean requests finish.
-        fading = (1.0 - DECAY) * ages.running * share / mean
-        # The ages stand for the tenant's share of them.
-        return kaplan_meier(
-            lengths, weights, ages.begun, age_weight=share * ages.weight, fading=fading
-        )
-
-    def to_data(self) -> Mapping[str, object]:
-        """As plain JSON values."""
-        return {
-            "lengths": list(self.lengths),
-            "tenants": {name: list(own) for name, own in self.tenants.items()},
-        }
-
-    @staticmethod
-    def from_data(data: object) -> LengthBook:
-        """The book `to_data` wrote; an empty one from anything else."""
-        if not isinstance(data, Mapping):
-            return LengthBook()
-        tenants = data.get("tenants")
-        return LengthBook(
-            _ints(data.get("lengths"))[-HISTORY:],
-            {str(name): _ints(own) for name, own in tenants.items()}
-            if isinstance(tenants, Mapping)
-            else {},
-        )
-
-
-def _ints(data: object) -> tuple[int, ...]:
-    return tuple(int(value) for value in data) if isinstance(data, list | tuple) else ()

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from qlm_batch.domain.jobs import SloClass
-from qlm_batch.domain.snapshot import Observation, Profile
+from qlm_batch.domain.snapshot import Observation, Output, Profile
 from qlm_batch.scheduling.calibration import Calibration
 from qlm_batch.scheduling.fairness import Served
-from qlm_batch.scheduling.lengths import LengthBook
+from qlm_batch.scheduling.lengthbook import LengthBook
 from qlm_batch.scheduling.speed import Speed, prior_step_time
 
 ANY_DEVICE = "*"
@@ -102,7 +102,7 @@ class Knowledge:
             return self
         books, speeds, read = dict(self.books), dict(self.speeds), dict(self.read)
         read.pop((ANY_MODEL, ANY_DEVICE), None)
-        outputs: dict[str, list[tuple[str, int]]] = {}
+        outputs: dict[str, list[Output]] = {}
         work: dict[tuple[str, str], list[Observation]] = {}
         for seen in observations:
             if seen.outputs:

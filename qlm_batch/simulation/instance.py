@@ -11,7 +11,7 @@ import numpy as np
 from qlm_batch.domain.jobs import ClaimedSlice, EngineKind, ResultRow, Usage
 from qlm_batch.domain.ledger import Directive, Held, ReleaseReason
 from qlm_batch.domain.ports import Heartbeat, Store
-from qlm_batch.domain.snapshot import InstanceState, ModelView, Observation, Residency
+from qlm_batch.domain.snapshot import InstanceState, ModelView, Observation, Output, Residency
 from qlm_batch.scheduling import agent
 from qlm_batch.simulation.engine import EngineLimits
 from qlm_batch.simulation.events import EventQueue
@@ -110,7 +110,7 @@ class SimulatedInstance:
         self._urgent: dict[int, str] = {}
         self._urgent_parked: list[int] = []
         self._rows: list[ResultRow] = []
-        self._finished: list[tuple[str, int]] = []
+        self._finished: list[Output] = []
         self._turn = 0
         self._start_engine()
 
@@ -225,7 +225,7 @@ class SimulatedInstance:
                 continue
             slice_ = lease.slice
             lease.left.discard(key)
-            self._finished.append((slice_.tenant, outputs[i]))
+            self._finished.append((slice_.tenant, outputs[i], prompts[i]))
             self._rows.append(
                 ResultRow(
                     slice_id=slice_.slice_id,

@@ -53,7 +53,7 @@ def replay(path: Path) -> Replay:
                 # A new leader sees for the first time what an old one wrote down already.
                 runs.setdefault((run.run_id, run.generation), run)
             case LengthsEntry(_, model, outputs):
-                for tenant, tokens in outputs:
+                for tenant, tokens, _ in outputs:
                     lengths[model, tenant].append(max(1, tokens))
             case PlanEntry():
                 policy = POLICIES.get(entry.policy)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from qlm_batch.domain.buckets import bucket_of
+from qlm_batch.domain.buckets import bucket_of, prompt_bucket
 from qlm_batch.domain.errors import InvalidInput
 from qlm_batch.domain.jobs import RequestLine
 from qlm_batch.store.copying import NULL, escaped
@@ -34,6 +34,8 @@ class RunCut:
     model: str
     deadline: float
     slices: list[SliceCut] = field(default_factory=list)
+    prompts: dict[int, int] = field(default_factory=dict)
+    """Requests by bucket of their prompt."""
 
     @property
     def requests(self) -> int:
@@ -98,6 +100,8 @@ class Cutter:
             if until > part.latest:
                 part.latest = until
             part.prompt_tokens += line.prompt_tokens
+            length = prompt_bucket(line.prompt_tokens)
+            run.prompts[length] = run.prompts.get(length, 0) + 1
             if line.max_tokens is None:
                 part.unbounded += 1
                 bound = NULL

@@ -39,6 +39,7 @@ instance = sa.Table(
     sa.Column("kv_usage", sa.Double, nullable=False, server_default="0"),
     sa.Column("generated", ARRAY(sa.Integer), nullable=False),
     sa.Column("tokens_per_s", sa.Double, nullable=False),
+    sa.Column("interactive_share", sa.Double, nullable=False, server_default="0"),
     text("phase"),
     moment("beat_at"),
     moment("retired_at", nullable=True),

@@ -9,6 +9,7 @@ from typing import Any
 
 from sqlalchemy.engine import Connection
 
+from qlm_batch.domain.buckets import PromptMix
 from qlm_batch.domain.jobs import EngineKind
 from qlm_batch.domain.ports import Heartbeat
 from qlm_batch.domain.snapshot import (
@@ -34,11 +35,11 @@ _SAVE = sql(
     """
     INSERT INTO instance (name, boot_id, past_boots, device, state, models, slots, kv_tokens,
         running, interactive_running, batch_cap, evictions, recomputed_tokens, output_tokens,
-        kv_usage, generated, tokens_per_s, phase, beat_at)
+        kv_usage, generated, tokens_per_s, interactive_share, phase, beat_at)
     VALUES (:name, :boot_id, CAST(:past_boots AS text[]), :device, :state,
         CAST(:models AS jsonb), :slots, :kv_tokens, :running, :interactive_running,
         :batch_cap, :evictions, :recomputed_tokens, :output_tokens, :kv_usage,
-        CAST(:generated AS integer[]), :tokens_per_s, :phase, {now})
+        CAST(:generated AS integer[]), :tokens_per_s, :interactive_share, :phase, {now})
     ON CONFLICT (name) DO UPDATE
     SET boot_id = excluded.boot_id, past_boots = excluded.past_boots, device = excluded.device,
         state = excluded.state, models = excluded.models, slots = excluded.slots,
@@ -47,7 +48,8 @@ _SAVE = sql(
         evictions = excluded.evictions, recomputed_tokens = excluded.recomputed_tokens,
         output_tokens = excluded.output_tokens, kv_usage = excluded.kv_usage,
         generated = excluded.generated,
-        tokens_per_s = excluded.tokens_per_s, phase = excluded.phase, beat_at = excluded.beat_at,
+        tokens_per_s = excluded.tokens_per_s, interactive_share = excluded.interactive_share,
+        phase = excluded.phase, beat_at = excluded.beat_at,
         retired_at = NULL
     """
 )
@@ -95,6 +97,7 @@ def heartbeat(connection: Connection, beat: Heartbeat) -> bool:
             "kv_usage": beat.kv_usage,
             "generated": list(beat.generated),
             "tokens_per_s": beat.tokens_per_s,
+            "interactive_share": beat.interactive_share,
             "phase": beat.phase,
         },
     )
@@ -130,14 +133,15 @@ _INSTANCES = sql(
 _HELD = sql(
     """
     SELECT s.instance, s.run_id, s.generation, s.batch_id, u.tenant, u.model, u.kind,
-           min(s.deadline) AS deadline, count(*) AS slices,
+           u.prompts, min(s.deadline) AS deadline, count(*) AS slices,
            count(*) FILTER (WHERE s.state = 'leased') AS leased_slices,
            count(*) FILTER (WHERE s.attempts >= :suspect) AS suspect_slices,
            sum(s.remaining)::bigint AS requests, sum(s.prompt_tokens)::bigint AS prompt_tokens,
            sum(s.max_tokens)::bigint AS max_tokens, sum(s.unbounded)::bigint AS unbounded
     FROM slice s JOIN run u ON u.id = s.run_id
     WHERE s.state IN ('assigned', 'leased')
-    GROUP BY s.instance, s.run_id, s.generation, s.batch_id, u.tenant, u.model, u.kind
+    GROUP BY s.instance, s.run_id, s.generation, s.batch_id, u.tenant, u.model, u.kind,
+             u.prompts
     ORDER BY s.instance, min(s.deadline), s.run_id, s.generation
     """
 )
@@ -169,6 +173,11 @@ def most_tokens(row: Any, limits: dict[str, int]) -> int:
     if row.kind == EngineKind.EMBED.value:
         return 0
     return int(row.max_tokens + row.unbounded * limits.get(row.model, UNKNOWN_LENGTH))
+
+
+def to_prompts(flat: Sequence[int]) -> PromptMix:
+    """The mix of prompts a run was stored with: bucket and count in turn."""
+    return tuple(zip(flat[::2], flat[1::2], strict=True))
 
 
 def _to_models(hosted: Sequence[dict[str, Any]]) -> tuple[ModelView, ...]:
@@ -216,9 +225,11 @@ def _to_view(
                 requests=work.requests,
                 prompt_tokens=work.prompt_tokens,
                 max_tokens=most_tokens(work, limits),
+                prompts=to_prompts(work.prompts),
             )
             for work in held
         ),
         suspect_slices=sum(work.suspect_slices for work in held),
         tokens_per_s=row.tokens_per_s,
+        interactive_share=row.interactive_share,
     )

@@ -122,10 +122,10 @@ _TAKE_RUNS = sql(
 _INSERT_RUN = sql(
     """
     INSERT INTO run (id, batch_id, tenant, model, kind, slo_class, deadline, requests,
-                     prompt_tokens, max_tokens, unbounded)
+                     prompt_tokens, max_tokens, unbounded, prompts)
     OVERRIDING SYSTEM VALUE
     VALUES (:id, :batch_id, :tenant, :model, :kind, :slo_class, :deadline, :requests,
-            :prompt_tokens, :max_tokens, :unbounded)
+            :prompt_tokens, :max_tokens, :unbounded, CAST(:prompts AS integer[]))
     """
 )
 _SLICE_COLUMNS = (
@@ -199,6 +199,7 @@ def _run_row(batch: Batch, run: RunCut) -> dict[str, object]:
         "prompt_tokens": sum(part.prompt_tokens for part in run.slices),
         "max_tokens": sum(part.max_tokens for part in run.slices),
         "unbounded": sum(part.unbounded for part in run.slices),
+        "prompts": [number for pair in sorted(run.prompts.items()) for number in pair],
     }
 
 

@@ -243,7 +243,7 @@ def _to_observation(data: dict[str, Any]) -> Observation:
     return Observation(
         **{
             **data,
-            "outputs": tuple((tenant, tokens) for tenant, tokens in data["outputs"]),
+            "outputs": tuple((str(t), int(out), int(prompt)) for t, out, prompt in data["outputs"]),
             "steps": tuple((int(a), int(b), int(c), float(d)) for a, b, c, d in data["steps"]),
         }
     )

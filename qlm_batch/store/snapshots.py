@@ -8,13 +8,14 @@ from sqlalchemy.engine import Connection
 
 from qlm_batch.domain.jobs import EngineKind, OnMiss, SloClass
 from qlm_batch.domain.snapshot import RunView, Snapshot
-from qlm_batch.store.instances import instances, lengths, most_tokens
+from qlm_batch.store.instances import instances, lengths, most_tokens, to_prompts
 from qlm_batch.store.planning import profiles, queues
 from qlm_batch.store.sql import sql
 
 _RUNS = sql(
     """
-    SELECT q.*, u.batch_id, u.tenant, u.model, u.kind, u.slo_class, b.created_at, b.on_miss
+    SELECT q.*, u.batch_id, u.tenant, u.model, u.kind, u.slo_class, u.prompts, b.created_at,
+           b.on_miss
     FROM (
         SELECT run_id, generation, min(deadline) AS deadline, count(*) AS slices,
                sum(remaining)::bigint AS requests, sum(prompt_tokens)::bigint AS prompt_tokens,
@@ -61,4 +62,5 @@ def _to_view(row: Any, limits: dict[str, int]) -> RunView:
         requests=row.requests,
         prompt_tokens=row.prompt_tokens,
         max_tokens=most_tokens(row, limits),
+        prompts=to_prompts(row.prompts),
     )

@@ -137,6 +137,7 @@ run = sa.Table(
     count("prompt_tokens"),
     count("max_tokens"),
     count("unbounded"),
+    sa.Column("prompts", ARRAY(sa.Integer), nullable=False, server_default="{}"),
     one_of("kind", EngineKind),
     one_of("slo_class", SloClass),
 )

@@ -130,7 +130,7 @@ def test_nothing_is_assigned_to_an_instance_nobody_knows(bench: Bench) -> None:
 
 def test_observations_are_drained_once_and_in_order(bench: Bench) -> None:
     seen = tuple(
-        Observation("gpu-0", "cpu", MODEL, float(n), ((TENANT, n),), ((1, 2, 3, 0.5),))
+        Observation("gpu-0", "cpu", MODEL, float(n), ((TENANT, n, 9),), ((1, 2, 3, 0.5),))
         for n in range(3)
     )
     bench.beat(observations=seen)

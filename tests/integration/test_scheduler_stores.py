@@ -66,7 +66,7 @@ def stages(postgres_url: str) -> Iterator[tuple[Stage, Stage]]:
 def story(stage: Stage) -> list[Any]:
     """Two passes over a mixed queue: what was planned, assigned, promised and decided."""
     seen = Observation(
-        "gpu-0", "A100", "m", 1.0, ((TENANT, 300),) * 60, ((16, 4000, 0, 0.02),) * 60
+        "gpu-0", "A100", "m", 1.0, ((TENANT, 300, 9),) * 60, ((16, 4000, 0, 0.02),) * 60
     )
     stage.beat(observations=(seen,))
     stage.beat("gpu-1", ["n", "m"])

@@ -31,7 +31,7 @@ def learned(length: int = 100) -> tuple[Profile, ...]:
         (),
         [
             Observation(
-                "i", "A100", "m", 0.0, (("t", length),) * 2000, ((32, 8000, 0, STEP_S),) * 2000
+                "i", "A100", "m", 0.0, (("t", length, 9),) * 2000, ((32, 8000, 0, STEP_S),) * 2000
             )
         ],
     )
@@ -62,7 +62,7 @@ def test_a_limit_on_output_tokens_makes_requests_short() -> None:
 
 
 def test_measured_throughput_stands_in_for_steps() -> None:
-    seen = Observation("i", "A100", "m", 0.0, (("t", 100),) * 2000, (), 64_000, 640, 100.0)
+    seen = Observation("i", "A100", "m", 0.0, (("t", 100, 9),) * 2000, (), 64_000, 640, 100.0)
     situation = replace(snapshot(instances=[instance("i")]), profiles=fold((), [seen]))
     assert flow(Estimator(situation)).tokens_per_s == pytest.approx(640, rel=0.01)
 

@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlm_batch.domain.jobs import EngineKind
-from qlm_batch.scheduling.lengths import HISTORY, TENANTS, Ages, LengthBook, kaplan_meier, prior
+from qlm_batch.domain.snapshot import Output
+from qlm_batch.scheduling.lengthbook import HISTORY, TENANTS, LengthBook
+from qlm_batch.scheduling.lengths import Ages, kaplan_meier, prior
 
 GENERATE = EngineKind.GENERATE
 
@@ -55,7 +57,7 @@ def test_in_a_steady_state_running_requests_do_not_inflate_the_mean() -> None:
     for _ in range(600):
         left -= 1
         done = left == 0
-        book = book.seen(("t", int(n)) for n in total[done])
+        book = book.seen(("t", int(n), 9) for n in total[done])
         fresh = rng.geometric(1 / 100, int(done.sum()))
         left[done], total[done] = fresh, fresh
     ages = (total - left).tolist()
@@ -85,7 +87,7 @@ def test_the_largest_of_many_tends_to_the_maximum() -> None:
 
 
 def test_a_tenant_of_its_own_kind_is_told_apart_from_the_rest() -> None:
-    outputs = [("short", 10), ("long", 1000)] * 100
+    outputs = [("short", 10, 9), ("long", 1000, 9)] * 100
     book = LengthBook().seen(outputs)
     assert book.distribution(GENERATE, "short").mean < 200
     assert book.distribution(GENERATE, "long").mean > 800
@@ -100,14 +102,18 @@ def test_nothing_seen_means_the_prior() -> None:
 
 
 def test_the_recent_outweighs_the_past() -> None:
-    book = LengthBook().seen([("t", 1000)] * 200 + [("t", 100)] * 200)
+    book = LengthBook().seen([("t", 1000, 9)] * 200 + [("t", 100, 9)] * 200)
     assert book.distribution(GENERATE, "t").mean < 300
 
 
-@given(st.lists(st.tuples(st.text(max_size=3), st.integers(0, 10**5)), max_size=400))
-def test_a_book_is_bounded_and_survives_storage(outputs: list[tuple[str, int]]) -> None:
+@given(
+    st.lists(
+        st.tuples(st.text(max_size=3), st.integers(0, 10**5), st.integers(0, 10**5)), max_size=400
+    )
+)
+def test_a_book_is_bounded_and_survives_storage(outputs: list[Output]) -> None:
     book = LengthBook().seen(outputs)
-    assert len(book.lengths) <= HISTORY
+    assert len(book.overall.lengths) <= HISTORY
     assert len(book.tenants) <= TENANTS
     assert LengthBook.from_data(book.to_data()) == book
 
@@ -117,7 +123,9 @@ def test_a_book_is_bounded_and_survives_storage(outputs: list[tuple[str, int]]) 
     st.lists(st.integers(1, 5000), max_size=60),
 )
 def test_an_estimate_is_a_distribution(lengths: list[int], ages: list[int]) -> None:
-    found = LengthBook().seen(("t", n) for n in lengths).distribution(GENERATE, "t", Ages.of(ages))
+    found = (
+        LengthBook().seen(("t", n, 9) for n in lengths).distribution(GENERATE, "t", Ages.of(ages))
+    )
     assert found.probabilities.sum() == pytest.approx(1.0)
     assert (found.probabilities >= -1e-12).all()
     assert (np.diff(found.values) >= 0).all()

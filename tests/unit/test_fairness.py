@@ -19,7 +19,7 @@ FLEET = snapshot(instances=[instance("i")])
 
 
 def seen(tenant: str, tokens: int, at: float = 1.0) -> Observation:
-    return Observation("i", "A100", "m", at, ((tenant, tokens),))
+    return Observation("i", "A100", "m", at, ((tenant, tokens, 9),))
 
 
 def on_time(*groups: RequestGroup, served: Served | None = None) -> list[str]:

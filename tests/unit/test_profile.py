@@ -99,14 +99,14 @@ def test_efficiency_is_what_an_engine_loses_between_its_steps() -> None:
 
 
 def test_folding_keeps_what_it_does_not_touch() -> None:
-    first = fold((), [Observation("i", "A100", "m", 1.0, (("t", 50),), tuple(steps(5)))])
-    second = fold(first, [Observation("j", "A100", "n", 2.0, (("t", 60),))])
+    first = fold((), [Observation("i", "A100", "m", 1.0, (("t", 50, 9),), tuple(steps(5)))])
+    second = fold(first, [Observation("j", "A100", "n", 2.0, (("t", 60, 9),))])
     assert all(profile in second for profile in first if profile.model != ANY_MODEL)
     assert fold(second, ()) == second
 
 
 def test_what_was_learned_survives_storage() -> None:
-    seen = Observation("i", "A100", "m", 1.0, (("t", 50),), tuple(steps(50)), 500, 10, 3.0)
+    seen = Observation("i", "A100", "m", 1.0, (("t", 50, 9),), tuple(steps(50)), 500, 10, 3.0)
     profiles = fold((), [seen])
     stored = [Profile(p.model, p.device, json.loads(json.dumps(dict(p.data)))) for p in profiles]
     assert Knowledge.of(stored) == Knowledge.of(profiles)
@@ -115,9 +115,9 @@ def test_what_was_learned_survives_storage() -> None:
 
 def test_lengths_are_shared_by_devices_and_speeds_are_not() -> None:
     known = Knowledge.of(
-        fold((), [Observation("i", "A100", "m", 1.0, (("t", 50),), tuple(steps(50)))])
+        fold((), [Observation("i", "A100", "m", 1.0, (("t", 50, 9),), tuple(steps(50)))])
     )
-    assert known.book("m").lengths == (50,)
+    assert known.book("m").overall.lengths == (50,)
     assert not known.speed("m", "H100").fitted
 
 

@@ -99,7 +99,8 @@ class Feeder:
                 started_at=started_at,
             )
         if 200 <= answer.status_code < 300:
-            host.meter.finished(claimed.tenant, answer.usage.output_tokens)
+            output_tokens = answer.usage.output_tokens
+            host.meter.finished(claimed.tenant, output_tokens, request.prompt_tokens)
         duration_s = time.monotonic() - began
         return rows.answered(claimed, request, request_id, answer, started_at, duration_s)
 

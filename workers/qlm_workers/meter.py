@@ -6,7 +6,7 @@ import time
 from collections import deque
 
 from qlm_batch.domain.engine import EngineStats
-from qlm_batch.domain.snapshot import Observation
+from qlm_batch.domain.snapshot import Observation, Output
 
 MOST_OUTPUTS = 1000
 MOST_STEPS = 200
@@ -17,7 +17,7 @@ class Meter:
 
     def __init__(self, instance: str, device: str, model: str) -> None:
         self._instance, self._device, self._model = instance, device, model
-        self._outputs: deque[tuple[str, int]] = deque(maxlen=MOST_OUTPUTS)
+        self._outputs: deque[Output] = deque(maxlen=MOST_OUTPUTS)
         self._steps: deque[tuple[int, int, int, float]] = deque(maxlen=MOST_STEPS)
         self._finished = 0
         self._finished_tokens = 0
@@ -28,11 +28,11 @@ class Meter:
         self._busy = False
         self.tokens_per_s = 0.0
 
-    def finished(self, tenant: str, output_tokens: int) -> None:
-        """A request of `tenant` ended with an answer."""
+    def finished(self, tenant: str, output_tokens: int, prompt_tokens: int) -> None:
+        """A request of `tenant` ended with an answer; its prompt is as intake counted it."""
         self._finished += 1
         self._finished_tokens += output_tokens
-        self._outputs.append((tenant, output_tokens))
+        self._outputs.append((tenant, output_tokens, prompt_tokens))
 
     def look(self, stats: EngineStats, busy: bool, now: float) -> None:
         """Fold in a look at the engine; `busy` says whether it has work now."""

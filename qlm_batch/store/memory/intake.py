@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from qlm_batch.domain.buckets import MAX_RUNS, bucket_of
+from qlm_batch.domain.buckets import MAX_RUNS, bucket_of, prompt_mix
 from qlm_batch.domain.errors import Conflict, InvalidInput
 from qlm_batch.domain.jobs import (
     EMBEDDINGS,
@@ -98,6 +98,7 @@ class MemoryIntake(Facet):
         expires = batch.view.spec.on_miss is OnMiss.EXPIRE
         for run in runs:
             run.id = self.state.next("run")
+            run.prompts = prompt_mix(line.prompt_tokens for line in run.lines)
             self.state.runs[run.id] = run
             for lo in range(0, len(run.lines), size):
                 hi = min(lo + size, len(run.lines))

@@ -186,6 +186,7 @@ def _run_view(state: State, part: Part, limits: Mapping[str, int]) -> RunView:
         requests=tally.requests,
         prompt_tokens=tally.prompt_tokens,
         max_tokens=_bound(run, tally, limits),
+        prompts=run.prompts,
     )
 
 
@@ -211,6 +212,7 @@ def _assigned_views(
             requests=tally.requests,
             prompt_tokens=tally.prompt_tokens,
             max_tokens=_bound(run, tally, limits),
+            prompts=run.prompts,
         )
 
 
@@ -242,6 +244,7 @@ def instance_views(state: State) -> tuple[InstanceView, ...]:
             assigned=tuple(_assigned_views(state, tallies, limits)),
             suspect_slices=sum(tally.suspects for tally in tallies.values()),
             tokens_per_s=beat.tokens_per_s,
+            interactive_share=beat.interactive_share,
         )
         silent = now - instance.at > state.silent_s
         views.append(replace(view, state=InstanceState.LOST) if silent else view)

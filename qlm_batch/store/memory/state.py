@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import update_wrapper
 from typing import Concatenate, ParamSpec, TypeVar
 
+from qlm_batch.domain.buckets import PromptMix
 from qlm_batch.domain.errors import NotFound
 from qlm_batch.domain.interactive import InteractiveRequest
 from qlm_batch.domain.jobs import (
@@ -57,6 +58,7 @@ class RunData:
     model: str
     kind: EngineKind
     deadline: float
+    prompts: PromptMix = ()
     lines: list[RequestLine] = field(default_factory=list)
     successes: set[int] = field(default_factory=set)
     rows: dict[int, dict[int, ResultRow]] = field(default_factory=lambda: defaultdict(dict))
