@@ -19,6 +19,7 @@ from qlm_batch.control.interactive_sweep import InteractiveSweep, InteractiveSwe
 from qlm_batch.control.leadership import Leadership
 from qlm_batch.control.lifecycle import Service
 from qlm_batch.control.reaper import Reaper, ReaperConfig
+from qlm_batch.control.recording import Recorder
 from qlm_batch.control.retention import RetentionConfig, RetentionService
 from qlm_batch.control.scheduler_loop import SchedulerConfig, SchedulerLoop
 from qlm_batch.dispatch.dispatcher import CeleryDispatcher
@@ -86,10 +87,24 @@ def scheduler_services(settings: Settings, stop: threading.Event) -> Sequence[Se
         policy(settings.policy),
         SchedulerConfig(holder=holder(), term_s=settings.leader_term_s, tick_s=settings.tick_s),
         leadership,
+        open_recorder(settings),
     )
     reaper = Reaper(store, SystemClock(stop), leadership, ReaperConfig(lease_s=settings.lease_s))
     sweep = InteractiveSweep(store, InteractiveSweepConfig.of(settings))
     return (loop, reaper, sweep)
+
+
+def open_recorder(settings: Settings) -> Recorder | None:
+    """The log that is asked for; ConfigurationError when it cannot be written."""
+    if settings.record is None:
+        return None
+    try:
+        return Recorder(settings.record, append=True)
+    except OSError as error:
+        raise ConfigurationError(
+            f"record: {settings.record} cannot be written ({error.strerror}); set QLM_RECORD to a"
+            " file in a folder that exists and is writable"
+        ) from None
 
 
 def file_services(settings: Settings, stop: threading.Event) -> Sequence[Service]:

@@ -59,6 +59,9 @@ class Settings(BaseSettings):
     poll_s: float = 1.5
     heartbeat_s: float = 2.0
     policy: str = "qlm"
+    record: Path | None = None
+    """File to which the scheduler appends what it saw and planned, for `qlm simulate --replay`;
+    compressed where it ends in `.gz`. It grows by some megabytes an hour."""
 
     interactive_ttft_s: float = 2.0
     """Target for the first token where neither the request nor its key names one."""

@@ -8,13 +8,14 @@ give the same bytes.
 from __future__ import annotations
 
 import gzip
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BufferedWriter
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, Self, cast
 
+import structlog
 from pydantic import TypeAdapter
 
 from qlm_batch.domain.ports import Planning
@@ -56,6 +57,8 @@ class PlanEntry:
     type: Literal["plan"] = "plan"
 
 
+log = structlog.get_logger(__name__)
+
 Entry = ArrivalEntry | LengthsEntry | PlanEntry
 
 _ENTRY: Final[TypeAdapter[Entry]] = TypeAdapter(Entry)
@@ -70,16 +73,19 @@ def plan_bytes(plan: Plan) -> bytes:
 class Recorder:
     """Writes a log, each plan at once; a path ending in `.gz` is compressed. Use it as a context.
 
-    With `append`, what an earlier process wrote stays.
+    With `append`, what an earlier process wrote stays. OSError where the file cannot be opened; a
+    disk that is full later ends the log, not the service.
     """
 
     def __init__(self, path: Path, *, append: bool = False) -> None:
+        self._path = path
         mode: Literal["ab", "wb"] = "ab" if append else "wb"
         # Closed by `close`: a recorder lives as long as its process.
         self._file: gzip.GzipFile | BufferedWriter = (
             gzip.GzipFile(path, mode) if path.suffix == ".gz" else path.open(mode)
         )
         self._seen: set[tuple[int, int]] = set()
+        self._full = False
 
     def __enter__(self) -> Self:
         return self
@@ -98,8 +104,7 @@ class Recorder:
 
     def planned(self, entry: PlanEntry) -> None:
         """A policy was asked."""
-        self._write(entry)
-        self._file.flush()
+        self._write(entry, flush=True)
 
     def saw(self, snapshot: Snapshot) -> None:
         """A pass saw this queue."""
@@ -114,8 +119,16 @@ class Recorder:
             if seen.outputs:
                 self._write(LengthsEntry(seen.at, seen.model, seen.outputs))
 
-    def _write(self, entry: Entry) -> None:
-        self._file.write(_ENTRY.dump_json(entry) + b"\n")
+    def _write(self, entry: Entry, *, flush: bool = False) -> None:
+        if self._full:
+            return
+        try:
+            self._file.write(_ENTRY.dump_json(entry) + b"\n")
+            if flush:
+                self._file.flush()
+        except OSError as error:
+            self._full = True
+            log.warning("recording_ended", file=str(self._path), error=error.strerror)
 
 
 class RecordedPolicy:
@@ -175,10 +188,18 @@ def recorded(store: Planning, recorder: Recorder) -> Planning:
 def read_log(path: Path) -> Iterator[Entry]:
     """The entries of a log in order; a line cut off by a crash ends it. ValueError for others."""
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-        for line in file:
+        for line in _lines(file):
             if not line.endswith(b"\n"):
                 return
             yield _ENTRY.validate_json(line)
+
+
+def _lines(file: Iterable[bytes]) -> Iterator[bytes]:
+    try:
+        yield from file
+    except EOFError:
+        # A compressed log that is still written to, or whose writer crashed, has no end mark.
+        return
 
 
 def replayed(entry: PlanEntry, policy: Policy) -> Plan:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import structlog
 
 from qlm_batch.control.leadership import Leadership
+from qlm_batch.control.recording import RecordedPolicy, Recorder, recorded
 from qlm_batch.control.story import Story
 from qlm_batch.control.unserved import Unserved, UnservedConfig
 from qlm_batch.domain.errors import NotLeader, Unavailable
@@ -95,12 +96,15 @@ class SchedulerLoop:
         policy: Policy,
         config: SchedulerConfig,
         leadership: Leadership | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
-        self._store = store
+        """What is seen and planned is written to `recorder`, which is closed with the loop."""
+        self._store = store if recorder is None else recorded(store, recorder)
         self._dispatcher = dispatcher
-        self._policy = policy
+        self._policy = policy if recorder is None else RecordedPolicy(policy, recorder)
         self._config = config
         self._leadership = leadership or Leadership()
+        self._recorder = recorder
         self._forget()
 
     @property
@@ -134,10 +138,12 @@ class SchedulerLoop:
             return Tick()
 
     def close(self) -> None:
-        """Give leadership up, so that a standby takes over at once."""
+        """Give leadership up, so that a standby takes over at once, and end the log."""
         if self._leadership.epoch is not None:
             self._step_down()
             self._store.resign(self._config.holder)
+        if self._recorder is not None:
+            self._recorder.close()
 
     def _forget(self) -> None:
         self._incumbent: Incumbent | None = None

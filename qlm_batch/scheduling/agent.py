@@ -5,6 +5,7 @@ Pure rules, called by the worker's runner and by the simulated cluster alike.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 PULL_BELOW = 1.5
@@ -18,6 +19,9 @@ INTERACTIVE_PRIORITY = 0
 
 CALM = 0.8
 """Below this share of the target for a step there is room for more batch work."""
+
+SHARE_WINDOW_S = 60.0
+"""Seconds after which an instance's share of interactive work has forgotten two thirds."""
 
 _INTERACTIVE_BASE = 2**40
 """Above any time in tenths of seconds: what is left of it stays below INTERACTIVE_PRIORITY."""
@@ -63,6 +67,16 @@ def batch_cap(cap: int, slots: int, *, step_s: float | None, target_s: float, qu
     if step_s < CALM * target_s:
         return min(full, cap + max(1, slots // 16))
     return cap
+
+
+def interactive_share(before: float, interactive: int, slots: int, seconds: float) -> float:
+    """The share of the running batch that interactive requests take, in [0, 1]: a fading mean.
+
+    `interactive` requests were inside the engine during the last `seconds`.
+    """
+    now = min(1.0, interactive / max(1, slots))
+    kept = math.exp(-max(0.0, seconds) / SHARE_WINDOW_S)
+    return round(before * kept + now * (1.0 - kept), 4)
 
 
 def engine_priority(deadline: float) -> int:

@@ -50,12 +50,12 @@ class Knowledge:
                 served = known.served if same else Served.from_data(profile.data.get("served"))
             elif profile.device == ANY_DEVICE:
                 if same:
-                    books[model], calibrations[model] = known.books[model], known.calibration(model)
+                    books[model], calibrations[model] = known.book(model), known.calibration(model)
                 else:
                     books[model] = LengthBook.from_data(profile.data.get("lengths"))
                     calibrations[model] = Calibration.from_data(profile.data.get("calibration"))
             elif same:
-                speeds[key] = known.speeds[key]
+                speeds[key] = known.speed(*key)
             else:
                 start = prior_step_time(*key)
                 speeds[key] = Speed.from_data(start, profile.data.get("speed"))

@@ -11,7 +11,7 @@ import numpy as np
 
 from qlm_batch.control.leadership import Leadership
 from qlm_batch.control.reaper import Reaper, ReaperConfig
-from qlm_batch.control.recording import RecordedPolicy, Recorder, recorded
+from qlm_batch.control.recording import Recorder
 from qlm_batch.control.scheduler_loop import SchedulerConfig, SchedulerLoop
 from qlm_batch.domain.jobs import CHAT, BatchSpec, FilePurpose, FileRecord, OnMiss, RequestLine
 from qlm_batch.domain.messages import Assigned, Stopped
@@ -118,13 +118,14 @@ class Cluster:
         self._sizes = np.diff([*self.requests.offsets, len(self.requests)])
         leadership = Leadership()
         self._loop = SchedulerLoop(
-            self.store if recorder is None else recorded(self.store, recorder),
+            self.store,
             self,
-            self._policy if recorder is None else RecordedPolicy(self._policy, recorder),
+            self._policy,
             SchedulerConfig(
                 _HOLDER, tick_s=config.tick_s, plan_ms=config.plan_ms, seed=config.seed
             ),
             leadership,
+            recorder,
         )
         self._reaper = Reaper(
             self.store, self.events, leadership, ReaperConfig(lease_s=config.worker.lease_s)

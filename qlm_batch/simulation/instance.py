@@ -111,6 +111,7 @@ class SimulatedInstance:
         self._urgent_parked: list[int] = []
         self._rows: list[ResultRow] = []
         self._finished: list[Output] = []
+        self._share, self._shared_at = 0.0, self._events.now()
         self._turn = 0
         self._start_engine()
 
@@ -431,8 +432,16 @@ class SimulatedInstance:
             running=min(inside, most),
             interactive_running=len(self._urgent),
             generated=self.engine.ages(MOST_GENERATED),
+            interactive_share=self._share_now(),
             observations=self._observations(),
         )
+
+    def _share_now(self) -> float:
+        now = self._events.now()
+        seconds, self._shared_at = now - self._shared_at, now
+        inside, slots = len(self._urgent), self.spec.slots
+        self._share = agent.interactive_share(self._share, inside, slots, seconds)
+        return self._share
 
     def _observations(self) -> tuple[Observation, ...]:
         engine = self.engine

@@ -512,7 +512,7 @@ async def test_observations_arrive_once_also_after_failed_heartbeats() -> None:
         await heartbeats(store, 5)
     seen = [o for beat in store.beats for o in beat.observations]
     assert sum(o.requests for o in seen) == 20
-    assert [pair for o in seen for pair in o.outputs] == [("t", 3)] * 20
+    assert [pair for o in seen for pair in o.outputs] == [("t", 3, 8)] * 20
     assert sum(o.tokens for o in seen) == 60
 
 

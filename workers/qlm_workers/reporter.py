@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from qlm_batch.domain.ports import Heartbeat
 from qlm_batch.domain.snapshot import InstanceState, Observation
+from qlm_batch.scheduling import agent
 from qlm_workers.hosts import Host
 from qlm_workers.link import Link
 
@@ -26,6 +27,7 @@ class Reporter:
         self._hosts = hosts
         self._name, self._boot_id, self._device = name, boot_id, device
         self._slots = slots
+        self._share, self._shared_at = 0.0, time.monotonic()
         self._reports: deque[Observation] = deque(maxlen=MOST_REPORTS)
 
     async def beat(self, state: InstanceState, phase: str) -> bool:
@@ -43,11 +45,22 @@ class Reporter:
             if (seen := host.meter.report(now)) is not None:
                 self._reports.append(seen)
         reports = tuple(self._reports)
+        self._share_until(mono)
         beat = self._heartbeat(state, phase, reports)
         alive = await self._link.call(self._link.store.heartbeat, beat)
         for _ in reports:
             self._reports.popleft()
         return alive
+
+    def _share_until(self, now: float) -> None:
+        """Fold in the interactive requests inside since the last report."""
+        interactive = sum(host.interactive for host in self._hosts)
+        seconds, self._shared_at = now - self._shared_at, now
+        self._share = agent.interactive_share(self._share, interactive, self._all_slots(), seconds)
+
+    def _all_slots(self) -> int:
+        infos = [host.info for host in self._hosts if host.info is not None]
+        return sum(info.slots for info in infos) or self._slots
 
     def _heartbeat(
         self, state: InstanceState, phase: str, reports: tuple[Observation, ...]
@@ -60,7 +73,7 @@ class Reporter:
             device=self._device,
             state=state,
             models=tuple(host.view() for host in self._hosts),
-            slots=sum(info.slots for info in infos) or self._slots,
+            slots=self._all_slots(),
             kv_tokens=sum(info.kv_tokens for info in infos),
             running=sum(host.inside + host.interactive for host in self._hosts),
             interactive_running=sum(host.interactive for host in self._hosts),
@@ -71,6 +84,7 @@ class Reporter:
             kv_usage=_kv_usage(self._hosts),
             generated=tuple(n for s in stats for n in s.generated)[:MOST_GENERATED],
             tokens_per_s=sum(host.meter.tokens_per_s for host in self._hosts),
+            interactive_share=self._share,
             phase=phase,
             observations=reports,
         )
