@@ -45,7 +45,7 @@ from qlm_batch.scheduling.lengths import Ages, LengthDistribution
 from qlm_batch.scheduling.profile import Knowledge
 from qlm_batch.scheduling.running import Running
 from qlm_batch.scheduling.speed import Speed, StepTime
-from qlm_batch.scheduling.worktable import Floats, GroupWork, WorkTable
+from qlm_batch.scheduling.worktable import Floats, GroupWork, Ints, WorkTable
 
 VERSION = "flow-1"
 """Names this estimator in promises."""
@@ -115,6 +115,7 @@ class Estimator:
         self._alike = [np.array(members, dtype=np.int64) for members in alike.values()]
         self._slow = np.array([_slowdown(view) for view in snapshot.instances])
         self._hosts: dict[str, NDArray[np.bool_]] = {}
+        self._serving: dict[str, list[tuple[Ints, Floats]]] = {}
 
     @property
     def served(self) -> Served:
@@ -201,13 +202,8 @@ class Estimator:
         for model, (kind, (requests, prompt, most)) in sums.items():
             count = max(1, requests)
             shape = (model, kind, "", to_grid(prompt / count), to_grid(most / count))
-            hosts = self._hosting(model)
             flows = sorted(
-                (
-                    (self._flow(int(own[0]), shape), own.size)
-                    for members in self._alike
-                    if (own := members[hosts[members]]).size
-                ),
+                ((self._flow(int(own[0]), shape), own.size) for own, _ in self._servers(model)),
                 key=lambda entry: entry[0].running,
             )
             serving = sum(size for _, size in flows)
@@ -231,34 +227,33 @@ class Estimator:
         """What these groups would take at each instance, in the snapshot's order."""
         count = np.array([max(1, group.requests) for group in groups], dtype=np.float64)
         kinds: dict[Shape, int] = {}
-        tails: dict[tuple[Shape, int], int] = {}
+        tails: dict[tuple[int, int], int] = {}
         kind: list[int] = []
         amount: list[float] = []
         tail_kind: list[int] = []
         largest: list[int] = []
-        for group, prompt, most in zip(
-            groups,
-            to_grids(np.array([group.prompt_tokens for group in groups]) / count),
-            to_grids(np.array([group.max_tokens for group in groups]) / count),
-            strict=True,
-        ):
+        prompts = to_grids(np.array([group.prompt_tokens for group in groups]) / count)
+        limits = to_grids(np.array([group.max_tokens for group in groups]) / count)
+        for group, prompt, most, own in zip(groups, prompts, limits, count.tolist(), strict=True):
             shape = (group.model, group.kind, group.tenant, prompt, most)
-            row = kinds.setdefault(shape, len(kinds))
-            if row == len(largest):
+            row = kinds.get(shape)
+            if row is None:
+                row = kinds[shape] = len(kinds)
                 largest.append(math.ceil(self._unit(shape)[2]))
             kind.append(row)
-            amount.append(max(1, group.requests) * self._factor(shape, group.prompts))
-            last = few(min(group.requests, largest[row]))
-            tail_kind.append(tails.setdefault((shape, last), len(tails)))
+            amount.append(own * self._factor(shape, group.prompts) if group.prompts else own)
+            last = (row, few(min(group.requests, largest[row])))
+            tail_kind.append(tails.setdefault(last, len(tails)))
         rows = [self._unit(shape) for shape in kinds]
-        n = len(self.instances)
+        n, shapes = len(self.instances), list(kinds)
+        ends = [self._tail(shapes[row], last) for row, last in tails]
         return WorkTable(
             np.array(kind, dtype=np.int64),
             np.array(amount, dtype=np.float64),
             np.array([mean for mean, _, _ in rows]).reshape(len(rows), n),
             np.array([var for _, var, _ in rows]).reshape(len(rows), n),
             np.array(tail_kind, dtype=np.int64),
-            np.array([self._tail(shape, last) for shape, last in tails]).reshape(len(tails), n),
+            np.array(ends).reshape(len(tails), n),
         )
 
     def expected_tokens(self, group: RequestGroup) -> float:
@@ -272,12 +267,8 @@ class Estimator:
         found = self._tails.get((shape, last))
         if found is None:
             found = np.full(len(self.instances), np.inf)
-            hosts = self._hosting(shape[0])
-            for members in self._alike:
-                own = members[hosts[members]]
-                if own.size:
-                    flow = self._flow(int(own[0]), shape)
-                    found[own] = flow.tail_s(last) * self._slow[own]
+            for own, slow in self._servers(shape[0]):
+                found[own] = self._flow(int(own[0]), shape).tail_s(last) * slow
             self._tails[shape, last] = found
         return found
 
@@ -287,14 +278,23 @@ class Estimator:
         if found is None:
             n = len(self.instances)
             mean, var, largest = np.full(n, np.inf), np.full(n, np.inf), 1.0
-            hosts = self._hosting(shape[0])
-            for members in self._alike:
-                own = members[hosts[members]]
-                if own.size:
-                    flow, slow = self._flow(int(own[0]), shape), self._slow[own]
-                    mean[own], var[own] = flow.request_s * slow, flow.request_var * slow**2
-                    largest = max(largest, flow.running)
+            for own, slow in self._servers(shape[0]):
+                flow = self._flow(int(own[0]), shape)
+                mean[own], var[own] = flow.request_s * slow, flow.request_var * slow**2
+                largest = max(largest, flow.running)
             found = self._arrays[shape] = (mean, var, largest)
+        return found
+
+    def _servers(self, model: str) -> list[tuple[Ints, Floats]]:
+        """The instances that serve the model, those alike together, and their slowdowns."""
+        found = self._serving.get(model)
+        if found is None:
+            hosts = self._hosting(model)
+            found = self._serving[model] = [
+                (own, self._slow[own])
+                for members in self._alike
+                if (own := members[hosts[members]]).size
+            ]
         return found
 
     def _hosting(self, model: str) -> NDArray[np.bool_]:
@@ -429,7 +429,7 @@ class Estimator:
         spread = self.spread(mean, var)
         if spread <= EPSILON_S:
             return float(mean > left_s)
-        return 1.0 - NormalDist(mean, spread).cdf(left_s)
+        return 0.5 * math.erfc((left_s - mean) / (spread * math.sqrt(2.0)))
 
 
 @lru_cache

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,6 +105,7 @@ def shape_of_assigned(own: AssignedView, model: ModelView) -> Shape:
     return (own.model, model.kind, own.tenant, to_grid(prompt), to_grid(most))
 
 
+@lru_cache(maxsize=4096)
 def few(count: int) -> int:
     """A number of requests, above 8 on a 25 % grid, so that tails are shared."""
     return count if count <= 8 else round(1.25 ** round(math.log(count, 1.25)))

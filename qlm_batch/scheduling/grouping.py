@@ -166,7 +166,8 @@ def _limit(runs: Sequence[RunView], now: float, capacity: ModelCapacity | None) 
     if capacity is None:
         return math.inf
     wanted = BATCHES_PER_GROUP * max(1.0, capacity.running_batch)
-    left_s = min(run.deadline for run in runs) - now
+    # The first is due first.
+    left_s = runs[0].deadline - now
     if left_s > 0.0 and capacity.request_s > 0.0:
         wanted = min(wanted, DEADLINE_SHARE * left_s / capacity.request_s)
     # Powers of two: sizes change seldom, and the cuts of one are cuts of the next smaller one.

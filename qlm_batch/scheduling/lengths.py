@@ -88,8 +88,16 @@ class LengthDistribution:
 
     def largest_of(self, count: float) -> float:
         """Expected largest of `count` independent lengths; `count` below 1 means 1."""
-        power = self._up_to ** max(1.0, count)
-        return float(self.values[-1] - np.diff(self.values) @ power)
+        found = self._largest.get(count)
+        if found is None:
+            power = self._up_to ** max(1.0, count)
+            found = self._largest[count] = float(self.values[-1] - np.diff(self.values) @ power)
+        return found
+
+    @cached_property
+    def _largest(self) -> dict[float, float]:
+        """What `largest_of` answered."""
+        return {}
 
     def mixed(self, weight: float, other: LengthDistribution, lean: float) -> LengthDistribution:
         """This distribution with `weight` beside `other` with weight `lean`."""

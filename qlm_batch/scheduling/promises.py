@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from qlm_batch.domain.jobs import Estimate, SloClass
 from qlm_batch.domain.snapshot import Plan, Snapshot
 from qlm_batch.scheduling.estimator import VERSION, Estimator
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """The end of some of a batch's work, seconds from now."""
-
-    mean: float
-    var: float
-    left_s: float
-    model: str
-    slo_class: SloClass
-    reason: str
 
 
 def with_estimates(plan: Plan, snapshot: Snapshot, estimator: Estimator) -> Plan:
@@ -28,64 +16,82 @@ def with_estimates(plan: Plan, snapshot: Snapshot, estimator: Estimator) -> Plan
     A batch ends with the last of its parts; it misses when its most endangered part does. A batch
     with a part that no instance serves has no quantiles.
     """
-    parts: dict[str, list[_Part]] = {}
-    for batch_id, part in (*_planned(plan), *_assigned(snapshot, estimator)):
-        parts.setdefault(batch_id, []).append(part)
-    stuck = {
-        batch_id: placed.reason for placed in plan.unplaced for batch_id in placed.group.batches
-    }
-    estimates: dict[str, Estimate] = {
-        batch_id: Estimate(None, None, None, reason, snapshot.now)
-        for batch_id, reason in stuck.items()
-    }
-    for batch_id, own in parts.items():
-        if batch_id not in stuck:
-            estimates[batch_id] = _estimate(own, snapshot.now, estimator)
+    ends: dict[str, _End] = {}
+    for mean, var, left_s, model, slo_class, reason, batches in (
+        *_planned(plan),
+        *_assigned(snapshot, estimator),
+    ):
+        upper = estimator.upper(mean, var, model, slo_class)
+        miss = estimator.miss_probability(mean, var, left_s)
+        for batch_id in batches:
+            known = ends.get(batch_id)
+            if known is None:
+                ends[batch_id] = _End(mean, upper, miss, reason)
+            else:
+                known.add(mean, upper, miss, reason)
+    now = snapshot.now
+    estimates = {batch_id: end.estimate(now) for batch_id, end in ends.items()}
+    for placed in plan.unplaced:
+        for batch_id in placed.group.batches:
+            estimates[batch_id] = Estimate(None, None, None, placed.reason, now)
     return replace(plan, estimates=estimates, estimator=VERSION)
 
 
-def _estimate(parts: Iterable[_Part], now: float, estimator: Estimator) -> Estimate:
-    own = tuple(parts)
-    last = max(own, key=lambda part: part.mean)
-    p50 = max(0.0, last.mean)
-    p95 = max(estimator.upper(part.mean, part.var, part.model, part.slo_class) for part in own)
-    miss = max(estimator.miss_probability(part.mean, part.var, part.left_s) for part in own)
-    return Estimate(now + p50, now + max(p50, p95), miss, last.reason, now)
+@dataclass(slots=True)
+class _End:
+    """When a batch is done, seconds from now, going by the parts seen so far."""
+
+    mean: float
+    upper: float
+    miss: float
+    reason: str
+
+    def add(self, mean: float, upper: float, miss: float, reason: str) -> None:
+        """Take in one more part."""
+        if mean > self.mean:
+            self.mean, self.reason = mean, reason
+        if upper > self.upper:
+            self.upper = upper
+        if miss > self.miss:
+            self.miss = miss
+
+    def estimate(self, now: float) -> Estimate:
+        """In absolute times."""
+        p50 = max(0.0, self.mean)
+        return Estimate(now + p50, now + max(p50, self.upper), self.miss, self.reason, now)
 
 
-def _planned(plan: Plan) -> Iterable[tuple[str, _Part]]:
+_Part = tuple[float, float, float, str, SloClass, str, Sequence[str]]
+"""Mean and variance of the end of some work, time to its deadline, model, class, why, batches."""
+
+
+def _planned(plan: Plan) -> Iterator[_Part]:
+    now = plan.made_at
     for queue in plan.queues:
         for placed in queue.groups:
             group = placed.group
-            part = _Part(
-                placed.finish_mean - plan.made_at,
+            yield (
+                placed.finish_mean - now,
                 placed.finish_var,
-                group.deadline - plan.made_at,
+                group.deadline - now,
                 group.model,
                 group.slo_class,
                 f"let go: {placed.reason}" if placed.shed else placed.reason,
+                group.batches,
             )
-            for batch_id in group.batches:
-                yield batch_id, part
 
 
-def _assigned(snapshot: Snapshot, estimator: Estimator) -> Iterable[tuple[str, _Part]]:
+def _assigned(snapshot: Snapshot, estimator: Estimator) -> Iterator[_Part]:
     for i, view in enumerate(snapshot.instances):
-        working = [
-            own for own in view.assigned if own.requests > 0 and estimator.serves(i, own.model)
-        ]
-        if not working:
-            continue
-        ready = estimator.ready(i)
-        for own in working:
-            yield (
-                own.batch_id,
-                _Part(
+        for own in view.assigned:
+            if own.requests > 0 and estimator.serves(i, own.model):
+                ready = estimator.ready(i)
+                yield (
                     ready.mean + estimator.tail_s(i, own),
                     ready.var,
                     own.deadline - snapshot.now,
                     own.model,
                     SloClass.BATCH,
                     f"running on {view.name}; model {own.model}",
-                ),
-            )
+                    (own.batch_id,),
+                )
