@@ -4,6 +4,8 @@ Work ahead is counted in output tokens, to which a saturated instance's waiting 
 proportion. At every group the book knows what came before it, and the group's prompts. Groups
 scored for coverage follow each other without overlap, and the bound learns of one when it is over.
 The oracle is a window of 100 requests around the start: it sees the future on one side.
+
+Then the service itself runs for a while, and its promises are scored.
 """
 
 from __future__ import annotations
@@ -16,14 +18,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-if __name__ == "__main__":
-    # Not this folder: its queue.py would hide the standard library's.
-    sys.path.pop(0)
+ROOT = Path(__file__).resolve().parents[1]
+# Not this folder first: its queue.py would hide the standard library's.
+sys.path[0] = str(ROOT)
 
-import httpx
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.live_estimates import live_coverage
 from qlm_batch.domain.buckets import prompt_mix
 from qlm_batch.domain.jobs import EngineKind
 from qlm_batch.scheduling.calibration import LEVEL, Conformal
@@ -31,7 +33,7 @@ from qlm_batch.scheduling.lengthbook import LengthBook
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-TRACE = Path(__file__).resolve().parents[2] / "shared" / "data" / "azure-llm-2023-conv.csv"
+TRACE = ROOT.parent / "shared" / "data" / "azure-llm-2023-conv.csv"
 ORACLE_HALF = 50
 WARM_UP = 100
 LARGE = 200
@@ -159,22 +161,16 @@ def _r2(predicted: Floats, actual: Floats) -> float:
     return float(1.0 - ((predicted - actual) ** 2).sum() / ((actual - actual.mean()) ** 2).sum())
 
 
-def live_coverage(url: str, key: str) -> float:
-    """The share of a running service's promises done by their p95."""
-    answer = httpx.get(
-        f"{url}/v1/calibration", headers={"Authorization": f"Bearer {key}"}, trust_env=False
-    )
-    answer.raise_for_status()
-    share: float = answer.json()["done_by_p95"]
-    return share
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print a table; the last line is the trace's figures, with the synthetic ones beside."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trace", type=Path, default=TRACE, help="CSV with Azure's columns")
-    parser.add_argument("--live-url", help="service whose promises are scored as well")
-    parser.add_argument("--live-key", default="")
+    parser.add_argument(
+        "--live-seconds",
+        type=float,
+        default=180.0,
+        help="how long batches are submitted to a service of its own; 0 leaves it out",
+    )
     options = parser.parse_args(arguments)
     found: dict[str, dict[str, float]] = {}
     if options.trace.exists():
@@ -195,12 +191,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result: dict[str, object] = {
         key: round(first[key], 4) if key in first else None for key in keys
     }
-    live = live_coverage(options.live_url, options.live_key) if options.live_url else None
+    live = live_coverage(options.live_seconds) if options.live_seconds > 0.0 else {}
     synthetic = {
         key: round(float(np.mean([found[f"drifting-{s}"][key] for s in (1, 2, 3)])), 4)
         for key in keys
     }
-    print(json.dumps({**result, "live_coverage95": live, "synthetic": synthetic}))
+    print(json.dumps({"live_coverage95": None, **result, **live, "synthetic": synthetic}))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qlm_batch.domain.buckets import prompt_mix
 from qlm_batch.domain.jobs import EngineKind
 from qlm_batch.domain.snapshot import Output
 from qlm_batch.scheduling.lengthbook import HISTORY, TENANTS, LengthBook
@@ -129,6 +130,35 @@ def test_an_estimate_is_a_distribution(lengths: list[int], ages: list[int]) -> N
     assert found.probabilities.sum() == pytest.approx(1.0)
     assert (found.probabilities >= -1e-12).all()
     assert (np.diff(found.values) >= 0).all()
+
+
+def test_prompts_tell_apart_what_is_made_from_different_templates() -> None:
+    book = LengthBook().seen([("t", 40, 100), ("t", 400, 2000)] * 200)
+    answers, usual = book.answers("t"), book.distribution(GENERATE, "t").mean
+    assert usual * answers.factor(prompt_mix([100])) == pytest.approx(40, rel=0.3)
+    assert usual * answers.factor(prompt_mix([2000])) == pytest.approx(400, rel=0.15)
+    both = answers.factor(prompt_mix([100, 2000]))
+    assert usual * both == pytest.approx(220, rel=0.15)
+
+
+def test_a_tenants_own_prompts_are_not_counted_twice() -> None:
+    book = LengthBook().seen([("short", 40, 100), ("long", 400, 2000)] * 200)
+    usual = book.distribution(GENERATE, "long").mean
+    assert usual * book.answers("long").factor(prompt_mix([2000])) == pytest.approx(400, rel=0.15)
+
+
+def test_prompts_that_say_nothing_change_little() -> None:
+    rng = np.random.default_rng(2)
+    lengths, prompts = rng.geometric(1 / 200, 3000), rng.integers(1, 4000, 3000)
+    book = LengthBook().seen(("t", int(n), int(p)) for n, p in zip(lengths, prompts, strict=True))
+    asked = prompt_mix(int(p) for p in rng.integers(1, 4000, 200))
+    assert book.answers().factor(asked) == pytest.approx(1.0, abs=0.12)
+
+
+def test_nothing_is_read_from_prompts_that_are_not_known() -> None:
+    book = LengthBook().seen([("t", 40, 100), ("t", 400, 2000)] * 50)
+    assert book.answers().factor(()) == 1.0
+    assert LengthBook().answers("t").factor(prompt_mix([5])) == 1.0
 
 
 def test_data_of_unknown_shape_counts_as_nothing_learned() -> None:

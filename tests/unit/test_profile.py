@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -113,6 +114,17 @@ def test_what_was_learned_survives_storage() -> None:
     assert Knowledge.of(stored).speed("m", "A100").fitted
 
 
+def test_what_is_read_already_is_not_read_again() -> None:
+    profiles = fold((), [Observation("i", "A100", "m", 1.0, (("t", 50, 9),), tuple(steps(50)))])
+    first = Knowledge.of(profiles)
+    again = Knowledge.of([replace(profile) for profile in profiles], first)
+    assert again == first
+    assert again.book("m") is first.book("m")
+    assert again.speed("m", "A100") is first.speed("m", "A100")
+    after = first.observed([Observation("i", "A100", "m", 2.0, (("t", 60, 9),))])
+    assert Knowledge.of(after.profiles(), first) == Knowledge.of(after.profiles())
+
+
 def test_lengths_are_shared_by_devices_and_speeds_are_not() -> None:
     known = Knowledge.of(
         fold((), [Observation("i", "A100", "m", 1.0, (("t", 50, 9),), tuple(steps(50)))])
@@ -131,6 +143,36 @@ def test_calibration_covers_nineteen_of_twenty_under_drift() -> None:
             hits += ratio <= state.factor
         state = state.after(10.0, 10.0 * ratio)
     assert 0.93 <= hits / scored <= 0.97
+
+
+def adversary(kind: str, factor: float | None, n: int) -> float:
+    """The next ratio of actual to predicted, chosen by one who knows the bound."""
+    bound = factor or 1.0
+    match kind:
+        case "steps":
+            return 0.5 if (n // 250) % 2 else 3.0
+        case "growing":
+            return min(15.0, float(1.002**n))
+        case "bursts":
+            return 10.0 if n % 400 < 12 else 1.0
+        case _:
+            # Just outside whenever the bound has become tight, just inside otherwise.
+            return 1.05 * bound if bound < 4.0 and n % 16 == 0 else 0.95 * bound
+
+
+@pytest.mark.parametrize("kind", ["steps", "growing", "bursts", "just outside"])
+def test_calibration_covers_nineteen_of_twenty_against_an_adversary(kind: str) -> None:
+    state = Conformal()
+    covered: list[bool] = []
+    for n in range(3000):
+        factor = state.factor
+        ratio = adversary(kind, factor, n)
+        if factor is not None:
+            assert 0.0 < factor < np.inf
+            covered.append(ratio <= factor)
+        state = state.after(10.0, 10.0 * ratio)
+    assert np.mean(covered) >= 0.93
+    assert min(np.mean(part) for part in np.array_split(covered, 5)) >= 0.88
 
 
 def test_a_bound_is_never_infinite() -> None:
