@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.util
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 
+import httpx
 import pytest
 
 from qlm_batch.domain.engine import EngineRequest, Lso
@@ -30,8 +33,8 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def server_url() -> Iterator[str]:
+@contextlib.contextmanager
+def starting_server(**further: str) -> Iterator[str]:
     """The address of a vLLM server that is starting, with priority scheduling and two slots."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -44,6 +47,7 @@ def server_url() -> Iterator[str]:
         "scheduling-policy": "priority",
         "max-num-seqs": 2,
         "kv-cache-memory-bytes": KV_BYTES,
+        **{name.replace("_", "-"): value for name, value in further.items()},
     }
     server = subprocess.Popen(
         [
@@ -61,6 +65,13 @@ def server_url() -> Iterator[str]:
         server.wait(20)
     finally:
         with_group_gone(server)
+
+
+@pytest.fixture
+def server_url() -> Iterator[str]:
+    """A plain server."""
+    with starting_server() as url:
+        yield url
 
 
 def with_group_gone(server: subprocess.Popen[bytes]) -> None:
@@ -106,3 +117,25 @@ async def test_a_running_vllm_is_probed_and_keeps_priorities(server_url: str) ->
     await asyncio.gather(*hogs, *late, urgent)
     assert next(name for name in finished if name != "hog") == "urgent"
     await engine.stop()
+
+
+async def test_a_servers_owner_makes_it_evict_by_one_flag() -> None:
+    due = 1_900_000_000
+    with starting_server(
+        scheduler_cls="qlm_workers.evicting_scheduler.EvictingScheduler",
+        additional_config='{"qlm": {"favour": "throughput"}}',
+    ) as url:
+        engine = OpenAIEngine(url, MODEL, slots=8, start_timeout_s=200)
+        await engine.start()
+        hogs = [asyncio.create_task(engine.answer(chat(i, due + i, 900))) for i in range(2)]
+        await until(lambda: engine.stats().running == 2, "both slots of the server taken")
+        urgent = await engine.answer(chat(20, 0, 4))
+        assert urgent.status_code == 200
+        assert not any(hog.done() for hog in hogs)
+        async with httpx.AsyncClient() as client:
+            metrics = (await client.get(f"{url}/metrics")).text
+        (counted,) = re.findall(r"^vllm:num_preemptions_total{.*} (\S+)$", metrics, re.MULTILINE)
+        assert float(counted) >= 1
+        answers = await asyncio.gather(*hogs)
+        assert [answer.usage.output_tokens for answer in answers] == [900, 900]
+        await engine.stop()

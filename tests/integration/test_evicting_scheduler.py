@@ -7,10 +7,12 @@ import importlib.util
 import json
 from collections.abc import AsyncIterator, Sequence
 from itertools import count
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import pytest_asyncio
+import structlog
 
 from qlm_batch.domain.engine import EngineAnswer, EngineInfo, EngineRequest, Lso
 from qlm_batch.domain.jobs import CHAT, EngineKind
@@ -285,3 +287,37 @@ async def test_a_prompt_for_which_no_room_can_be_made_evicts_nobody(narrow: Rig)
     await until(lambda: batch.done() or narrow.evictions > before, "the batch request ends")
     assert narrow.evictions == before
     await cancelled([*interactive, large])
+
+
+async def test_a_server_whose_policy_ignores_priorities_is_told_so(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qlm_workers import evicting_scheduler
+
+    def base(self: Any, config: Any) -> None:
+        self.scheduler_config = config.scheduler_config
+        self.max_num_active_reqs, self.max_num_scheduled_tokens = 8, 2048
+        self.kv_cache_config = SimpleNamespace(kv_cache_groups=[])
+
+    monkeypatch.setattr(evicting_scheduler.Scheduler, "__init__", base)
+    for policy in ("fcfs", "priority"):
+        scheduling = SimpleNamespace(policy=policy, async_scheduling=False)
+        config = SimpleNamespace(scheduler_config=scheduling, additional_config={})
+        caplog.clear()
+        with caplog.at_level("WARNING", logger=evicting_scheduler.__name__):
+            evicting_scheduler.EvictingScheduler(config)
+        assert ("--scheduling-policy priority" in caplog.text) == (policy == "fcfs")
+
+
+async def test_a_worker_whose_engine_ignores_priorities_says_so_at_its_start(rig: Rig) -> None:
+    scheduling = rig.engine._engine.vllm_config.scheduler_config
+    before = scheduling.policy
+    scheduling.policy = "fcfs"
+    try:
+        with structlog.testing.capture_logs() as told:
+            info = rig.engine._info()
+    finally:
+        scheduling.policy = before
+    assert Lso.EVICT not in info.supports
+    assert [entry["log_level"] for entry in told] == ["warning"]
+    assert "ignores priorities" in told[0]["event"]
