@@ -299,7 +299,7 @@ async def test_a_server_whose_policy_ignores_priorities_is_told_so(
         self.max_num_active_reqs, self.max_num_scheduled_tokens = 8, 2048
         self.kv_cache_config = SimpleNamespace(kv_cache_groups=[])
 
-    monkeypatch.setattr(evicting_scheduler.Scheduler, "__init__", base)
+    monkeypatch.setattr("qlm_workers.evicting_scheduler.Scheduler.__init__", base)
     for policy in ("fcfs", "priority"):
         scheduling = SimpleNamespace(policy=policy, async_scheduling=False)
         config = SimpleNamespace(scheduler_config=scheduling, additional_config={})
