@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from qlm_batch.domain.interactive import InteractiveState
+from qlm_batch.domain.interactive import OPEN_INTERACTIVE, InteractiveState
 from qlm_batch.domain.snapshot import InstanceState
 from qlm_batch.embedded.postgres import EmbeddedPostgres
 from qlm_batch.embedded.valkey import EmbeddedValkey
@@ -96,6 +97,24 @@ def test_a_client_that_leaves_before_the_answer_ends_its_request(line: Line) -> 
         client.post("/v1/chat/completions", json=chat(max_tokens=2000, ignore_eos=True))
     wait_until(lambda: states(line) == [InteractiveState.ABORTED])
     wait_until(lambda: not line.keys())
+
+
+def test_a_thousand_connections_opened_and_dropped_leave_nothing_behind(line: Line) -> None:
+    where = httpx.URL(line.url)
+    body = json.dumps(chat(**LONG)).encode()
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nhost: {where.host}\r\n"
+        f"authorization: Bearer {line.key}\r\ncontent-length: {len(body)}\r\n\r\n"
+    ).encode()
+    for number in range(1000):
+        with socket.create_connection((where.host, where.port or 80), timeout=30) as connection:
+            # Some leave before they have asked, some in the middle, most once they have.
+            connection.sendall((head + body)[: (None, None, None, len(head) + 5, 20)[number % 5]])
+    answer = line.post("/v1/chat/completions", chat())
+    assert answer.status_code in (200, 429), answer.text
+    wait_until(lambda: running(line) == 0 and not line.keys(), 60)
+    wait_until(lambda: not OPEN_INTERACTIVE & set(states(line)), 30)
+    assert line.post("/v1/chat/completions", chat()).status_code == 200
 
 
 def test_two_hundred_clients_that_come_and_go_leave_nothing_behind(line: Line) -> None:
