@@ -30,8 +30,12 @@ sys.path[0] = str(ROOT)
 
 import aiohttp
 
+from benchmarks.cohost_batch import TOKENS as LINE_TOKENS
 from benchmarks.cohost_batch import Likeness, Service, answers, compare, file_of, keep_full
+from benchmarks.cohost_batch import body as line_body
+from benchmarks.cohost_forecast import Sizes, fitted
 from benchmarks.interactive_load import Counter, Seen, arrivals, metric, play, summary
+from benchmarks.interactive_load import body as request_body
 from benchmarks.support import CHAT, Stand, finish, load, require, say, stand
 from benchmarks.vllm_server import vllm_server
 
@@ -156,7 +160,54 @@ async def _service_arms(plan: Plan, site: Stand, arms: list[str]) -> dict[str, o
             say(f"idle: {found['idle']}")
         if "service" in arms:
             found |= await _beside_a_batch(plan, site, session, url)
+        if "idle" in arms and "service" in arms and plan.instances == 1:
+            found["foretold"] = await _foretold(plan, site, session, url, found)
         return found
+
+
+async def _foretold(
+    plan: Plan, site: Stand, session: aiohttp.ClientSession, url: str, found: dict[str, Any]
+) -> dict[str, float]:
+    """What the simulator says of the service arm, beside what was measured."""
+    sizes = Sizes(
+        batch_prompt=await _prompt_tokens(session, url, line_body(plan.name, 0)),
+        batch_output=LINE_TOKENS,
+        interactive_prompt=await _prompt_tokens(session, url, request_body(plan.name, 0)),
+    )
+    (view,) = site.store.instances()
+    quiet = arrivals(plan.arm_s, RATE, BURST_EVERY_S, seed=1)
+    model = fitted(
+        site.store.snapshot().profiles,
+        plan.name,
+        view.device,
+        slots=plan.slots,
+        kv_tokens=view.kv_tokens,
+        batched_tokens=BUDGET,
+        sizes=sizes,
+        batch_only_rate=found["batch_only"]["before"],
+        idle_plan=quiet,
+        idle_seconds=plan.arm_s,
+        idle_ttft_p50=found["idle"]["ttft_p50"],
+    )
+    told = model.told(quiet, plan.arm_s, batch=True)
+    measured = {
+        "ttft_p50": found["service"]["ttft_p50"],
+        "ttft_p95": found["service"]["ttft_p95"],
+        "tokens_per_s": found["service"]["batch_tokens_per_s"],
+    }
+    say(f"{'':<14}{'foretold':>10}{'measured':>10}{'off by':>9}")
+    for name, value in told.items():
+        off = value / measured[name] - 1
+        say(f"{name:<14}{value:>10.4g}{measured[name]:>10.4g}{off:>8.1%}")
+    return {name: round(value, 4) for name, value in told.items()}
+
+
+async def _prompt_tokens(session: aiohttp.ClientSession, url: str, body: dict[str, object]) -> int:
+    """How many tokens the engine makes of a body's prompt."""
+    asked = {**body, "stream": False, "max_tokens": 1}
+    async with session.post(f"{url}{CHAT}", json=asked) as answer:
+        require(answer.status == 200, await answer.text())
+        return int((await answer.json())["usage"]["prompt_tokens"])
 
 
 async def _until_served(session: aiohttp.ClientSession, url: str, plan: Plan) -> None:

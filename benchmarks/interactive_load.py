@@ -70,13 +70,13 @@ async def play(
     sent = []
     for number, arrival in enumerate(plan):
         await asyncio.sleep(max(0.0, began + arrival.at - time.perf_counter()))
-        body = orjson.dumps(_body(model, seed * 10_000 + number) | dict(extra))
-        sent.append(asyncio.create_task(ask(session, url, body, burst=arrival.burst)))
+        wanted = orjson.dumps(body(model, seed * 10_000 + number) | dict(extra))
+        sent.append(asyncio.create_task(ask(session, url, wanted, burst=arrival.burst)))
     return await asyncio.gather(*sent)
 
 
 async def ask(
-    session: aiohttp.ClientSession, url: str, body: bytes, *, burst: bool = False
+    session: aiohttp.ClientSession, url: str, wanted: bytes, *, burst: bool = False
 ) -> Seen:
     """One streamed request; the first event counts as the first token, in which it comes."""
     began = time.perf_counter()
@@ -84,7 +84,7 @@ async def ask(
     try:
         async with asyncio.timeout(LIMIT_S):
             headers = {"content-type": "application/json"}
-            async with session.post(url, data=body, headers=headers) as answer:
+            async with session.post(url, data=wanted, headers=headers) as answer:
                 if answer.status != 200:
                     return Seen(burst, None, None, f"{answer.status} {await answer.text()}"[:300])
                 async for line in answer.content:
@@ -159,7 +159,8 @@ def metric(text: str, name: str) -> float:
     )
 
 
-def _body(model: str, number: int) -> dict[str, object]:
+def body(model: str, number: int) -> dict[str, object]:
+    """The body of a request; each number gives another prompt."""
     words = " ".join(WORDS[(number * 3 + n * n) % len(WORDS)] for n in range(12))
     return {
         "model": model,
