@@ -81,6 +81,12 @@ class Settings(BaseSettings):
     engine_api_key: str = ""
     models: tuple[str, ...] = ()
     """Hugging Face ids or folders this worker hosts; `embed:NAME` for an embedding model."""
+    models_awake: int | None = Field(default=None, ge=1)
+    """Most models awake at once; the others wait asleep or unloaded. None: all of them."""
+    swap_timeout_s: float = 300.0
+    """An engine that takes longer to sleep or wake is ended and started anew."""
+    sleep_level: Literal[1, 2] = 1
+    """Where weights wait on a GPU's host: 1 keeps them in its memory, 2 reads them again."""
     slots: int = 32
     max_num_batched_tokens: int = 2048
     max_model_len: int | None = None
@@ -108,6 +114,11 @@ class Settings(BaseSettings):
     webhook_timeout_s: float = 20.0
     secret_key: str = ""
     """Encrypts webhook secrets at rest; empty reads or makes `data_dir/secret.key` (0600)."""
+
+    @property
+    def swaps(self) -> bool:
+        """Whether models take turns."""
+        return self.models_awake is not None and self.models_awake < len(self.models)
 
 
 def load_settings(**given: object) -> Settings:

@@ -121,7 +121,9 @@ def model_objects(instances: Sequence[InstanceView]) -> list[schemas.ModelObject
                 )
                 known = served[model.name] = schemas.ModelObject(id=model.name, qlm=extras)
             known.qlm.instances.append(instance.name)
-            known.qlm.max_model_len = min(known.qlm.max_model_len, model.max_model_len)
+            lengths = (known.qlm.max_model_len, model.max_model_len)
+            # 0 where the model was not loaded yet.
+            known.qlm.max_model_len = min(filter(None, lengths), default=0)
     return [served[name] for name in sorted(served)]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from qlm_batch.domain.snapshot import InstanceState, Snapshot
+from qlm_batch.domain.snapshot import InstanceState, Residency, Snapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,7 +13,8 @@ class UnservedConfig:
     """How long work waits for an instance that hosts its model.
 
     `grace_s` while others live; `away_s` where an instance that hosts it is lost or leaving and may
-    come back, or none lives at all. At most `slices_per_pass` are failed at once.
+    come back, or could not load it and tries again, or none lives at all. At most `slices_per_pass`
+    are failed at once.
     """
 
     grace_s: float = 30.0
@@ -32,10 +33,15 @@ class Unserved:
         """Models whose grace is over, each with the message for its lines."""
         gone = (InstanceState.LOST, InstanceState.DRAINING)
         alive = [view for view in snapshot.instances if view.state not in gone]
-        served = sorted({model.name for view in alive for model in view.models})
-        away = {
-            model.name for view in snapshot.instances if view.state in gone for model in view.models
-        }
+        hosted = [(view, model) for view in snapshot.instances for model in view.models]
+        served = sorted(
+            {
+                model.name
+                for view, model in hosted
+                if view.state not in gone and model.residency is not Residency.FAILED
+            }
+        )
+        away = {model.name for _, model in hosted} - set(served)
         waiting = sorted({run.model for run in snapshot.runs if run.slices > 0} - set(served))
         self._since = {model: self._since.get(model, snapshot.now) for model in waiting}
         for model in waiting:

@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import Protocol, Self
 
 from qlm_batch.domain.jobs import EngineKind, Usage
+from qlm_batch.domain.snapshot import Residency
 
 
 class Lso(StrEnum):
@@ -21,7 +22,10 @@ class Lso(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What a started engine can hold: running requests, key-value tokens, context length."""
+    """What a started engine can hold: running requests, key-value tokens, context length.
+
+    `keeps_asleep`: requests inside when it goes to sleep go on when it is awake again.
+    """
 
     model: str
     kind: EngineKind
@@ -29,6 +33,7 @@ class EngineInfo:
     slots: int
     kv_tokens: int
     supports: frozenset[Lso] = field(default_factory=frozenset)
+    keeps_asleep: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +129,18 @@ class Engine(Protocol):
 
     def stats(self) -> EngineStats:
         """What the engine is doing now."""
+        ...
+
+    async def sleep(self) -> Residency:
+        """Free the device for another engine; returns where the model is then: asleep or cold.
+
+        Nothing may be inside, except where the engine keeps it. Raises EngineDead, and
+        ConfigurationError where the engine cannot make room.
+        """
+        ...
+
+    async def wake(self) -> EngineInfo:
+        """Be ready again after `sleep` or `stop`. Raises as `start` does; may be tried again."""
         ...
 
     async def stop(self) -> None:

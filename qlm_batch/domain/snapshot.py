@@ -15,11 +15,12 @@ from qlm_batch.domain.jobs import EngineKind, Estimate, OnMiss, SloClass
 
 
 class Residency(StrEnum):
-    """Where a model's weights are on an instance."""
+    """Where a model's weights are on an instance; a `failed` one could not be made awake there."""
 
     AWAKE = "awake"
     ASLEEP = "asleep"
     COLD = "cold"
+    FAILED = "failed"
 
 
 class InstanceState(StrEnum):
@@ -83,7 +84,9 @@ class AssignedView:
 class ModelView:
     """A model an instance hosts, where it is now, and what moving it costs.
 
-    `wake_s` is the time to make it the awake one from where it is; None when not measured yet.
+    `wake_s` is the time to make it the awake one from where it is, or for the awake one once
+    another took its place; None when not measured yet. `max_model_len` is 0 while unknown. `swaps`
+    counts how often it was made awake since the boot, `swap_s` the seconds that took in all.
     """
 
     name: str
@@ -91,6 +94,8 @@ class ModelView:
     residency: Residency
     max_model_len: int
     wake_s: float | None = None
+    swaps: int = 0
+    swap_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,7 +130,7 @@ class Admissions:
             if model.name == work.model
         ]
         kind = hosted[0].kind if hosted else EngineKind.GENERATE
-        limit = max((model.max_model_len for model in hosted), default=_UNBOUNDED)
+        limit = max((model.max_model_len for model in hosted), default=0) or _UNBOUNDED
         embeds = kind is EngineKind.EMBED
         return RunView(
             # Runs of the store have positive numbers.

@@ -126,7 +126,9 @@ class Estimator:
 
     def serves(self, instance: int, model: str) -> bool:
         """Whether this instance (by index) takes work of `model`."""
-        return self.instances[instance].state in SERVING and model in self._views[instance]
+        view = self._views[instance].get(model)
+        ready = self.instances[instance].state in SERVING
+        return ready and view is not None and view.residency is not Residency.FAILED
 
     def flow(
         self, instance: int, model: str, kind: EngineKind, tenant: str, prompt: float, cap: float

@@ -51,7 +51,7 @@ def route(
     for view in instances:
         boot = (view.name, view.boot_id)
         hosted = next((m for m in view.models if m.name == model), None)
-        if hosted is None or boot in avoid or not _serves(view):
+        if hosted is None or boot in avoid or not _serves(view, hosted):
             continue
         ahead = max(view.interactive_running, sent.get(boot, 0))
         slots = max(1, view.slots)
@@ -76,8 +76,9 @@ def start_in(ahead: int, slots: int, service_s: float) -> float:
     return max(0, ahead - slots + 1) * service_s / slots
 
 
-def _serves(view: InstanceView) -> bool:
-    return view.state not in (InstanceState.DRAINING, InstanceState.LOST)
+def _serves(view: InstanceView, model: ModelView) -> bool:
+    gone = view.state in (InstanceState.DRAINING, InstanceState.LOST)
+    return not gone and model.residency is not Residency.FAILED
 
 
 def _wake_s(view: InstanceView, model: ModelView) -> float:

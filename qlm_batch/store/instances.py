@@ -161,10 +161,11 @@ def instances(connection: Connection, silent_s: float) -> Sequence[InstanceView]
 
 
 def lengths(models: Sequence[ModelView]) -> dict[str, int]:
-    """The longest context of each model."""
+    """The longest context of each model that has told it."""
     known: dict[str, int] = {}
     for model in models:
-        known[model.name] = max(known.get(model.name, 0), model.max_model_len)
+        if model.max_model_len:
+            known[model.name] = max(known.get(model.name, 0), model.max_model_len)
     return known
 
 
@@ -188,6 +189,8 @@ def _to_models(hosted: Sequence[dict[str, Any]]) -> tuple[ModelView, ...]:
             residency=Residency(model["residency"]),
             max_model_len=model["max_model_len"],
             wake_s=model["wake_s"],
+            swaps=model.get("swaps", 0),
+            swap_s=model.get("swap_s", 0.0),
         )
         for model in hosted
     )

@@ -19,7 +19,7 @@ from qlm_batch.domain.jobs import (
 )
 from qlm_batch.domain.ledger import Directive, FlushOutcome, Held, ReleaseReason
 from qlm_batch.domain.ports import Heartbeat
-from qlm_batch.domain.snapshot import InstanceView
+from qlm_batch.domain.snapshot import InstanceView, Residency
 
 NOW = 1_000_000.0
 
@@ -34,8 +34,9 @@ def make_slice(
     deadline: float | None = None,
     suspect: bool = False,
     body: str = "{}",
+    due_in: float = 3600.0,
 ) -> ClaimedSlice:
-    """A slice of `size` requests; `deadline` is each line's own."""
+    """A slice of `size` requests; `deadline` is each line's own, `due_in` the slice's."""
     return ClaimedSlice(
         slice_id=slice_id,
         epoch=epoch,
@@ -45,7 +46,7 @@ def make_slice(
         tenant="t",
         model=model,
         endpoint=CHAT,
-        deadline=NOW + 3600,
+        deadline=NOW + due_in,
         expires_at=expires_at,
         suspect=suspect,
         requests=tuple(
@@ -172,12 +173,31 @@ class FakeEngine:
         self.start_error: Exception | None = None
         self.may_start = asyncio.Event()
         self.may_start.set()
+        self.keeps = False
+        self.slept = 0
+        self.wake_errors: list[Exception] = []
+        self.may_wake = asyncio.Event()
+        self.may_wake.set()
 
     async def start(self) -> EngineInfo:
         await self.may_start.wait()
         if self.start_error is not None:
             raise self.start_error
-        return EngineInfo("m", EngineKind.GENERATE, 2048, self.slots, 4096)
+        return self._info()
+
+    def _info(self) -> EngineInfo:
+        return EngineInfo("m", EngineKind.GENERATE, 2048, self.slots, 4096, keeps_asleep=self.keeps)
+
+    async def sleep(self) -> Residency:
+        assert self.keeps or not self.running, "nothing may be inside"
+        self.slept += 1
+        return Residency.ASLEEP if self.keeps else Residency.COLD
+
+    async def wake(self) -> EngineInfo:
+        await self.may_wake.wait()
+        if self.wake_errors:
+            raise self.wake_errors.pop()
+        return self._info()
 
     async def answer(self, request: EngineRequest) -> EngineAnswer:
         self.requests.append(request)

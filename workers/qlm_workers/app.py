@@ -15,7 +15,7 @@ from qlm_batch.domain.errors import ConfigurationError
 from qlm_batch.domain.ports import InteractiveStore
 from qlm_batch.ids import new_id
 from qlm_batch.settings import Settings
-from qlm_workers.engines import make_engine, served_name
+from qlm_workers.engines import make_engine, served_name, told_length
 from qlm_workers.exits import Exit
 from qlm_workers.hosts import Host, parse_model
 from qlm_workers.interactive import InteractiveDesk
@@ -65,7 +65,8 @@ def make_runner(settings: Settings, store: Storage) -> Runner:
     for model, kind in map(parse_model, settings.models):
         name = served_name(model)
         meter = Meter(settings.instance, device, name)
-        hosts.append(Host(name, kind, make_engine(settings, model, kind), meter))
+        engine = make_engine(settings, model, kind)
+        hosts.append(Host(name, kind, engine, meter, told_length(settings, model)))
     boot_id = new_id(BOOT)
     log.info("worker boots", instance=settings.instance, boot_id=boot_id, device=device)
     desk = InteractiveDesk(store, TokenWriter(settings.redis_url), flush_s=settings.flush_s)

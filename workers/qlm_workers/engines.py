@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import orjson
+
 from qlm_batch.domain.engine import Engine
 from qlm_batch.domain.errors import ConfigurationError
 from qlm_batch.domain.jobs import EngineKind
@@ -39,6 +41,20 @@ def make_engine(settings: Settings, model: str, kind: EngineKind) -> Engine:
     from qlm_workers.vllm_engine import VllmEngine
 
     return VllmEngine(settings, name, located(model), kind)
+
+
+def told_length(settings: Settings, model: str) -> int:
+    """The context length the settings or the model's folder tell; 0 where neither does."""
+    if settings.max_model_len:
+        return settings.max_model_len
+    try:
+        config = orjson.loads(
+            (Path(resolve_model(model)).expanduser() / "config.json").read_bytes()
+        )
+    except (OSError, orjson.JSONDecodeError):
+        return 0
+    told = config.get("max_position_embeddings") if isinstance(config, dict) else None
+    return told if isinstance(told, int) else 0
 
 
 def located(model: str) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import heapq
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import count
 from statistics import fmean
 
 from qlm_batch.domain.engine import Engine, EngineInfo, EngineStats
+from qlm_batch.domain.errors import Unavailable
 from qlm_batch.domain.jobs import ClaimedRequest, EngineKind
 from qlm_batch.domain.snapshot import ModelView, Residency
 from qlm_batch.scheduling import agent
@@ -27,17 +29,80 @@ def parse_model(spec: str) -> tuple[str, EngineKind]:
     return spec, EngineKind.GENERATE
 
 
+@dataclass(slots=True)
+class SwapTimes:
+    """How long one model's engine last took to load, to sleep and to wake; None: never done."""
+
+    load_s: float | None = None
+    wake_s: float | None = None
+    sleep_s: float = 0.0
+    sleeps_to: Residency = Residency.COLD
+
+    def woke(self, residency: Residency, took_s: float) -> None:
+        """It took so long from there."""
+        if residency is Residency.ASLEEP:
+            self.wake_s = took_s
+        else:
+            self.load_s = took_s
+
+    def slept(self, residency: Residency, took_s: float) -> None:
+        """It took so long to get there."""
+        self.sleep_s, self.sleeps_to = took_s, residency
+
+    def arrive_s(self, residency: Residency) -> float | None:
+        """From there to awake; for one that is awake, from where it would be put."""
+        if residency is Residency.AWAKE:
+            residency = self.sleeps_to
+        asleep = residency is Residency.ASLEEP
+        return self.wake_s if asleep and self.wake_s is not None else self.load_s
+
+
+class Totals:
+    """An engine's counters since the worker's boot, however often the engine starts anew."""
+
+    def __init__(self) -> None:
+        self.evictions = self.recomputed_tokens = self.generated_tokens = 0
+        self._base = (0, 0, 0)
+
+    def saw(self, stats: EngineStats) -> None:
+        """What the engine counts now."""
+        evictions, recomputed, generated = self._base
+        self.evictions = evictions + stats.evictions
+        self.recomputed_tokens = recomputed + stats.recomputed_tokens
+        self.generated_tokens = generated + stats.generated_tokens
+
+    def restarted(self) -> None:
+        """The engine was ended, and counts from nothing again."""
+        self._base = (self.evictions, self.recomputed_tokens, self.generated_tokens)
+
+
 class Host:
     """One model's engine with the requests that wait for it, earliest deadline first."""
 
-    def __init__(self, model: str, kind: EngineKind, engine: Engine, meter: Meter) -> None:
+    def __init__(
+        self,
+        model: str,
+        kind: EngineKind,
+        engine: Engine,
+        meter: Meter,
+        max_model_len: int = 0,
+    ) -> None:
         self.model = model
         self.kind = kind
         self.engine = engine
         self.meter = meter
         self.info: EngineInfo | None = None
+        self.residency = Residency.COLD
+        self.awake_since = 0.0
+        self.swaps = 0
+        self.swapped_s = 0.0
+        self._max_model_len = max_model_len
+        self.times = SwapTimes()
+        self._open = False
+        self._settled = asyncio.Event()
         self.inside = 0
         self.interactive = 0
+        self.parked = 0
         self.cap = 0
         self._waiting: list[tuple[int, int, Lease, ClaimedRequest]] = []
         self._order = count()
@@ -46,22 +111,72 @@ class Host:
         self._step_s: float | None = None
         self._interactive_at = float("-inf")
         self.stats: EngineStats | None = None
+        self.totals = Totals()
 
-    def started(self, info: EngineInfo, now: float) -> None:
-        """The engine is ready to answer."""
+    # Residency
+
+    def started(self, info: EngineInfo, now: float, took_s: float | None = None) -> None:
+        """The engine is ready to answer, `took_s` after it was asked to be."""
+        if took_s is not None:
+            self.times.woke(self.residency, took_s)
+        if self.residency is not Residency.ASLEEP:
+            self.totals.restarted()
         self.info = info
+        self.residency = Residency.AWAKE
         self.cap = agent.concurrency_cap(info.slots)
-        self._moved_at = now
+        self.awake_since = self._moved_at = now
+        self._step_s = None
+        self.meter.resumed(now)
+        self._open = True
+        self._settled.set()
+
+    def close(self) -> None:
+        """Let nothing more inside: the model is about to sleep."""
+        self._open = False
+        self._settled.clear()
+
+    def left(self, residency: Residency, took_s: float | None = None) -> None:
+        """It is no longer awake; `took_s` where it was put to sleep in order."""
+        self.close()
+        self.residency = residency
+        self.stats = None
+        if residency is Residency.FAILED:
+            self._settled.set()
+        if took_s is not None:
+            self.times.slept(residency, took_s)
+
+    @property
+    def open(self) -> bool:
+        """Whether requests may go inside."""
+        return self._open
+
+    async def opened(self) -> None:
+        """Wait until requests may go inside; they still may when this returns.
+
+        Unavailable when the model could not be made awake here.
+        """
+        while not self._open:
+            if self.residency is Residency.FAILED:
+                raise Unavailable(f"The model '{self.model}' could not be loaded here.")
+            self.parked += 1
+            try:
+                await self._settled.wait()
+            finally:
+                self.parked -= 1
 
     def view(self, wake_s: float | None = None) -> ModelView:
         """The model as the scheduler sees it."""
         return ModelView(
             name=self.model,
             kind=self.kind,
-            residency=Residency.COLD if self.info is None else Residency.AWAKE,
-            max_model_len=0 if self.info is None else self.info.max_model_len,
-            wake_s=0.0 if self.info is not None else wake_s,
+            residency=self.residency,
+            max_model_len=self._max_model_len if self.info is None else self.info.max_model_len,
+            wake_s=wake_s,
+            swaps=self.swaps,
+            swap_s=round(self.swapped_s, 3),
         )
+
+    # Work
 
     def enqueue(self, lease: Lease) -> None:
         """Let a lease's open requests wait for a place."""
@@ -70,7 +185,7 @@ class Host:
 
     def take(self) -> tuple[Lease, ClaimedRequest] | None:
         """The next request to put inside, None when the engine is full or nothing waits."""
-        while self._waiting and self.inside < self.cap:
+        while self.open and self._waiting and self.inside < self.cap:
             _, _, lease, request = heapq.heappop(self._waiting)
             if not lease.ended and not lease.preempted and request.position in lease.open:
                 return lease, request
@@ -80,6 +195,15 @@ class Host:
     def busy(self) -> bool:
         """Whether anything is inside, batch or interactive."""
         return self.inside > 0 or self.interactive > 0
+
+    def left_s(self) -> float:
+        """How long the youngest request inside is likely to take still."""
+        if not self.busy or self._step_s is None:
+            return 0.0
+        ages = self.stats.generated if self.stats else ()
+        typical = self.meter.typical_output
+        tokens = max(1.5 * typical - min(ages, default=0), 0.5 * typical)
+        return tokens * self._step_s
 
     def moved(self, now: float) -> None:
         """Something came out of the engine."""
@@ -93,6 +217,7 @@ class Host:
         self.meter.look(stats, busy=self.busy, now=now)
         if stats.steps:
             self._step_s = fmean(seconds for *_, seconds in stats.steps)
+        self.totals.saw(stats)
         self.stats = replace(stats, steps=())
         return stats
 

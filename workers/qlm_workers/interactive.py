@@ -14,11 +14,12 @@ import structlog
 
 from qlm_batch.dispatch.streams import READER_S, Address, End, News, Reader, TokenWriter
 from qlm_batch.domain.engine import EngineAnswer, EngineRequest, EventStream
-from qlm_batch.domain.errors import EngineDead, QlmError
+from qlm_batch.domain.errors import EngineDead, QlmError, Unavailable
 from qlm_batch.domain.interactive import InteractiveMark, InteractiveState
 from qlm_batch.domain.jobs import Usage
 from qlm_batch.domain.messages import Interactive
 from qlm_batch.domain.ports import InteractiveStore
+from qlm_batch.domain.snapshot import Residency
 from qlm_batch.scheduling import agent
 from qlm_workers.answers import error_answer, usage_of
 from qlm_workers.feeder import salt_of
@@ -115,7 +116,7 @@ class InteractiveDesk:
         if address in self._seen:
             return
         host = self._hosts.get(message.model)
-        ready = self._open and host is not None and host.info is not None
+        ready = self._open and host is not None and host.residency is not Residency.FAILED
         if not ready or host is None or message.boot_id != self._boot_id:
             self._refused.append((address, ELSEWHERE))
             self._unwritten.set()
@@ -132,6 +133,17 @@ class InteractiveDesk:
     # Serving
 
     async def _serve(self, job: _Job) -> None:
+        try:
+            await job.host.opened()
+        except Unavailable:
+            job.end = ELSEWHERE
+            self._ended(job)
+            return
+        except asyncio.CancelledError:
+            if not job.given_up:
+                job.end = ELSEWHERE
+            self._ended(job)
+            return
         job.host.interactive += 1
         try:
             await self._run(job)

@@ -10,6 +10,8 @@ from qlm_batch.domain.snapshot import Observation, Output
 
 MOST_OUTPUTS = 1000
 MOST_STEPS = 200
+_FORGETS = 0.05
+"""Weight of the newest request in the typical one."""
 
 
 class Meter:
@@ -27,12 +29,20 @@ class Meter:
         self._looked_at = time.monotonic()
         self._busy = False
         self.tokens_per_s = 0.0
+        self.typical_output = 0.0
+        """Mean output tokens of the last requests that ended."""
+
+    def resumed(self, now: float) -> None:
+        """The engine begins to serve: what went before was no time of work."""
+        self._busy, self._looked_at = False, now
 
     def finished(self, tenant: str, output_tokens: int, prompt_tokens: int) -> None:
         """A request of `tenant` ended with an answer; its prompt is as intake counted it."""
         self._finished += 1
         self._finished_tokens += output_tokens
         self._outputs.append((tenant, output_tokens, prompt_tokens))
+        share = _FORGETS if self.typical_output else 1.0
+        self.typical_output += share * (output_tokens - self.typical_output)
 
     def look(self, stats: EngineStats, busy: bool, now: float) -> None:
         """Fold in a look at the engine; `busy` says whether it has work now."""

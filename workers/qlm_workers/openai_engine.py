@@ -15,9 +15,10 @@ import httpx
 import orjson
 import structlog
 
-from qlm_batch.domain.engine import EngineAnswer, EngineInfo, EngineRequest, EngineStats
+from qlm_batch.domain.engine import EngineAnswer, EngineInfo, EngineRequest, EngineStats, Lso
 from qlm_batch.domain.errors import ConfigurationError, EngineDead
 from qlm_batch.domain.jobs import EngineKind
+from qlm_batch.domain.snapshot import Residency
 from qlm_batch.settings import Settings
 from qlm_workers.answers import Door, error_answer, usage_of
 from qlm_workers.openai_probe import ServerFacts, metric_sum, probe
@@ -130,14 +131,18 @@ class OpenAIEngine:
             )
         self._seen_at = time.monotonic()
         self._watch = asyncio.create_task(self._look())
-        length = self._facts.max_model_len or self._max_model_len or 8192
+        return self._info()
+
+    def _info(self) -> EngineInfo:
+        facts = self._facts
+        length = (facts and facts.max_model_len) or self._max_model_len or 8192
         return EngineInfo(
             model=self._model,
             kind=self._kind,
             max_model_len=length,
             slots=self._slot_count,
-            kv_tokens=self._facts.kv_tokens or self._slot_count * length,
-            supports=self._facts.supports,
+            kv_tokens=(facts and facts.kv_tokens) or self._slot_count * length,
+            supports=facts.supports if facts else frozenset(),
         )
 
     async def answer(self, request: EngineRequest) -> EngineAnswer:
@@ -230,6 +235,34 @@ class OpenAIEngine:
             kv_usage=0.0,
             generated_tokens=self._generated,
         )
+
+    async def sleep(self) -> Residency:
+        """Let the server sleep, where it is a vLLM in development mode."""
+        await self._ask("/sleep", {"level": "1"})
+        return Residency.ASLEEP
+
+    async def wake(self) -> EngineInfo:
+        """Wake the server, or begin with it where that was not done yet."""
+        if self._client is None:
+            return await self.start()
+        await self._ask("/wake_up", {})
+        return self._info()
+
+    async def _ask(self, path: str, query: dict[str, str]) -> None:
+        if self._client is None or self._facts is None:
+            raise EngineDead(f"The engine at {self._url} is not running.")
+        if Lso.SWAP not in self._facts.supports:
+            raise ConfigurationError(
+                f"The server at {self._url} cannot sleep: start it with --enable-sleep-mode and "
+                "VLLM_SERVER_DEV_MODE=1, or unset QLM_MODELS_AWAKE.",
+                param="models_awake",
+            )
+        try:
+            response = await self._client.post(path, params=query, timeout=None)
+        except httpx.HTTPError as error:
+            raise EngineDead(f"The engine at {self._url} did not answer to {path}.") from error
+        if response.status_code != 200:
+            raise EngineDead(f"The engine at {self._url} answered {response.status_code}.")
 
     async def stop(self) -> None:
         """Hang up; the server goes on. Safe to call twice."""

@@ -7,10 +7,11 @@ from collections import deque
 from collections.abc import Sequence
 
 from qlm_batch.domain.ports import Heartbeat
-from qlm_batch.domain.snapshot import InstanceState, Observation
+from qlm_batch.domain.snapshot import InstanceState, Observation, Residency
 from qlm_batch.scheduling import agent
 from qlm_workers.hosts import Host
 from qlm_workers.link import Link
+from qlm_workers.residents import Residents
 
 MOST_REPORTS = 64
 """Observations kept while the store is away; the oldest go first."""
@@ -21,12 +22,19 @@ class Reporter:
     """Sends heartbeats; observations stay here until one has arrived."""
 
     def __init__(
-        self, link: Link, hosts: Sequence[Host], *, name: str, boot_id: str, device: str, slots: int
+        self,
+        link: Link,
+        hosts: Sequence[Host],
+        residents: Residents,
+        *,
+        name: str,
+        boot_id: str,
+        device: str,
     ) -> None:
         self._link = link
         self._hosts = hosts
         self._name, self._boot_id, self._device = name, boot_id, device
-        self._slots = slots
+        self._residents = residents
         self._share, self._shared_at = 0.0, time.monotonic()
         self._reports: deque[Observation] = deque(maxlen=MOST_REPORTS)
 
@@ -38,7 +46,7 @@ class Reporter:
         now = self._link.now()
         mono = time.monotonic()
         for host in self._hosts:
-            if host.info is None:
+            if host.residency is not Residency.AWAKE:
                 continue
             # Without a fresh look the tokens of requests that just finished would count twice.
             host.look(mono)
@@ -56,32 +64,30 @@ class Reporter:
         """Fold in the interactive requests inside since the last report."""
         interactive = sum(host.interactive for host in self._hosts)
         seconds, self._shared_at = now - self._shared_at, now
-        self._share = agent.interactive_share(self._share, interactive, self._all_slots(), seconds)
-
-    def _all_slots(self) -> int:
-        infos = [host.info for host in self._hosts if host.info is not None]
-        return sum(info.slots for info in infos) or self._slots
+        self._share = agent.interactive_share(
+            self._share, interactive, self._residents.slots, seconds
+        )
 
     def _heartbeat(
         self, state: InstanceState, phase: str, reports: tuple[Observation, ...]
     ) -> Heartbeat:
-        infos = [host.info for host in self._hosts if host.info is not None]
+        awake = self._residents.awake
         stats = [host.stats for host in self._hosts if host.stats is not None]
         return Heartbeat(
             name=self._name,
             boot_id=self._boot_id,
             device=self._device,
             state=state,
-            models=tuple(host.view() for host in self._hosts),
-            slots=self._all_slots(),
-            kv_tokens=sum(info.kv_tokens for info in infos),
+            models=self._residents.views(),
+            slots=self._residents.slots,
+            kv_tokens=self._residents.kv_tokens,
             running=sum(host.inside + host.interactive for host in self._hosts),
             interactive_running=sum(host.interactive for host in self._hosts),
-            batch_cap=sum(host.cap for host in self._hosts),
-            evictions=sum(seen.evictions for seen in stats),
-            recomputed_tokens=sum(seen.recomputed_tokens for seen in stats),
-            output_tokens=sum(seen.generated_tokens for seen in stats),
-            kv_usage=_kv_usage(self._hosts),
+            batch_cap=sum(host.cap for host in awake),
+            evictions=sum(host.totals.evictions for host in self._hosts),
+            recomputed_tokens=sum(host.totals.recomputed_tokens for host in self._hosts),
+            output_tokens=sum(host.totals.generated_tokens for host in self._hosts),
+            kv_usage=_kv_usage(awake),
             generated=tuple(n for s in stats for n in s.generated)[:MOST_GENERATED],
             tokens_per_s=sum(host.meter.tokens_per_s for host in self._hosts),
             interactive_share=self._share,

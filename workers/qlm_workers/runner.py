@@ -14,7 +14,7 @@ from qlm_batch.domain.errors import ConfigurationError, EngineDead, QlmError
 from qlm_batch.domain.jobs import ClaimedSlice, ResultRow
 from qlm_batch.domain.ledger import ReleaseReason
 from qlm_batch.domain.messages import Interactive
-from qlm_batch.domain.snapshot import InstanceState
+from qlm_batch.domain.snapshot import InstanceState, Residency
 from qlm_batch.scheduling import agent
 from qlm_batch.settings import Settings
 from qlm_workers import rows
@@ -26,6 +26,7 @@ from qlm_workers.interactive import InteractiveDesk
 from qlm_workers.leases import Lease, LeaseTable
 from qlm_workers.link import Link, WorkerStore, backoff, pause
 from qlm_workers.reporter import Reporter
+from qlm_workers.residents import Residents
 
 log = structlog.get_logger(__name__)
 
@@ -66,23 +67,27 @@ class Runner:
         self._feeder = Feeder(
             self._link, self._settle, self._engine_died, lambda: self.end(Exit.CRASHED)
         )
+        self._residents = Residents(
+            self._hosts,
+            self._table,
+            settings,
+            opened=self._feeder.feed,
+            give_back=self._give_back,
+            changed=lambda: self._beat_now.set(),
+            lost=lambda: self.end(Exit.ENGINE_DIED),
+        )
         self._reporter = Reporter(
-            self._link,
-            hosts,
-            name=self._name,
-            boot_id=boot_id,
-            device=device,
-            slots=settings.slots,
+            self._link, hosts, self._residents, name=self._name, boot_id=boot_id, device=device
         )
         self._flusher = Flusher(self._link, self._table, settings, self._flushed)
         self._state = InstanceState.STARTING
         self._phase = ""
         self._claim_now = asyncio.Event()
+        self._beat_now = asyncio.Event()
         self._over = asyncio.Event()
         self._verdict: Exit | None = None
         self._claiming = True
         self._dry = False
-        self._slots = 0
         self._drained_by = float("inf")
         self._suspects: frozenset[Lease] = frozenset()
 
@@ -123,7 +128,7 @@ class Runner:
             self._verdict = verdict
             self._claiming = False
             self._feeder.close()
-            for event in (self._over, self._claim_now):
+            for event in (self._over, self._claim_now, self._beat_now):
                 event.set()
 
     # The life of the worker
@@ -167,8 +172,8 @@ class Runner:
             self.end(Exit.CRASHED)
 
     async def _start_engines(self) -> bool:
-        """Start all engines, one after the other; False when the worker is to end instead."""
-        for host in self._hosts.values():
+        """Start the first engines, one by one; False when the worker is to end instead."""
+        for host in self._residents.first:
             self._phase = f"loading {host.model}"
             began = time.monotonic()
             start = asyncio.create_task(self._start(host))
@@ -192,14 +197,15 @@ class Runner:
                 return False
             log.info("engine ready", model=host.model, seconds=round(time.monotonic() - began, 2))
         self._phase = ""
-        self._slots = sum(host.info.slots for host in self._hosts.values() if host.info)
         self._state = InstanceState.READY
         return True
 
     async def _start(self, host: Host) -> None:
+        began = time.monotonic()
         async with asyncio.timeout(self._settings.start_timeout_s):
             info = await host.engine.start()
-        host.started(info, time.monotonic())
+        now = time.monotonic()
+        host.started(info, now, now - began)
 
     # Claim
 
@@ -247,7 +253,9 @@ class Runner:
         )
         if clogged or not self._claiming:
             return 0
-        return agent.pull_size(self._table.in_hand, self._slots, suspect=self._table.suspect)
+        return agent.pull_size(
+            self._table.in_hand, self._residents.slots, suspect=self._table.suspect
+        )
 
     def _adopt(self, claimed: Sequence[ClaimedSlice]) -> list[Lease]:
         """Hold claimed slices and feed them; returns those whose model is not served here."""
@@ -256,7 +264,7 @@ class Runner:
         for slice_ in claimed:
             lease = Lease(slice_, agent.engine_priority(slice_.deadline), mono)
             host = self._hosts.get(slice_.model)
-            if host is None:
+            if host is None or host.residency is Residency.FAILED:
                 unsuitable.append(lease)
                 continue
             replaced = self._table.add(lease)
@@ -276,7 +284,7 @@ class Runner:
             return
         self._flusher.settled()
         # An instance that found nothing waits for a hint or the next poll.
-        if not self._dry and self._table.in_hand < agent.PULL_BELOW * self._slots:
+        if not self._dry and self._table.in_hand < agent.PULL_BELOW * self._residents.slots:
             self._claim_now.set()
 
     def _flushed(self) -> None:
@@ -299,6 +307,13 @@ class Runner:
             )
             self.end(Exit.ENGINE_DIED)
 
+    def _give_back(self, leases: Sequence[Lease]) -> None:
+        """Return leases to the queue, no attempt counted, once their rows are stored."""
+        for lease in leases:
+            lease.preempted = True
+            lease.cancel()
+        self._flusher.review()
+
     def _expire(self, lease: Lease, now: float) -> None:
         for request in lease.take_expired(now):
             task = lease.tasks.get(request.position)
@@ -314,8 +329,9 @@ class Runner:
             mono, now = time.monotonic(), self._link.now()
             for lease in self._table.leases:
                 self._expire(lease, now)
-            for host in self._hosts.values():
+            for host in self._residents.awake:
                 self._look(host, mono)
+            self._residents.look(mono)
             if mono >= self._drained_by:
                 self.end(Exit.OK)
 
@@ -335,13 +351,20 @@ class Runner:
         serving = self._desk is not None and self._desk.running
         return not len(self._table) and not self._table.buffered and not serving
 
+    @property
+    def _shown(self) -> InstanceState:
+        """The state the scheduler is told."""
+        ready = self._state is InstanceState.READY
+        return InstanceState.SWAPPING if ready and self._residents.between else self._state
+
     async def _beat_forever(self) -> None:
         failures = 0
         while self._verdict is None:
             wait_s = self._settings.heartbeat_s
             try:
                 await self._link.check_clock()
-                if not await self._reporter.beat(self._state, self._phase):
+                self._beat_now.clear()
+                if not await self._reporter.beat(self._shown, self._phase or self._residents.phase):
                     log.error("a newer boot took this instance's name")
                     self.end(Exit.REPLACED)
                 failures = 0
@@ -352,7 +375,7 @@ class Runner:
                 failures += 1
                 self._link.failed("heartbeat", error, failures)
                 wait_s = min(wait_s, backoff(failures))
-            await pause(self._over, wait_s)
+            await pause(self._beat_now, wait_s)
 
     # The end
 
@@ -361,6 +384,7 @@ class Runner:
         # Claims and flushes run in threads that cannot be interrupted: what they bring has to be
         # known before leases can be given back.
         await asyncio.wait(loops, timeout=LAST_FLUSH_S)
+        await self._residents.close()
         serving = [task for lease in self._table.leases for task in lease.tasks.values()]
         for task in serving:
             task.cancel()

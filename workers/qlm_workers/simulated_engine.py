@@ -8,8 +8,8 @@ import itertools
 import time
 import zlib
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import orjson
@@ -17,6 +17,7 @@ import orjson
 from qlm_batch.domain.engine import EngineAnswer, EngineInfo, EngineRequest, EngineStats, Lso
 from qlm_batch.domain.errors import ConfigurationError, EngineDead
 from qlm_batch.domain.jobs import EngineKind, Usage
+from qlm_batch.domain.snapshot import Residency
 from qlm_batch.scheduling.eviction import (
     Favour,
     Running,
@@ -51,8 +52,26 @@ class Faults:
     poison: Callable[[EngineRequest], bool] = _never
     fails: Callable[[EngineRequest], bool] = _never
     hangs: Callable[[EngineRequest], bool] = _never
+    wakes: Iterator[bool] = field(default_factory=lambda: itertools.repeat(True))
+    """Whether each wake works, one after the other."""
     error_rate: float = 0.0
     """Share of requests in [0, 1] that fail with 500, chosen by the seed."""
+
+
+NO_FAULTS = Faults()
+
+
+@dataclass(frozen=True, slots=True)
+class SwapTimes:
+    """Modelled seconds to load, to sleep and to wake.
+
+    An engine that does not keep is ended by sleep and loaded again, as one on a host's processor.
+    """
+
+    load_s: float = 0.0
+    sleep_s: float = 0.0
+    wake_s: float = 0.0
+    keeps: bool = True
 
 
 @dataclass(slots=True)
@@ -129,17 +148,21 @@ class SimulatedEngine:
         step_times: StepTimes = DEVICES[DEFAULT_DEVICE],
         time_scale: float = 1.0,
         seed: int = 0,
-        faults: Faults = Faults(),
+        faults: Faults = NO_FAULTS,
         max_n: int = 16,
         favour: Favour = "balanced",
+        swap_times: SwapTimes = SwapTimes(),
     ) -> None:
+        self._swap_times = swap_times
+        self._asleep = False
         self._info = EngineInfo(
             model,
             kind,
             max_model_len,
             slots,
             kv_tokens,
-            frozenset({Lso.PULL, Lso.BALANCE, Lso.EVICT}),
+            frozenset(Lso),
+            keeps_asleep=swap_times.keeps,
         )
         self._size = slots + pace(favour, slots).headroom
         self._evictions: dict[str, int] = {}
@@ -151,7 +174,7 @@ class SimulatedEngine:
         self._time_scale = time_scale
         self._seed = seed
         self._faults = faults
-        self._faulty = faults != Faults()
+        self._faulty = faults is not NO_FAULTS
         self._alive = False
         self._loop: asyncio.Task[None] | None = None
         self._work = asyncio.Event()
@@ -165,7 +188,8 @@ class SimulatedEngine:
 
     @classmethod
     def from_settings(cls, settings: Settings, model: str, kind: EngineKind) -> Self:
-        """As the settings say; `engine_args` may hold `device` (a key of DEVICES) and `seed`."""
+        """As the settings say; `engine_args` may hold `device` (a key of DEVICES), `seed` and the
+        fields of SwapTimes."""
         device = settings.engine_args.get("device", DEFAULT_DEVICE)
         if device not in DEVICES:
             raise ConfigurationError(
@@ -174,6 +198,12 @@ class SimulatedEngine:
                 param="device",
             )
         seed = settings.engine_args.get("seed", 0)
+        times = {
+            name: float(value)
+            for name in ("load_s", "sleep_s", "wake_s")
+            if isinstance(value := settings.engine_args.get(name), int | float)
+        }
+        keeps = settings.engine_args.get("keeps", True) is True
         return cls(
             model,
             kind,
@@ -185,14 +215,53 @@ class SimulatedEngine:
             seed=seed if isinstance(seed, int) else 0,
             max_n=settings.max_n,
             favour=settings.favour,
+            swap_times=SwapTimes(**times, keeps=keeps),
         )
 
     async def start(self) -> EngineInfo:
-        """Be ready at once."""
-        self._alive = True
+        """Be ready after the modelled time for loading."""
+        await self._pass(self._swap_times.load_s)
+        return self._begin()
+
+    def _begin(self) -> EngineInfo:
+        self._alive, self._asleep = True, False
         if self._time_scale > 0:
             self._loop = asyncio.create_task(self._run())
         return self._info
+
+    async def sleep(self) -> Residency:
+        """Keep or drop what is inside, as the swap times say."""
+        if not self._alive or self._asleep:
+            raise EngineDead(f"The simulated engine of '{self._info.model}' is not running.")
+        if not self._swap_times.keeps:
+            await self.stop()
+            await self._pass(self._swap_times.sleep_s)
+            return Residency.COLD
+        self._asleep = True
+        await self._end_loop()
+        for sequence in self._running:
+            sequence.prefilled, sequence.resumed = 0, sequence.generated
+            self._wait(sequence)
+        self._running.clear()
+        await self._pass(self._swap_times.sleep_s)
+        return Residency.ASLEEP
+
+    async def wake(self) -> EngineInfo:
+        """Be ready after the modelled time, unless the faults say otherwise."""
+        times = self._swap_times
+        await self._pass(times.wake_s if self._asleep else times.load_s)
+        if not next(self._faults.wakes):
+            raise EngineDead(f"The simulated engine of '{self._info.model}' did not wake.")
+        return self._begin()
+
+    async def _pass(self, seconds: float) -> None:
+        await asyncio.sleep(seconds * self._time_scale)
+
+    async def _end_loop(self) -> None:
+        if self._loop is not None:
+            self._loop.cancel()
+            await asyncio.gather(self._loop, return_exceptions=True)
+            self._loop = None
 
     async def answer(self, request: EngineRequest) -> EngineAnswer:
         """Serve one request to its end."""
@@ -248,7 +317,7 @@ class SimulatedEngine:
             yield usage_chunk(job.request, job.body, job.usage)
 
     def _admit(self, request: EngineRequest, *, streamed: bool = False) -> _Job | EngineAnswer:
-        if not self._alive:
+        if not self._alive or self._asleep:
             raise EngineDead(f"The simulated engine of '{self._info.model}' is not running.")
         body = self._door.read(request, streamed=streamed)
         if isinstance(body, EngineAnswer):
@@ -291,12 +360,10 @@ class SimulatedEngine:
     async def stop(self) -> None:
         """End everything; safe to call twice."""
         self._die()
-        if self._loop is not None:
-            await asyncio.gather(self._loop, return_exceptions=True)
-            self._loop = None
+        await self._end_loop()
 
     def _die(self) -> None:
-        self._alive = False
+        self._alive = self._asleep = False
         if self._loop is not None:
             self._loop.cancel()
         waiting = (sequence for *_, sequence in self._waiting)

@@ -246,6 +246,31 @@ def shut_down(engine: Any, patience_s: float) -> None:
         engine.shutdown()
 
 
+def keeps_asleep(engine: Any) -> bool:
+    """Whether this release can put an engine to sleep with requests inside."""
+    return "mode" in inspect.signature(engine.sleep).parameters
+
+
+async def put_to_sleep(engine: Any, level: int) -> None:
+    """Free the device's memory: level 1 moves the weights to the host's, level 2 drops them."""
+    if keeps_asleep(engine):
+        await engine.sleep(level=level, mode="keep")
+    else:
+        await engine.sleep(level=level)
+
+
+async def wake_up(engine: Any, level: int) -> None:
+    """Take the device's memory again; weights dropped by level 2 are read from storage."""
+    if level == 1:
+        await engine.wake_up()
+        return
+    await engine.wake_up(tags=["weights"])
+    await engine.collective_rpc("reload_weights")
+    await engine.wake_up(tags=["kv_cache"])
+    if keeps_asleep(engine):
+        await engine.wake_up(tags=["scheduling"])
+
+
 def kv_bytes_per_token(engine_args: Mapping[str, object]) -> int | None:
     """Size of one token's keys and values in plain attention; None when it cannot be told."""
     try:

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from qlm_batch.domain.engine import EngineAnswer, EngineInfo, EngineRequest, EngineStats, Lso
 from qlm_batch.domain.errors import ConfigurationError, EngineDead
 from qlm_batch.domain.jobs import CHAT, COMPLETIONS, EngineKind
+from qlm_batch.domain.snapshot import Residency
 from qlm_batch.scheduling.eviction import pace
 from qlm_batch.settings import Settings
 from qlm_workers.answers import Door
@@ -64,6 +65,7 @@ class VllmEngine:
         self._log: StepLog | None = None
         self._inside = 0
         self._api: Any = None
+        self._sleeps = False
         self._abandoned: asyncio.Future[None] | None = None
 
     async def start(self) -> EngineInfo:
@@ -218,6 +220,23 @@ class VllmEngine:
             recomputed_tokens=self._log.recomputed_tokens,
         )
 
+    async def sleep(self) -> Residency:
+        """Free the device: in vLLM's sleep mode, or where there is none by ending the engine."""
+        if not self._sleeps:
+            await self.stop()
+            return Residency.COLD
+        self._running()
+        await self._api.put_to_sleep(self._engine, self._settings.sleep_level)
+        return Residency.ASLEEP
+
+    async def wake(self) -> EngineInfo:
+        """Be ready again: woken where it sleeps, else started anew."""
+        if self._engine is None:
+            return await self.start()
+        self._running()
+        await self._api.wake_up(self._engine, self._settings.sleep_level)
+        return self._info()
+
     async def stop(self) -> None:
         """End the engine and every process it started; safe to call twice."""
         abandoned = self._abandoned
@@ -266,6 +285,7 @@ class VllmEngine:
         arguments = self._arguments(vllm_api.on_cpu()) | further
         if vllm_api.on_cpu():
             self._check_memory(arguments)
+        self._sleeps = bool(arguments.get("enable_sleep_mode"))
         try:
             self._engine = vllm_api.build(arguments, self._log)
         except Exception as error:
@@ -298,6 +318,8 @@ class VllmEngine:
         }
         if kv_bytes is not None:
             arguments["kv_cache_memory_bytes"] = kv_bytes
+        if settings.swaps and not cpu:
+            arguments["enable_sleep_mode"] = True
         return arguments | evicting
 
     def _check_memory(self, arguments: dict[str, object]) -> None:
@@ -335,7 +357,7 @@ class VllmEngine:
     def _info(self) -> EngineInfo:
         config = self._engine.vllm_config
         scheduling = config.scheduler_config
-        supports = {Lso.PULL, Lso.BALANCE}
+        supports = {Lso.PULL, Lso.BALANCE, Lso.SWAP}
         slots = scheduling.max_num_seqs
         if scheduling.policy != "priority":
             log.warning(
@@ -359,6 +381,7 @@ class VllmEngine:
             slots=slots,
             kv_tokens=self._log.kv_tokens if self._log else 0,
             supports=frozenset(supports),
+            keeps_asleep=self._sleeps and self._api.keeps_asleep(self._engine),
         )
 
 

@@ -157,7 +157,7 @@ class MemoryPlanning(Facet):
 def _model_limits(state: State) -> Mapping[str, int]:
     limits: dict[str, int] = {}
     for instance in state.instances.values():
-        for model in instance.beat.models:
+        for model in filter(lambda own: own.max_model_len, instance.beat.models):
             limits[model.name] = max(limits.get(model.name, 0), model.max_model_len)
     return limits
 

@@ -1,0 +1,264 @@
+"""Which models of this instance are awake, and how one takes the place of another."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import structlog
+
+from qlm_batch.domain.errors import QlmError
+from qlm_batch.domain.snapshot import ModelView, Residency
+from qlm_batch.scheduling import swapping
+from qlm_batch.scheduling.swapping import Change, Hosted, Parting
+from qlm_batch.settings import Settings
+from qlm_workers.hosts import Host
+from qlm_workers.leases import Lease, LeaseTable
+
+log = structlog.get_logger(__name__)
+
+UNKNOWN_SWAP_S = 30.0
+"""Assumed until a model was loaded here."""
+LOOK_S = 0.05
+
+
+class Residents:
+    """The hosts of one instance, of which `room` may be awake. All methods belong to its loop.
+
+    `opened` is told when requests may go inside a host again, `give_back` when leases are to return
+    to the queue, `changed` of every change of residency or phase, and `lost` when no model can be
+    made awake any more.
+    """
+
+    def __init__(
+        self,
+        hosts: Mapping[str, Host],
+        table: LeaseTable,
+        settings: Settings,
+        *,
+        opened: Callable[[Host], None],
+        give_back: Callable[[Sequence[Lease]], None],
+        changed: Callable[[], None],
+        lost: Callable[[], None],
+    ) -> None:
+        self._hosts = hosts
+        self._table = table
+        self._settings = settings
+        self._opened, self._give_back = opened, give_back
+        self._changed, self._lost = changed, lost
+        self.room = min(len(hosts), settings.models_awake or len(hosts))
+        self.phase = ""
+        self._slots, self._kv_tokens = settings.slots, 0
+        self._task: asyncio.Task[None] | None = None
+        self._coming: Host | None = None
+        self._began = 0.0
+        self._failed: dict[str, float] = {}
+
+    # What is so
+
+    @property
+    def first(self) -> list[Host]:
+        """The hosts that are awake at the start."""
+        return list(self._hosts.values())[: self.room]
+
+    @property
+    def awake(self) -> list[Host]:
+        """The hosts whose engines run."""
+        return [host for host in self._hosts.values() if host.residency is Residency.AWAKE]
+
+    @property
+    def slots(self) -> int:
+        """What can run at once; during a swap what could before."""
+        self._slots = sum(host.info.slots for host in self.awake if host.info) or self._slots
+        return self._slots
+
+    @property
+    def kv_tokens(self) -> int:
+        """Key-value tokens; during a swap those before."""
+        fits = sum(host.info.kv_tokens for host in self.awake if host.info)
+        self._kv_tokens = fits or self._kv_tokens
+        return self._kv_tokens
+
+    @property
+    def between(self) -> bool:
+        """Whether a swap leaves nothing awake just now."""
+        return self._task is not None and not self.awake
+
+    def views(self) -> tuple[ModelView, ...]:
+        """The models as the scheduler sees them."""
+        now = time.monotonic()
+        return tuple(host.view(self._wake_s(host, now)) for host in self._hosts.values())
+
+    def _wake_s(self, host: Host, now: float) -> float | None:
+        """From where it is to awake, with what has to leave for it; the rest while under way."""
+        arrive_s = host.times.arrive_s(host.residency)
+        if arrive_s is None:
+            loads = [own.times.load_s for own in self._hosts.values() if own.times.load_s]
+            if not loads:
+                return None
+            arrive_s = max(loads)
+        leave_s = 0.0
+        if len(self._hosts) > self.room:
+            others = [own.times.sleep_s for own in self._hosts.values() if own is not host]
+            leave_s = max(others, default=0.0)
+        if host is self._coming:
+            return max(0.1, leave_s + arrive_s - (now - self._began))
+        return leave_s + arrive_s
+
+    # Swapping
+
+    def look(self, now: float) -> None:
+        """Begin the swap the rule asks for; call it often."""
+        self._forgive(now)
+        if self._task is not None or len(self._hosts) <= self.room:
+            return
+        change = swapping.next_change(self._hosted(now), self.room)
+        if change is not None:
+            self._task = asyncio.create_task(self._swap(change))
+
+    async def close(self) -> None:
+        """Stop where a swap stands."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    def _hosted(self, now: float) -> list[Hosted]:
+        due: dict[str, float] = {}
+        for lease in self._table.leases:
+            if lease.open and not lease.preempted:
+                model = lease.slice.model
+                due[model] = min(due.get(model, math.inf), lease.slice.deadline)
+        found = []
+        for name, host in self._hosts.items():
+            if host.residency is Residency.FAILED:
+                continue
+            awake = host.residency is Residency.AWAKE
+            swap_s = self._wake_s(host, now)
+            found.append(
+                Hosted(
+                    model=name,
+                    awake_s=now - host.awake_since if awake else None,
+                    swap_s=UNKNOWN_SWAP_S if swap_s is None else swap_s,
+                    due=due.get(name, math.inf),
+                    calls=host.interactive + host.parked,
+                    left_s=host.left_s(),
+                )
+            )
+        return found
+
+    async def _swap(self, change: Change) -> None:
+        coming = self._hosts[change.wakes]
+        leaving = None if change.sleeps is None else self._hosts[change.sleeps]
+        log.info("swapping", wakes=change.wakes, sleeps=change.sleeps, parting=change.parting)
+        try:
+            if leaving is not None:
+                self._tell(f"emptying {leaving.model} for {coming.model}")
+                await self._empty(leaving, change)
+            self._coming, self._began = coming, time.monotonic()
+            if leaving is not None:
+                await self._put_to_sleep(leaving)
+            if not await self._wake(coming):
+                self._give_up(coming)
+                await self._back_to(leaving)
+        except Exception:
+            log.exception("swap failed", wakes=change.wakes)
+            self._lost()
+        finally:
+            self._coming = None
+            self._task = None
+            self._tell("")
+
+    async def _empty(self, leaving: Host, change: Change) -> None:
+        """Let what is inside end or wait, and return what is not to the queue."""
+        leaving.close()
+        keeps = leaving.info is not None and leaving.info.keeps_asleep
+        if change.parting is Parting.DRAIN:
+            await _until(lambda: not leaving.inside, change.drain_s)
+        held = self._leases(leaving)
+        self._give_back([lease for lease in held if not (keeps and lease.tasks)])
+        await _until(lambda: not leaving.interactive and (keeps or not leaving.inside))
+
+    async def _put_to_sleep(self, leaving: Host) -> None:
+        self._tell(f"putting {leaving.model} to sleep")
+        began = time.monotonic()
+        leaving.left(Residency.ASLEEP)
+        try:
+            async with asyncio.timeout(self._settings.swap_timeout_s):
+                residency = await leaving.engine.sleep()
+        except Exception as fault:  # noqa: BLE001 - an engine that will not sleep is ended
+            log.warning("engine did not sleep", model=leaving.model, **_told(fault))
+            await leaving.engine.stop()
+            residency = Residency.COLD
+        if residency is Residency.COLD:
+            self._give_back(self._leases(leaving))
+        leaving.left(residency, time.monotonic() - began)
+
+    async def _wake(self, coming: Host) -> bool:
+        """Make it awake, trying again where that fails; whether it is."""
+        attempts = 0
+        while True:
+            attempts += 1
+            self._tell(f"waking {coming.model}")
+            began = time.monotonic()
+            try:
+                async with asyncio.timeout(self._settings.swap_timeout_s):
+                    info = await coming.engine.wake()
+            except Exception as fault:  # noqa: BLE001 - whatever it is, the engine is not there
+                log.warning(
+                    "engine did not wake", model=coming.model, tries=attempts, **_told(fault)
+                )
+                await coming.engine.stop()
+                coming.left(Residency.COLD)
+                delay = swapping.retry_delay(attempts)
+                if delay is None:
+                    return False
+                await asyncio.sleep(delay)
+                continue
+            now = time.monotonic()
+            coming.started(info, now, now - began)
+            coming.swaps += 1
+            coming.swapped_s += now - self._began
+            log.info("swapped", model=coming.model, seconds=round(now - self._began, 2))
+            self._opened(coming)
+            return True
+
+    def _give_up(self, coming: Host) -> None:
+        """Let the work be planned elsewhere for a while."""
+        log.error("model failed here", model=coming.model, retry_s=swapping.FAILED_FOR_S)
+        self._failed[coming.model] = time.monotonic() + swapping.FAILED_FOR_S
+        coming.left(Residency.FAILED)
+        self._give_back(self._leases(coming))
+
+    async def _back_to(self, leaving: Host | None) -> None:
+        """Wake what made room in vain."""
+        if leaving is None:
+            return
+        self._coming = leaving
+        if not await self._wake(leaving) and not self.awake:
+            raise QlmError(f"Neither model can be made awake; '{leaving.model}' was before.")
+
+    def _forgive(self, now: float) -> None:
+        for model, until in list(self._failed.items()):
+            if now >= until:
+                del self._failed[model]
+                self._hosts[model].left(Residency.COLD)
+
+    def _tell(self, phase: str) -> None:
+        self.phase = phase
+        self._changed()
+
+    def _leases(self, host: Host) -> list[Lease]:
+        return [lease for lease in self._table.leases if lease.slice.model == host.model]
+
+
+async def _until(condition: Callable[[], bool], within_s: float = math.inf) -> None:
+    ends_at = time.monotonic() + within_s
+    while not condition() and time.monotonic() < ends_at:  # noqa: ASYNC110 - plain counters
+        await asyncio.sleep(LOOK_S)
+
+
+def _told(fault: BaseException) -> dict[str, object]:
+    known = isinstance(fault, QlmError | TimeoutError)
+    return {"error": str(fault) or type(fault).__name__, "exc_info": None if known else fault}
