@@ -30,6 +30,12 @@ DEFAULT_MODEL = "qlm-tiny"
     multiple=True,
     help="Hugging Face id or folder; embed:NAME for embeddings; repeatable.  [qlm-tiny]",
 )
+@click.option(
+    "--models-awake",
+    type=click.IntRange(min=1),
+    default=None,
+    help="Most models awake at once; the others wait their turn.  [all]",
+)
 @data_dir_option
 @click.option("--port", type=int, default=None, help="The API's port.  [8600]")
 @click.option("--host", default=None, help="The API's address.  [127.0.0.1]")
@@ -38,6 +44,7 @@ DEFAULT_MODEL = "qlm-tiny"
 @json_option
 def up(
     models: tuple[str, ...],
+    models_awake: int | None,
     data_dir: Path,
     port: int | None,
     host: str | None,
@@ -51,7 +58,13 @@ def up(
     """
     output = Output(as_json)
     settings = settings_for_up(
-        data_dir=data_dir, models=models, port=port, host=host, engine=engine, engine_url=engine_url
+        data_dir=data_dir,
+        models=models,
+        models_awake=models_awake,
+        port=port,
+        host=host,
+        engine=engine,
+        engine_url=engine_url,
     )
     if settings.engine == "openai":
         served, lines = look_at(settings.engine_url, settings.engine_api_key, settings.models)
@@ -89,6 +102,7 @@ def settings_for_up(
     *,
     data_dir: Path,
     models: tuple[str, ...] = (),
+    models_awake: int | None = None,
     port: int | None = None,
     host: str | None = None,
     engine: str | None = None,
@@ -103,6 +117,7 @@ def settings_for_up(
         ("engine", engine),
         ("engine_url", engine_url),
         ("models", models or None),
+        ("models_awake", models_awake),
     ):
         if value is not None:
             given[name] = value

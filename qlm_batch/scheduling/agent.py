@@ -6,7 +6,7 @@ Pure rules, called by the worker's runner and by the simulated cluster alike.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 PULL_BELOW = 1.5
 """Claim more once less than this many running batches of requests are in hand."""
@@ -92,14 +92,12 @@ def interactive_priority(due_at: float) -> int:
     return min(INTERACTIVE_PRIORITY, int(due_at * 10) - _INTERACTIVE_BASE)
 
 
-def next_model(awake: str | None, in_hand: Mapping[str, float]) -> str | None:
-    """The model an instance should have awake, given the earliest deadline held of each model.
+def tokens_left(ages: Sequence[int], typical: float) -> float:
+    """Output tokens the last of these running requests is likely to make still.
 
-    The awake one keeps its place while any of its work is left; then the most urgent is next.
+    `ages` are their output tokens so far, `typical` the mean of requests that have ended.
     """
-    if awake in in_hand or not in_hand:
-        return awake
-    return min(in_hand, key=lambda model: (in_hand[model], model))
+    return max(1.5 * typical - min(ages, default=0), 0.5 * typical)
 
 
 def worth_retrying(status_code: int) -> bool:

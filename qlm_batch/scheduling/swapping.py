@@ -20,6 +20,8 @@ CALLS_SWAPS: Final = 12.0
 batch work keeps a quarter of the time, however many calls there are."""
 DRAIN_SWAPS: Final = 2.0
 """What is inside may end by itself where that takes no longer than so many swap times."""
+CALLS_DRAIN_SWAPS: Final = 0.5
+"""The same where interactive requests wait for it."""
 RETRY_DELAYS_S: Final = (0.5, 3.0)
 """Waits before waking a model is tried again."""
 FAILED_FOR_S: Final = 300.0
@@ -89,7 +91,7 @@ def next_change(hosted: Sequence[Hosted], room: int) -> Change | None:
     if not yielding:
         return None
     sleeps = min(yielding, key=lambda own: (own.wanted, own.calls, -own.due, own.model))
-    most_s = DRAIN_SWAPS * wakes.swap_s
+    most_s = (CALLS_DRAIN_SWAPS if wakes.calls else DRAIN_SWAPS) * wakes.swap_s
     parting = Parting.DRAIN if sleeps.left_s <= most_s else Parting.STOP
     return Change(wakes.model, sleeps.model, parting, most_s)
 

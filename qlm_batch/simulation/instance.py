@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
@@ -13,6 +15,7 @@ from qlm_batch.domain.ledger import Directive, Held, ReleaseReason
 from qlm_batch.domain.ports import Heartbeat, Store
 from qlm_batch.domain.snapshot import InstanceState, ModelView, Observation, Output, Residency
 from qlm_batch.scheduling import agent
+from qlm_batch.scheduling.swapping import Change, Hosted, Parting, next_change
 from qlm_batch.simulation.engine import EngineLimits
 from qlm_batch.simulation.events import EventQueue
 from qlm_batch.simulation.fast_engine import FastEngine
@@ -21,6 +24,8 @@ from qlm_batch.simulation.workload import Requests
 
 MOST_GENERATED: Final = 128
 _MAX_MODEL_LEN: Final = 32_768
+FORGETS: Final = 0.05
+"""Weight of the newest request in the typical output."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +114,8 @@ class SimulatedInstance:
         self._by_key: dict[int, _Lease] = {}
         self._urgent: dict[int, str] = {}
         self._urgent_parked: list[int] = []
+        self._change: Change | None = None
+        self._leave_by = self._awake_since = -math.inf
         self._rows: list[ResultRow] = []
         self._finished: list[Output] = []
         self._share, self._shared_at = 0.0, self._events.now()
@@ -120,6 +127,7 @@ class SimulatedInstance:
         step = self.spec.profile(self.awake).step
         self.engine = FastEngine(limits, step, self._events.now())
         self._reported = (0, 0.0)
+        self._typical = 0.0
 
     # What happens to it
 
@@ -137,7 +145,8 @@ class SimulatedInstance:
         """Serve an interactive request."""
         self._collect()
         self._urgent[key] = model
-        if model == self.awake and self.state is InstanceState.READY:
+        ready = self.state is InstanceState.READY and self._change is None
+        if ready and model == self.awake:
             self._submit_urgent(key)
         else:
             self._urgent_parked.append(key)
@@ -201,8 +210,7 @@ class SimulatedInstance:
         self._expire()
         self._flush()
         self._switch()
-        # What waits for another model needs this one's engine to run empty.
-        if self.state is InstanceState.READY and not self._urgent_parked:
+        if self.state is InstanceState.READY and self._change is None:
             self._claim()
             self._switch()
         busy = bool(self._leases or self._urgent)
@@ -227,6 +235,8 @@ class SimulatedInstance:
             slice_ = lease.slice
             lease.left.discard(key)
             self._finished.append((slice_.tenant, outputs[i], prompts[i]))
+            share = FORGETS if self._typical else 1.0
+            self._typical += share * (outputs[i] - self._typical)
             self._rows.append(
                 ResultRow(
                     slice_id=slice_.slice_id,
@@ -302,7 +312,7 @@ class SimulatedInstance:
             held = Held(slice_.slice_id, slice_.epoch)
             lease = _Lease(slice_, first_key, now, keys, held)
             self._leases[slice_.slice_id] = lease
-            if slice_.model == self.awake:
+            if slice_.model == self.awake and self._change is None:
                 self._feed(lease)
             else:
                 self._parked.append(lease)
@@ -330,41 +340,82 @@ class SimulatedInstance:
     # Swaps
 
     def _switch(self) -> None:
-        """Begin a swap when the agent's rule wants another model and the engine is empty."""
+        """Begin the swap the agent's rule asks for, and make it once the engine is empty."""
         if self.state is not InstanceState.READY or len(self.spec.models) == 1:
             return
-        if self._urgent_parked:
-            wanted: str | None = self._urgent[self._urgent_parked[0]]
-            if wanted != self.awake:
-                self._give_back()
-        else:
-            due: dict[str, float] = {}
-            for lease in self._leases.values():
-                if lease.left:
-                    slice_ = lease.slice
-                    due[slice_.model] = min(due.get(slice_.model, slice_.deadline), slice_.deadline)
-            wanted = agent.next_model(self.awake, due)
-        if wanted is None or wanted == self.awake or self.engine.running or self.engine.waiting:
+        if self._change is None and not self._parked and not self._urgent_parked:
             return
-        self._swap(wanted)
+        now = self._events.now()
+        if self._change is None:
+            self._change = next_change(self._hosted(now), room=1)
+            if self._change is None:
+                return
+            drains = self._change.parting is Parting.DRAIN
+            self._leave_by = now + self._change.drain_s if drains else now
+            if drains:
+                self._recall_waiting()
+        if not self._batch_inside() or now >= self._leave_by:
+            self._give_back()
+        if not self.engine.running and not self.engine.waiting:
+            self._swap(self._change.wakes)
+
+    def _hosted(self, now: float) -> list[Hosted]:
+        due: dict[str, float] = {}
+        for lease in self._leases.values():
+            if lease.left:
+                slice_ = lease.slice
+                due[slice_.model] = min(due.get(slice_.model, math.inf), slice_.deadline)
+        calls = Counter(self._urgent.values())
+        return [
+            Hosted(
+                model,
+                now - self._awake_since if model == self.awake else None,
+                self._swap_s(model),
+                due.get(model, math.inf),
+                calls[model],
+                self._left_s() if model == self.awake else 0.0,
+            )
+            for model in self.spec.models
+        ]
+
+    def _left_s(self) -> float:
+        """How long the youngest running request is likely to take still."""
+        ages = self.engine.ages(MOST_GENERATED)
+        if not ages:
+            return 0.0
+        busy_s, steps = self.engine.busy_s, max(1, self.engine.steps)
+        return agent.tokens_left(ages, self._typical) * busy_s / steps
+
+    def _batch_inside(self) -> bool:
+        return bool(self._by_key)
+
+    def _recall_waiting(self) -> None:
+        """Take out of the engine what has not begun, so that the rest can end."""
+        begun = self.engine.begun()
+        for key in [key for key in self._by_key if key not in begun]:
+            self.engine.abort(key)
+            del self._by_key[key]
 
     def _give_back(self) -> None:
-        """Return the awake model's leases: an interactive request needs the engine."""
-        if not self._leases:
+        """Return the awake model's leases."""
+        if not any(lease.slice.model == self.awake for lease in self._leases.values()):
             return
         self._flush()
-        leases = list(self._leases.values())
+        leases = [own for own in self._leases.values() if own.slice.model == self.awake]
         for lease in leases:
             self._stop(lease)
             self._drop(lease)
-        if leases:
-            held = [lease.held for lease in leases]
+        held = [lease.held for lease in leases]
+        if held:
             self._store.release(self.spec.name, held, ReleaseReason.PREEMPTED)
 
     def _swap_s(self, model: str) -> float:
         profile = self.spec.profile(model)
         cold = self._residency[model] is Residency.COLD
         arrive_s = profile.load_s if cold else profile.wake_s
+        if model == self.awake:
+            others = [self.spec.profile(other).sleep_s for other in self.spec.models]
+            return max(others) + arrive_s
         return self.spec.profile(self.awake).sleep_s + arrive_s
 
     def _swap(self, model: str) -> None:
@@ -383,6 +434,7 @@ class SimulatedInstance:
             if self.boot_id != boot_id or not self._alive:
                 return
             self.awake, self.state = model, InstanceState.READY
+            self._change, self._awake_since = None, self._events.now()
             self._residency[model] = Residency.AWAKE
             self._start_engine()
             if self._draw:
@@ -423,7 +475,7 @@ class SimulatedInstance:
                     EngineKind.GENERATE,
                     self._residency[model],
                     _MAX_MODEL_LEN,
-                    None if model == self.awake else self._swap_s(model),
+                    self._swap_s(model),
                 )
                 for model in self.spec.models
             ),

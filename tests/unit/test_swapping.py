@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlm_batch.scheduling.swapping import (
+    CALLS_DRAIN_SWAPS,
     CALLS_SWAPS,
     DRAIN_SWAPS,
     RETRY_DELAYS_S,
@@ -77,10 +78,11 @@ def test_batch_work_gets_its_share_however_many_calls_there_are() -> None:
 
 
 def test_what_soon_ends_by_itself_is_drained_and_what_does_not_is_stopped() -> None:
-    for left, parting in ((DRAIN_SWAPS * SWAP_S, Parting.DRAIN), (1e3, Parting.STOP)):
-        change = next_change([awake(due=9.0, for_s=1e6, left=left), asleep(calls=1)], 1)
-        assert change is not None
-        assert change.parting is parting
+    for waiting, most in ((asleep(due=5.0), DRAIN_SWAPS), (asleep(calls=1), CALLS_DRAIN_SWAPS)):
+        for left, parting in ((most * SWAP_S, Parting.DRAIN), (most * SWAP_S + 1, Parting.STOP)):
+            change = next_change([awake(due=9.0, for_s=1e6, left=left), waiting], 1)
+            assert change is not None
+            assert change.parting is parting
 
 
 def test_a_free_place_is_taken_without_anyone_leaving() -> None:

@@ -93,7 +93,7 @@ class Host:
         self.meter = meter
         self.info: EngineInfo | None = None
         self.residency = Residency.COLD
-        self.awake_since = 0.0
+        self.awake_since = float("-inf")
         self.swaps = 0
         self.swapped_s = 0.0
         self._max_model_len = max_model_len
@@ -124,7 +124,7 @@ class Host:
         self.info = info
         self.residency = Residency.AWAKE
         self.cap = agent.concurrency_cap(info.slots)
-        self.awake_since = self._moved_at = now
+        self._moved_at = now
         self._step_s = None
         self.meter.resumed(now)
         self._open = True
@@ -201,9 +201,7 @@ class Host:
         if not self.busy or self._step_s is None:
             return 0.0
         ages = self.stats.generated if self.stats else ()
-        typical = self.meter.typical_output
-        tokens = max(1.5 * typical - min(ages, default=0), 0.5 * typical)
-        return tokens * self._step_s
+        return agent.tokens_left(ages, self.meter.typical_output) * self._step_s
 
     def moved(self, now: float) -> None:
         """Something came out of the engine."""

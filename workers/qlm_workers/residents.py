@@ -218,6 +218,7 @@ class Residents:
                 continue
             now = time.monotonic()
             coming.started(info, now, now - began)
+            coming.awake_since = now
             coming.swaps += 1
             coming.swapped_s += now - self._began
             log.info("swapped", model=coming.model, seconds=round(now - self._began, 2))
