@@ -243,9 +243,7 @@ def _learn(site: Site, lines: int) -> Measured:
     for model in (MODELS[0], MODELS[1], MODELS[0], MODELS[1]):
         batch_id = site.submit(Job(model, _prompts(lines // 2, 1), 86_400.0))
         site.wait([batch_id])
-        rows = (
-            "SELECT max(stored_at) - min(started_at) FROM result x JOIN run r ON r.id = x.run_id"
-        )
+        rows = "SELECT max(stored_at) - min(started_at) FROM result x JOIN run r ON r.id = x.run_id"
         (took,) = site.stand.query(f"{rows} WHERE r.batch_id = '{batch_id}'")
         seconds.append(float(took))
     snapshot = site.stand.store.snapshot()
