@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 from collections.abc import AsyncIterator, Mapping
@@ -52,8 +53,7 @@ async def receive_file(request: Request, services: ApiServices, tenant: str) -> 
     spool = await run_in_threadpool(_open_spool, spool_dir(services))
     try:
         upload = MultipartUpload(boundary, spool.file, limit)
-        async for pieces in _gathered(request.stream()):
-            await run_in_threadpool(upload.feed, pieces)
+        await _feed(upload, request.stream())
         return await run_in_threadpool(_keep, services, tenant, upload, spool)
     except OSError as error:
         raise _no_room() from error
@@ -64,6 +64,20 @@ async def receive_file(request: Request, services: ApiServices, tenant: str) -> 
 def spool_dir(services: ApiServices) -> Path:
     """Where uploads lie while they arrive."""
     return services.settings.data_dir / "spool"
+
+
+async def _feed(upload: MultipartUpload, stream: AsyncIterator[bytes]) -> None:
+    """Give the stream to `upload`; while one piece is hashed and written the next arrives."""
+    feeding: asyncio.Future[None] | None = None
+    try:
+        async for pieces in _gathered(stream):
+            if feeding is not None:
+                await feeding
+            feeding = asyncio.ensure_future(run_in_threadpool(upload.feed, pieces))
+    finally:
+        # Nobody may close the spool under a thread that still writes to it.
+        if feeding is not None:
+            await feeding
 
 
 async def _gathered(stream: AsyncIterator[bytes]) -> AsyncIterator[list[bytes]]:

@@ -114,8 +114,8 @@ class SchedulerLoop:
 
     @property
     def idle_s(self) -> float:
-        """Time between passes: shorter while an instance works its share off between two."""
-        return self._config.tick_s / (_HASTE if self._pace.factors else 1.0)
+        """Time between passes: shorter while an instance may work its share off between two."""
+        return self._config.tick_s / (_HASTE if self._pace.hasty else 1.0)
 
     def run_once(self) -> Tick:
         """One pass: see `tick`."""

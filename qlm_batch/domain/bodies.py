@@ -33,6 +33,9 @@ MAX_GRAMMAR_CHARS = 64 * 1024
 _COUNTS = ("n", "best_of")
 _LOGPROBS = ("logprobs", "top_logprobs", "prompt_logprobs")
 _GRAMMARS = ("response_format", "structured_outputs", "tools")
+_WATCHED = frozenset(
+    {*OWNED_FIELDS, "chat_template_kwargs", "stream", *_COUNTS, *_LOGPROBS, *_GRAMMARS}
+)
 
 
 def refuse_body(
@@ -68,6 +71,8 @@ def refuse_owned_fields(
     Media are accepted inline (`data:` URLs) and from the hosts in `media_domains`. Values of a
     wrong type are left to the engine's own schema.
     """
+    if _WATCHED.isdisjoint(body):
+        return _foreign_media(body, media_domains)
     for field in OWNED_FIELDS:
         if body.get(field) is not None:
             return _owned(field)
@@ -131,7 +136,7 @@ def _foreign_media(
             continue
         for index, message in enumerate(messages):
             content = message.get("content") if isinstance(message, Mapping) else None
-            if not isinstance(content, list | Mapping):
+            if isinstance(content, str) or not isinstance(content, list | Mapping):
                 continue
             for url in _urls(content):
                 if not _allowed(url, media_domains):

@@ -5,13 +5,14 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from struct import Struct
 
 import numpy as np
 
 from qlm_batch.domain.buckets import bucket_of, prompt_bucket
 from qlm_batch.domain.errors import InvalidInput
 from qlm_batch.domain.jobs import RequestLine
-from qlm_batch.store.copying import NULL, escaped
+from qlm_batch.store.copying import NULL, float8, text
 
 
 @dataclass(slots=True)
@@ -71,8 +72,8 @@ class Cutter:
         """Lines read so far."""
         return len(self._lines)
 
-    def rows(self, lines: Iterable[RequestLine]) -> Iterator[str]:
-        """Rows of `request`, in the order of `COLUMNS`.
+    def rows(self, lines: Iterable[RequestLine]) -> Iterator[bytes]:
+        """Rows of `request` for COPY, in the order of `COLUMNS`.
 
         Raises InvalidInput when the lines' models and deadlines would make too many runs.
         """
@@ -85,7 +86,7 @@ class Cutter:
                 until, bucket, own_deadline = self._deadline, own, NULL
             else:
                 until, bucket = deadline, bucket_of(deadline, self._now)
-                own_deadline = repr(deadline)
+                own_deadline = float8(deadline)
             run = runs.get((line.model, bucket))
             if run is None:
                 run = self._new_run(line, bucket, until)
@@ -107,13 +108,17 @@ class Cutter:
                 bound = NULL
             else:
                 part.max_tokens += line.max_tokens
-                bound = str(line.max_tokens)
+                bound = _INT4(4, line.max_tokens)
             # Python's own hash of text has 64 bits and a key nobody outside the process knows.
             seen(hash(line.custom_id))
             numbers(line.line)
             yield (
-                f"{run.run_id}\t{position}\t{line.line}\t{escaped(line.custom_id)}\t{own_deadline}"
-                f"\t{escaped(line.body)}\t{line.prompt_tokens}\t{bound}\n"
+                _KEY(8, 8, run.run_id, 4, position, 4, line.line)
+                + text(line.custom_id)
+                + own_deadline
+                + text(line.body)
+                + _INT4(4, line.prompt_tokens)
+                + bound
             )
 
     def suspects(self) -> list[int]:
@@ -139,5 +144,8 @@ class Cutter:
         self._runs[line.model, bucket] = run
         return run
 
+
+_KEY = Struct(">hiqiiii").pack
+_INT4 = Struct(">ii").pack
 
 COLUMNS = "run_id, position, line, custom_id, deadline, body, prompt_tokens, max_tokens"

@@ -22,7 +22,7 @@ from qlm_batch.domain.jobs import (
 )
 from qlm_batch.domain.ports import IntakeTask
 from qlm_batch.store.batch_rows import batch_by_id
-from qlm_batch.store.copying import copy_rows, field
+from qlm_batch.store.copying import copy_rows, float8, int4, int8, text
 from qlm_batch.store.cutting import COLUMNS, Cutter, RunCut
 from qlm_batch.store.events import announce
 from qlm_batch.store.files import find_file
@@ -132,6 +132,7 @@ _SLICE_COLUMNS = (
     "run_id, batch_id, generation, lo, hi, deadline, expires_at, remaining, prompt_tokens,"
     " max_tokens, unbounded"
 )
+_ELEVEN_FIELDS = (11).to_bytes(2, "big")
 _FLIP = sql(
     """
     UPDATE batch SET state = 'in_progress', in_progress_at = {now}, total = :total,
@@ -163,7 +164,7 @@ def load_lines(
     # Before the COPY, during which its connection takes no other query.
     run_ids = connection.scalars(_TAKE_RUNS, {"runs": MAX_RUNS}).all()
     cutter = Cutter(run_ids, batch.deadline, now, slice_requests)
-    copy_rows(connection, "request", COLUMNS, cutter.rows(lines))
+    copy_rows(connection, "request", COLUMNS, cutter.rows(lines), ahead=True)
     if cutter.total == 0:
         raise InvalidInput("The input file has no lines.", code="empty_file")
     _refuse_duplicates(connection, cutter)
@@ -203,24 +204,23 @@ def _run_row(batch: Batch, run: RunCut) -> dict[str, object]:
     }
 
 
-def _slice_rows(batch: Batch, runs: Sequence[RunCut]) -> Iterator[str]:
+def _slice_rows(batch: Batch, runs: Sequence[RunCut]) -> Iterator[bytes]:
     expires = batch.spec.on_miss is OnMiss.EXPIRE
     for run in runs:
+        head = _ELEVEN_FIELDS + int8(run.run_id) + text(batch.id) + int4(batch.generation)
+        deadline = float8(run.deadline)
         for part in run.slices:
-            values = (
-                run.run_id,
-                batch.id,
-                batch.generation,
-                part.lo,
-                part.hi,
-                run.deadline,
-                part.latest if expires else None,
-                part.hi - part.lo,
-                part.prompt_tokens,
-                part.max_tokens,
-                part.unbounded,
+            yield (
+                head
+                + int4(part.lo)
+                + int4(part.hi)
+                + deadline
+                + float8(part.latest if expires else None)
+                + int8(part.hi - part.lo)
+                + int8(part.prompt_tokens)
+                + int8(part.max_tokens)
+                + int8(part.unbounded)
             )
-            yield "\t".join(map(field, values)) + "\n"
 
 
 _DUPLICATES = sql(

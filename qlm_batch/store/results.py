@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from struct import Struct
 from typing import Any
 
 from sqlalchemy.engine import Connection
 
 from qlm_batch.domain.jobs import ResultRow, Usage
 from qlm_batch.store.closing import settle
-from qlm_batch.store.copying import NULL, copy_rows, escaped
+from qlm_batch.store.copying import copy_rows, float8, int4, text
 from qlm_batch.store.sql import sql
 
 EXPIRED_LINE = "batch_expired"
@@ -134,7 +135,7 @@ def store_rows(
     if not fresh:
         return Stored(0, (), 0)
     now = next(iter(slices.values())).now
-    copy_rows(connection, "result", _COLUMNS, _formatted(fresh, instance, now))
+    copy_rows(connection, "result", _COLUMNS, _packed(fresh, instance, now))
     closed = _count(connection, sums)
     return Stored(len(fresh), closed, settle(connection, closed))
 
@@ -158,26 +159,41 @@ def _count(connection: Connection, sums: dict[int, _Sum]) -> list[int]:
     return sorted(row.id for row in counted if row.remaining == 0)
 
 
-def _formatted(rows: Sequence[ResultRow], instance: str | None, now: float) -> Iterator[str]:
-    holder, stored_at = _text(instance), repr(now)
+_KEY = Struct(">hiqiiiii?").pack
+_USAGE = Struct(">iqiqiqiq").pack
+
+
+def _packed(rows: Sequence[ResultRow], instance: str | None, now: float) -> Iterator[bytes]:
+    """Rows of `result` for COPY, in the order of `_COLUMNS`."""
+    holder, stored_at = text(instance), float8(now)
     for row in rows:
         usage = row.usage
-        yield (
-            f"{row.run_id}\t{row.position}\t{row.generation}\t{'t' if row.ok else 'f'}"
-            f"\t{escaped(row.request_id)}\t{_or_null(row.status_code)}\t{_text(row.body)}"
-            f"\t{_text(row.error_code)}\t{_text(row.error_message)}"
-            f"\t{usage.input_tokens}\t{usage.cached_tokens}\t{usage.output_tokens}"
-            f"\t{usage.reasoning_tokens}\t{holder}\t{row.epoch}\t{_or_null(row.started_at)}"
-            f"\t{_or_null(row.first_token_s)}\t{_or_null(row.duration_s)}\t{stored_at}\n"
+        yield b"".join(
+            (
+                _KEY(19, 8, row.run_id, 4, row.position, 4, row.generation, 1, row.ok),
+                text(row.request_id),
+                int4(row.status_code),
+                text(row.body),
+                text(row.error_code),
+                text(row.error_message),
+                _USAGE(
+                    8,
+                    usage.input_tokens,
+                    8,
+                    usage.cached_tokens,
+                    8,
+                    usage.output_tokens,
+                    8,
+                    usage.reasoning_tokens,
+                ),
+                holder,
+                int4(row.epoch),
+                float8(row.started_at),
+                float8(row.first_token_s),
+                float8(row.duration_s),
+                stored_at,
+            )
         )
-
-
-def _or_null(value: float | None) -> str:
-    return NULL if value is None else repr(value)
-
-
-def _text(value: str | None) -> str:
-    return NULL if value is None else escaped(value)
 
 
 _LEFT = sql(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
+
 from qlm_batch.domain.snapshot import Assignment, RunView
 from qlm_batch.scheduling.pacing import MOST, PATIENCE_S, Pace
 from tests.unit.planning_cases import assigned, instance, run_view, snapshot
@@ -28,6 +30,23 @@ def test_an_instance_that_runs_dry_is_handed_twice_as_much_each_time() -> None:
         pace = after(pace, 0)
         factors.append(pace.factors["i"])
     assert factors == [2, 4, 8, 16, 32, MOST, MOST, MOST]
+
+
+def test_an_instance_that_soon_runs_dry_is_handed_what_lasts_a_second_at_its_speed() -> None:
+    pace = after(Pace(), 0, handed=80)
+    assert pace.fresh == {"i"} and pace.hasty
+    pace = after(pace, 10, handed=80, now=0.1)
+    assert pace.factors == {"i": pytest.approx(70 / 0.1 / 80)}
+    assert not pace.fresh and pace.hasty
+    pace = after(pace, 30, handed=500, now=0.2)
+    assert pace.factors == {"i": pytest.approx(70 / 0.1 / 80 * 60 / 0.1 / 90)}
+
+
+def test_an_instance_with_enough_until_the_next_pass_keeps_its_pace() -> None:
+    pace = after(Pace(), 0, handed=100)
+    pace = after(pace, 50, handed=50, now=0.5)
+    assert pace.factors == {}
+    assert not pace.hasty
 
 
 def test_an_instance_that_got_all_there_was_is_not_taken_for_fast() -> None:

@@ -275,10 +275,11 @@ class SimulatedEngine:
         else:
             self._steps += 1
             self._generated += job.output_tokens
+        usage = job.usage
         return EngineAnswer(
             200,
-            response_body(request, job.body, job.key, job.usage, job.stopped),
-            job.usage,
+            response_body(request, job.body, job.key, usage, job.stopped),
+            usage,
             first_token_s,
             time.perf_counter() - began,
         )
