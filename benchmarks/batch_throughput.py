@@ -1,8 +1,8 @@
 """Requests a second of real vLLM through the service, through run-batch, and through LLM.chat.
 
-All three take the same file, model, type, slots and token budget, in turn, several rounds over. The
-rate is the marginal one, from the times of a small and a large file, so that starting drops out.
-Every output is parsed and its tokens are counted.
+All three take the same files, model, type, slots and token budget, in turn, several rounds over. In
+each round an engine is started, warmed up, and given a small and a large file; the rate is the
+marginal one, from the two times. Every output is parsed and its tokens are counted.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ sys.path[0] = str(ROOT)
 
 import orjson
 
+from benchmarks.contenders import Task
 from benchmarks.support import CHAT, TENANT, Stand, finish, load, require, say, stand, wait_until
 from qlm_batch.bootstrap import open_blobs
 from qlm_batch.domain.jobs import BatchSpec, FilePurpose, FileRecord
 from qlm_batch.ids import BATCH, FILE, new_id
 from qlm_batch.models import tiny_model_path
 
+WARM_UP = 16
 WORDS = ("what", "is", "the", "next", "number", "after", "these", "and", "which", "word")
 
 
@@ -47,6 +49,12 @@ class Setup:
     model_len: int = 512
     dtype: str = "float32"
     kv_bytes: int = 512 * 1024**2
+    eager: bool = True
+
+    @property
+    def files(self) -> tuple[int, int, int]:
+        """Lines of each file a contender is given: to warm up, and the two that count."""
+        return (WARM_UP, *self.sizes)
 
     def write(self, path: Path, lines: int) -> None:
         """The input file: prompts that share nothing, answers of equal length."""
@@ -75,6 +83,7 @@ class Setup:
             "max_num_batched_tokens": self.budget,
             "max_model_len": self.model_len,
             "kv_cache_memory_bytes": self.kv_bytes,
+            "enforce_eager": self.eager,
         }
 
 
@@ -84,11 +93,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", choices=["tiny", "compute"])
     parser.add_argument("--sizes", type=int, nargs=2, metavar=("SMALL", "LARGE"))
-    parser.add_argument("--llm-chat", nargs=3, metavar=("SETUP", "IN", "OUT"), help="internal")
     options = parser.parse_args()
-    if options.llm_chat:
-        _llm_chat(*options.llm_chat)
-        return
     result: dict[str, object] = {}
     with tempfile.TemporaryDirectory(prefix="qlm-throughput-") as folder:
         for name in ("tiny", "compute"):
@@ -108,10 +113,10 @@ def _setup(name: str, folder: Path, sizes: list[int] | None) -> Setup:
 
 
 def _compare(setup: Setup, folder: Path, rounds: int) -> Mapping[str, float]:
-    contenders: dict[str, Callable[[Setup, Path], tuple[float, float]]] = {
+    contenders: dict[str, Callable[[Setup, Path], list[float]]] = {
         "service": _service,
-        "run_batch": lambda setup, folder: _processes(setup, folder, _run_batch),
-        "llm_chat": lambda setup, folder: _processes(setup, folder, _llm_chat_process),
+        "run_batch": lambda setup, folder: _contender("run_batch", setup, folder),
+        "llm_chat": lambda setup, folder: _contender("llm_chat", setup, folder),
     }
     small, large = setup.sizes
     rates: dict[str, list[float]] = {name: [] for name in contenders}
@@ -119,14 +124,14 @@ def _compare(setup: Setup, folder: Path, rounds: int) -> Mapping[str, float]:
         # Each round begins with another one, so that a drift of the machine favours nobody.
         order = list(contenders)[number % 3 :] + list(contenders)[: number % 3]
         for name in order:
-            short_s, long_s = contenders[name](setup, folder)
+            _, short_s, long_s = contenders[name](setup, folder)
             rate = (large - small) / (long_s - short_s)
             rates[name].append(rate)
             say(f"{setup.name} round {number + 1}: {name} {rate:.1f} requests/s ({load()})")
     return {name: round(statistics.median(found), 1) for name, found in rates.items()}
 
 
-def _service(setup: Setup, folder: Path) -> tuple[float, float]:
+def _service(setup: Setup, folder: Path) -> list[float]:
     with stand(
         engine="vllm",
         models=(_as_folder_name(setup, folder),),
@@ -139,8 +144,7 @@ def _service(setup: Setup, folder: Path) -> tuple[float, float]:
     ) as site:
         for name in ("scheduler", "files", "worker"):
             site.start(name)
-        times = [_one_batch(site, setup, lines) for lines in (16, *setup.sizes)]
-    return times[1], times[2]
+        return [_one_batch(site, setup, lines) for lines in setup.files]
 
 
 def _as_folder_name(setup: Setup, folder: Path) -> str:
@@ -195,60 +199,22 @@ def _one_batch(site: Stand, setup: Setup, lines: int) -> float:
     return seconds
 
 
-def _processes(
-    setup: Setup, folder: Path, run: Callable[[Setup, Path, Path], None]
-) -> tuple[float, float]:
-    times = []
-    for lines in setup.sizes:
-        source, target = folder / "in.jsonl", folder / "out.jsonl"
+def _contender(name: str, setup: Setup, folder: Path) -> list[float]:
+    files = []
+    for lines in setup.files:
+        source, target = folder / f"{lines}.jsonl", folder / f"{lines}.out.jsonl"
         target.unlink(missing_ok=True)
         setup.write(source, lines)
-        began = time.monotonic()
-        run(setup, source, target)
-        times.append(time.monotonic() - began)
-        _check(target.read_bytes(), lines, setup)
-    return times[0], times[1]
-
-
-def _run_batch(setup: Setup, source: Path, target: Path) -> None:
-    options = []
-    for name, value in setup.engine_args().items():
-        options += [f"--{name.replace('_', '-')}", str(value)]
-    module = "vllm.entrypoints.launchers.run_batch"
-    _quietly([sys.executable, "-m", module, "-i", str(source), "-o", str(target), *options])
-
-
-def _llm_chat_process(setup: Setup, source: Path, target: Path) -> None:
-    given = json.dumps({**setup.engine_args(), "max_tokens": setup.max_tokens})
-    _quietly([sys.executable, __file__, "--llm-chat", given, str(source), str(target)])
-
-
-def _llm_chat(given: str, source: str, target: str) -> None:
-    """Inside a process of its own: all prompts in one call."""
-    from vllm import LLM, SamplingParams
-
-    engine = json.loads(given)
-    tokens = engine.pop("max_tokens")
-    lines = [orjson.loads(line) for line in Path(source).read_bytes().splitlines()]
-    llm = LLM(**engine)
-    sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-    answers = llm.chat([line["body"]["messages"] for line in lines], sampling, use_tqdm=False)
-    with Path(target).open("wb") as file:
-        for line, answer in zip(lines, answers, strict=True):
-            (made,) = answer.outputs
-            body = {
-                "choices": [{"message": {"content": made.text}}],
-                "usage": {"completion_tokens": len(made.token_ids)},
-            }
-            response = {"status_code": 200, "body": body}
-            file.write(orjson.dumps({"custom_id": line["custom_id"], "response": response}) + b"\n")
-
-
-def _quietly(command: list[str]) -> None:
+        files.append((str(source), str(target)))
+    command = Task(setup.engine_args(), setup.max_tokens, files).command(name)
     done = subprocess.run(
         command, env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}, capture_output=True, check=False
     )
     require(done.returncode == 0, done.stderr.decode()[-2000:])
+    for lines, (_, written) in zip(setup.files, files, strict=True):
+        _check(Path(written).read_bytes(), lines, setup)
+    times: list[float] = json.loads(done.stdout.splitlines()[-1])
+    return times
 
 
 def _check(output: bytes, lines: int, setup: Setup) -> None:
