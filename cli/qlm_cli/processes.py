@@ -45,6 +45,8 @@ def scheduler() -> None:
 @click.command()
 def files() -> None:
     """Read submitted files in and write result files out."""
+    # While lines are parsed, the thread that sends them waits for its turn with every chunk.
+    sys.setswitchinterval(0.001)
     _run(bootstrap.file_services)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
+from typing import Any
 
 from sqlalchemy.engine import Connection
 
@@ -11,17 +13,14 @@ from qlm_batch.domain.transitions import SUSPECT_AFTER
 from qlm_batch.store.sql import sql
 
 _MOST_SLICES = 1024
+_POSITION = attrgetter("position")
 
 _BOOT = sql(
     """
-    SELECT 1 FROM instance
-    WHERE name = :name AND boot_id = :boot_id AND retired_at IS NULL FOR SHARE
-    """
-)
-_SUSPECT_LEASED = sql(
-    """
-    SELECT EXISTS (SELECT FROM slice
-                   WHERE instance = :name AND state = 'leased' AND attempts >= :suspect)
+    SELECT EXISTS (SELECT FROM slice s WHERE s.instance = i.name AND s.state = 'leased'
+                                         AND s.attempts >= :suspect)
+    FROM instance i
+    WHERE i.name = :name AND i.boot_id = :boot_id AND i.retired_at IS NULL FOR SHARE OF i
     """
 )
 _ASSIGNED = sql(
@@ -33,30 +32,24 @@ _ASSIGNED = sql(
 )
 _LEASE = sql(
     """
-    UPDATE slice
-    SET state = 'leased', epoch = epoch + 1, lease_until = {now} + :lease_s,
+    UPDATE slice s
+    SET state = 'leased', epoch = s.epoch + 1, lease_until = {now} + :lease_s,
         fruitful = false, preempt = false
-    WHERE id IN (SELECT id FROM slice
-                 WHERE id = ANY(CAST(:ids AS bigint[]))
-                   AND state = 'assigned' AND instance = :name
-                 ORDER BY id FOR UPDATE)
-    RETURNING id
-    """
-)
-_HEADS = sql(
-    """
-    SELECT s.id, s.epoch, s.run_id, s.generation, s.batch_id, s.deadline, s.expires_at,
-           s.attempts, u.tenant, u.model, b.endpoint
-    FROM slice s JOIN run u ON u.id = s.run_id JOIN batch b ON b.id = s.batch_id
-    WHERE s.id = ANY(CAST(:ids AS bigint[]))
-    ORDER BY s.assigned_at, s.place, s.id
+    FROM run u, batch b
+    WHERE s.id IN (SELECT id FROM slice
+                   WHERE id = ANY(CAST(:ids AS bigint[]))
+                     AND state = 'assigned' AND instance = :name
+                   ORDER BY id FOR UPDATE)
+      AND u.id = s.run_id AND b.id = s.batch_id
+    RETURNING s.id, s.epoch, s.run_id, s.generation, s.batch_id, s.deadline, s.expires_at,
+              s.attempts, u.tenant, u.model, b.endpoint
     """
 )
 # A fresh slice has a whole range left to do, and is spared the look for rows.
 _WORK = sql(
     """
-    SELECT s.id, r.position, r.body, r.prompt_tokens,
-           CASE WHEN s.generation = 1 THEN r.deadline END AS own_deadline
+    SELECT s.id, r.run_id, r.position, r.body,
+           CASE WHEN s.generation = 1 THEN r.deadline END AS own_deadline, r.prompt_tokens
     FROM slice s
     JOIN request r ON r.run_id = s.run_id AND r.position >= s.lo AND r.position < s.hi
     WHERE s.id = ANY(CAST(:ids AS bigint[]))
@@ -83,9 +76,9 @@ def claim_slices(
     """
     if max_requests <= 0:
         return ()
-    if connection.scalar(_BOOT, {"name": instance, "boot_id": boot_id}) is None:
-        return ()
-    if holding and connection.scalar(_SUSPECT_LEASED, {"name": instance, "suspect": SUSPECT_AFTER}):
+    boot = {"name": instance, "boot_id": boot_id, "suspect": SUSPECT_AFTER}
+    suspect_leased = connection.scalar(_BOOT, boot)
+    if suspect_leased is None or (holding and suspect_leased):
         return ()
     rows = connection.execute(_ASSIGNED, {"name": instance, "most": _MOST_SLICES})
     ids: list[int] = []
@@ -101,16 +94,15 @@ def claim_slices(
         taken += row.remaining
     if not ids:
         return ()
-    leased = connection.scalars(_LEASE, {"ids": ids, "name": instance, "lease_s": lease_s}).all()
-    return _work(connection, leased)
+    leased = connection.execute(_LEASE, {"ids": ids, "name": instance, "lease_s": lease_s})
+    heads = {head.id: head for head in leased}
+    return _work(connection, [heads[slice_id] for slice_id in ids if slice_id in heads])
 
 
-def _work(connection: Connection, ids: Sequence[int]) -> Sequence[ClaimedSlice]:
-    requests: dict[int, list[tuple[int, str, float | None, int]]] = {i: [] for i in ids}
-    for slice_id, position, body, prompt_tokens, deadline in connection.execute(
-        _WORK, {"ids": list(ids)}
-    ):
-        requests[slice_id].append((position, body, deadline, prompt_tokens))
+def _work(connection: Connection, heads: Sequence[Any]) -> Sequence[ClaimedSlice]:
+    requests: dict[int, list[ClaimedRequest]] = {head.id: [] for head in heads}
+    for slice_id, *values in connection.execute(_WORK, {"ids": list(requests)}).all():
+        requests[slice_id].append(ClaimedRequest(*values))
     return [
         ClaimedSlice(
             slice_id=head.id,
@@ -124,9 +116,7 @@ def _work(connection: Connection, ids: Sequence[int]) -> Sequence[ClaimedSlice]:
             deadline=head.deadline,
             expires_at=head.expires_at,
             suspect=head.attempts >= SUSPECT_AFTER,
-            requests=tuple(
-                ClaimedRequest(head.run_id, *values) for values in sorted(requests[head.id])
-            ),
+            requests=tuple(sorted(requests[head.id], key=_POSITION)),
         )
-        for head in connection.execute(_HEADS, {"ids": list(ids)})
+        for head in heads
     ]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from sqlalchemy.engine import Connection
 
 from qlm_batch.domain.jobs import ResultRow
 from qlm_batch.domain.ledger import Directive, FlushOutcome, Held, ReleaseReason
 from qlm_batch.store.loss import lose, requeue
-from qlm_batch.store.results import is_open, lock_slices, store_rows
+from qlm_batch.store.results import LockedSlice, lock_slices, store_rows
 from qlm_batch.store.sql import sql
 
 _RENEW = sql(
@@ -59,26 +58,26 @@ def flush(
     return FlushOutcome(stored.written, len(rows) - stored.written, directives)
 
 
-def _takes(row: Any, result: ResultRow, instance: str) -> bool:
-    if row is None or not is_open(row):
+def _takes(held: LockedSlice | None, result: ResultRow, instance: str) -> bool:
+    if held is None or not held.open:
         return False
-    if (result.run_id, result.generation) != (row.run_id, row.generation):
+    if (result.run_id, result.generation) != (held.run_id, held.generation):
         return False
-    if not row.lo <= result.position < row.hi:
+    if not held.lo <= result.position < held.hi:
         return False
-    return result.ok or _holds(row, result.epoch, instance)
+    return result.ok or _holds(held, result.epoch, instance)
 
 
-def _holds(row: Any, epoch: int, instance: str) -> bool:
-    return bool(row.state == "leased" and row.epoch == epoch and row.instance == instance)
+def _holds(held: LockedSlice, epoch: int, instance: str) -> bool:
+    return held.state == "leased" and held.epoch == epoch and held.instance == instance
 
 
-def _directive(row: Any, epoch: int, instance: str) -> Directive:
-    if row is None or not is_open(row):
+def _directive(held: LockedSlice | None, epoch: int, instance: str) -> Directive:
+    if held is None or not held.open:
         return Directive.CLOSED
-    if not _holds(row, epoch, instance):
+    if not _holds(held, epoch, instance):
         return Directive.LOST
-    return Directive.PREEMPT if row.preempt else Directive.KEEP
+    return Directive.PREEMPT if held.preempt else Directive.KEEP
 
 
 def release(
@@ -92,7 +91,9 @@ def release(
         requeue(connection, list(slices))
 
 
-def _held_now(connection: Connection, instance: str, held: Sequence[Held]) -> Mapping[int, Any]:
+def _held_now(
+    connection: Connection, instance: str, held: Sequence[Held]
+) -> Mapping[int, LockedSlice]:
     epochs = {h.slice_id: h.epoch for h in held}
     slices = lock_slices(connection, epochs)
     return {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from sqlalchemy.engine import Connection
 
@@ -11,7 +10,7 @@ from qlm_batch.domain.jobs import ResultRow
 from qlm_batch.domain.ledger import Reaped
 from qlm_batch.domain.transitions import SUSPECT_AFTER, AfterLoss, after_lost_lease
 from qlm_batch.ids import new_id
-from qlm_batch.store.results import lock_slices, positions_left, store_rows
+from qlm_batch.store.results import LockedSlice, lock_slices, positions_left, store_rows
 from qlm_batch.store.sql import sql
 
 POISON = "engine_crashed"
@@ -47,7 +46,7 @@ def requeue(connection: Connection, ids: Sequence[int]) -> None:
         connection.execute(_REQUEUE, {"ids": list(ids)})
 
 
-def lose(connection: Connection, slices: Sequence[Any], reason: str) -> Reaped:
+def lose(connection: Connection, slices: Sequence[LockedSlice], reason: str) -> Reaped:
     """Deal with locked, leased slices whose lease ended without their holder's consent."""
     if not slices:
         return Reaped()
@@ -98,7 +97,7 @@ _LOWER_HALF = sql(
 _ONE_MORE = sql("UPDATE batch SET open_slices = open_slices + 1 WHERE id = :id")
 
 
-def _bisect(connection: Connection, row: Any) -> None:
+def _bisect(connection: Connection, row: LockedSlice) -> None:
     left = positions_left(connection, [row.id])
     _, middle = left[len(left) // 2]
     half = {
@@ -112,7 +111,7 @@ def _bisect(connection: Connection, row: Any) -> None:
     connection.execute(_ONE_MORE, {"id": row.batch_id})
 
 
-def _fail_lines(connection: Connection, row: Any) -> int:
+def _fail_lines(connection: Connection, row: LockedSlice) -> int:
     rows = [
         ResultRow(
             slice_id=row.id,

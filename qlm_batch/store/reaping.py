@@ -64,7 +64,7 @@ def reap(connection: Connection, epoch: int, silent_s: float) -> Reaped:
     run_out = [
         slice_id
         for slice_id, row in locked.items()
-        if row.state == "leased" and row.lease_until < row.now
+        if row.lease_until is not None and row.lease_until < row.now
     ]
     lost = lose_all(connection, run_out, "lease_lost") if run_out else Reaped()
     stranded = connection.scalars(_STRANDED, {**most, "silent_s": silent_s}).all()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from struct import Struct
-from typing import Any
 
 from sqlalchemy.engine import Connection
 
-from qlm_batch.domain.jobs import ResultRow, Usage
+from qlm_batch.domain.jobs import ResultRow
 from qlm_batch.store.closing import settle
 from qlm_batch.store.copying import copy_rows, float8, int4, text
 from qlm_batch.store.sql import sql
@@ -71,12 +70,62 @@ _COUNT = sql(
 
 
 @dataclass(slots=True)
+class LockedSlice:
+    """A slice as it is; `stored` counts the rows of its generation, `now` is the time of the look.
+
+    Each row of a flush asks several of these fields, which a row of the driver gives slowly.
+    """
+
+    id: int
+    run_id: int
+    batch_id: str
+    generation: int
+    lo: int
+    hi: int
+    state: str
+    epoch: int
+    instance: str | None
+    attempts: int
+    fruitful: bool
+    preempt: bool
+    lease_until: float | None
+    remaining: int
+    stored: int
+    now: float
+
+    @property
+    def open(self) -> bool:
+        """Whether it takes results."""
+        return self.state in ("queued", "assigned", "leased")
+
+    @property
+    def untouched(self) -> bool:
+        """Whether no line has a row of any generation that counts."""
+        return not self.stored and self.remaining == self.hi - self.lo
+
+
+@dataclass(slots=True)
 class _Sum:
     rows: int = 0
     completed: int = 0
-    usage: Usage = field(default_factory=Usage)
+    input_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    reasoning_tokens: int = 0
     fruitful: bool = False
     missed: bool = False
+
+    def add(self, row: ResultRow, *, current: bool) -> None:
+        """Count a row; `current` when it comes from the lease that holds now."""
+        usage = row.usage
+        self.rows += 1
+        self.completed += row.ok
+        self.input_tokens += usage.input_tokens
+        self.cached_tokens += usage.cached_tokens
+        self.output_tokens += usage.output_tokens
+        self.reasoning_tokens += usage.reasoning_tokens
+        self.fruitful |= current
+        self.missed |= row.error_code == EXPIRED_LINE
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,19 +137,17 @@ class Stored:
     settled: int
 
 
-def lock_slices(connection: Connection, ids: Collection[int]) -> dict[int, Any]:
+def lock_slices(connection: Connection, ids: Collection[int]) -> dict[int, LockedSlice]:
     """The slices as they are, locked in the order of their ids until the transaction ends."""
-    rows = connection.execute(_LOCK, {"ids": sorted(ids)})
-    return {row.id: row for row in rows}
-
-
-def is_open(row: Any) -> bool:
-    """Whether a slice takes results."""
-    return row.state in ("queued", "assigned", "leased")
+    rows = connection.execute(_LOCK, {"ids": sorted(ids)}).all()
+    return {row.id: LockedSlice(*row) for row in rows}
 
 
 def store_rows(
-    connection: Connection, slices: dict[int, Any], rows: Sequence[ResultRow], instance: str | None
+    connection: Connection,
+    slices: Mapping[int, LockedSlice],
+    rows: Sequence[ResultRow],
+    instance: str | None,
 ) -> Stored:
     """Store rows of locked, open slices; a line that has its row already keeps it.
 
@@ -109,15 +156,10 @@ def store_rows(
     if not rows:
         return Stored(0, (), 0)
     # Rows of an earlier generation count too, so only slices of the first can be known empty.
-    used = {
-        row.slice_id
-        for row in rows
-        if slices[row.slice_id].stored
-        or slices[row.slice_id].remaining < slices[row.slice_id].hi - slices[row.slice_id].lo
-    }
+    used = [i for i in {row.slice_id for row in rows} if not slices[i].untouched]
     taken: set[tuple[int, int, int]] = set()
     if used:
-        taken.update(tuple(key) for key in connection.execute(_STORED, {"ids": list(used)}))
+        taken.update(tuple(key) for key in connection.execute(_STORED, {"ids": used}))
     fresh: list[ResultRow] = []
     sums: dict[int, _Sum] = {}
     for row in rows:
@@ -126,12 +168,9 @@ def store_rows(
             continue
         taken.add(key)
         fresh.append(row)
-        entry = sums.setdefault(row.slice_id, _Sum())
-        entry.rows += 1
-        entry.completed += row.ok
-        entry.usage += row.usage
-        entry.fruitful |= row.epoch == slices[row.slice_id].epoch
-        entry.missed |= row.error_code == EXPIRED_LINE
+        held = slices[row.slice_id]
+        entry = sums.get(held.id) or sums.setdefault(held.id, _Sum())
+        entry.add(row, current=row.epoch == held.epoch)
     if not fresh:
         return Stored(0, (), 0)
     now = next(iter(slices.values())).now
@@ -148,10 +187,10 @@ def _count(connection: Connection, sums: dict[int, _Sum]) -> list[int]:
             "ids": list(sums),
             "rows": [entry.rows for entry in entries],
             "completed": [entry.completed for entry in entries],
-            "input_tokens": [entry.usage.input_tokens for entry in entries],
-            "cached_tokens": [entry.usage.cached_tokens for entry in entries],
-            "output_tokens": [entry.usage.output_tokens for entry in entries],
-            "reasoning_tokens": [entry.usage.reasoning_tokens for entry in entries],
+            "input_tokens": [entry.input_tokens for entry in entries],
+            "cached_tokens": [entry.cached_tokens for entry in entries],
+            "output_tokens": [entry.output_tokens for entry in entries],
+            "reasoning_tokens": [entry.reasoning_tokens for entry in entries],
             "fruitful": [entry.fruitful for entry in entries],
             "missed": [entry.missed for entry in entries],
         },
@@ -160,7 +199,7 @@ def _count(connection: Connection, sums: dict[int, _Sum]) -> list[int]:
 
 
 _KEY = Struct(">hiqiiiii?").pack
-_USAGE = Struct(">iqiqiqiq").pack
+_USAGE = Struct(">iqiq").pack
 
 
 def _packed(rows: Sequence[ResultRow], instance: str | None, now: float) -> Iterator[bytes]:
@@ -176,16 +215,8 @@ def _packed(rows: Sequence[ResultRow], instance: str | None, now: float) -> Iter
                 text(row.body),
                 text(row.error_code),
                 text(row.error_message),
-                _USAGE(
-                    8,
-                    usage.input_tokens,
-                    8,
-                    usage.cached_tokens,
-                    8,
-                    usage.output_tokens,
-                    8,
-                    usage.reasoning_tokens,
-                ),
+                _USAGE(8, usage.input_tokens, 8, usage.cached_tokens),
+                _USAGE(8, usage.output_tokens, 8, usage.reasoning_tokens),
                 holder,
                 int4(row.epoch),
                 float8(row.started_at),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from pathlib import Path
 from typing import Protocol
 
@@ -41,6 +42,8 @@ def run_worker(settings: Settings) -> int:
     store = open_store(settings)
     # Claims make thousands of objects at a time; at the usual thresholds each one is a collection.
     gc.set_threshold(50_000, 20, 20)
+    # A claim or a flush is a dozen waits for the server, and after each its thread needs a turn.
+    sys.setswitchinterval(0.001)
     try:
         engines = EngineThread(make_runner(settings, store), on_end=ended)
         end_on_signals(engines)
