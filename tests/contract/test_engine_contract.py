@@ -234,6 +234,11 @@ async def test_a_bad_field_is_refused_by_name(
     assert error_of(await rig.engine.answer(rig.chat(**fields)))["param"] == param
 
 
+async def test_an_unknown_parameter_gets_the_endpoints_own_answer(rig: Rig) -> None:
+    answer = await rig.engine.answer(rig.chat(frobnicate=1, max_tokens=2))
+    assert answer.status_code == 200 or error_of(answer)["param"] == "frobnicate"
+
+
 async def test_media_elsewhere_are_not_fetched(rig: Rig) -> None:
     part = {"type": "image_url", "image_url": {"url": "http://169.254.169.254/meta"}}
     messages = [{"role": "user", "content": [part]}]
