@@ -99,19 +99,23 @@ class Estimator:
         self._lengths: dict[tuple[str, EngineKind, str], LengthDistribution] = {}
         self._capped: dict[tuple[str, EngineKind, str, int], LengthDistribution] = {}
         self._left: dict[tuple[str, int], tuple[Floats, Floats]] = {}
-        self._flows: dict[tuple[Shape, str, int, int], Flow] = {}
+        self._flows: dict[tuple[Shape, int], Flow] = {}
         self._arrays: dict[Shape, tuple[Floats, Floats, float]] = {}
         self._tails: dict[tuple[Shape, int], Floats] = {}
         self._speeds: dict[tuple[str, str], tuple[Speed, StepTime]] = {}
-        self._drains: dict[tuple[str, str, int, int], float] = {}
+        self._drains: dict[tuple[str, int], float] = {}
         self._bounds: dict[tuple[str, SloClass], float | None] = {}
-        self._factors: dict[tuple[Shape, PromptMix], float] = {}
+        self._factors: dict[tuple[Shape, int], tuple[PromptMix, float]] = {}
         self._answers: dict[tuple[str, str], Answers] = {}
         self._ready: dict[tuple[int, bool], Ready] = {}
         # Instances alike in device, slots and memory are told apart only by their slowdown.
         alike: dict[tuple[str, int, int], list[int]] = {}
         for i, view in enumerate(snapshot.instances):
             alike.setdefault((view.device, view.slots, view.kv_tokens), []).append(i)
+        self._kinds = [0] * len(snapshot.instances)
+        for kind, members in enumerate(alike.values()):
+            for i in members:
+                self._kinds[i] = kind
         self._alike = [np.array(members, dtype=np.int64) for members in alike.values()]
         self._slow = np.array([_slowdown(view) for view in snapshot.instances])
         self._hosts: dict[str, NDArray[np.bool_]] = {}
@@ -140,10 +144,10 @@ class Estimator:
         return self._flow(instance, (model, kind, tenant, to_grid(prompt), to_grid(cap)))
 
     def _flow(self, instance: int, shape: Shape) -> Flow:
-        view = self.instances[instance]
-        key = (shape, view.device, view.slots, view.kv_tokens)
+        key = (shape, self._kinds[instance])
         found = self._flows.get(key)
         if found is None:
+            view = self.instances[instance]
             model, kind, tenant, prompt, cap = shape
             lengths = self._length_capped(model, kind, tenant, cap)
             pair = (model, view.device)
@@ -170,7 +174,8 @@ class Estimator:
         """How many usual requests of its shape one with these prompts is."""
         if not prompts:
             return 1.0
-        found = self._factors.get((shape, prompts))
+        # By identity, which is told faster than equality; kept here, an object keeps its own.
+        found = self._factors.get((shape, id(prompts)))
         if found is None:
             model, kind, tenant, _, cap = shape
             answers = self._answers.get((model, tenant))
@@ -179,8 +184,9 @@ class Estimator:
                 self._answers[model, tenant] = answers
             usual = max(1.0, self._length_capped(model, kind, tenant, cap).mean)
             most = max(1.0, from_grid(cap) / usual)
-            found = self._factors[shape, prompts] = min(most, answers.factor(prompts))
-        return found
+            found = (prompts, min(most, answers.factor(prompts)))
+            self._factors[shape, id(prompts)] = found
+        return found[1]
 
     def _length_capped(
         self, model: str, kind: EngineKind, tenant: str, cap: int
@@ -395,8 +401,7 @@ class Estimator:
 
     def drain_s(self, instance: int, model: str) -> float:
         """Time lost while the running batch of `model` empties before another model can run."""
-        view = self.instances[instance]
-        key = (model, view.device, view.slots, view.kv_tokens)
+        key = (model, self._kinds[instance])
         half_s = self._drains.get(key)
         if half_s is None:
             shape = (model, EngineKind.GENERATE, "", to_grid(256.0), to_grid(1024.0))

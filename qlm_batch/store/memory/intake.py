@@ -139,6 +139,7 @@ def _cut(
     runs: dict[tuple[str, int], RunData] = {}
     order: list[tuple[RunData, int]] = []
     seen: dict[str, int] = {}
+    own = bucket_of(deadline, now)
     for line in lines:
         first = seen.setdefault(line.custom_id, line.line)
         if first != line.line:
@@ -149,8 +150,10 @@ def _cut(
                 param="custom_id",
                 line=line.line,
             )
-        until = deadline if line.deadline is None else line.deadline
-        key = (line.model, bucket_of(until, now))
+        if line.deadline is None:
+            until, key = deadline, (line.model, own)
+        else:
+            until, key = line.deadline, (line.model, bucket_of(line.deadline, now))
         run = runs.get(key)
         if run is None:
             if len(runs) == MAX_RUNS:
