@@ -1,4 +1,4 @@
-"""Commands on estimates: what would be, how well promises held, and a batch's story."""
+"""Commands on estimates: what would be, and how well promises held."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import click
 from qlm_batch.domain.durations import parse_window
 from qlm_batch.intake.jsonl import LineRules, read_requests
 from qlm_batch.intake.lines import chunks_of
-from qlm_cli.batches import ENDED, endpoint_of, peekable
+from qlm_cli.batches import endpoint_of, peekable
 from qlm_cli.context import EXIT_UNFINISHED, Context, service_options
-from qlm_cli.output import Json, ago, clock, progress_text
+from qlm_cli.output import Json, ago, clock
 
 _WIDTH = 40
 
@@ -49,20 +49,6 @@ def calibration(context: Context, batches: int) -> None:
     """Show how well promised times held: of what was said to be 90 % sure, was 90 % done?"""
     found = context.client().get("/v1/calibration", batches=batches)
     context.output.result(found, _diagram(found))
-
-
-@click.command()
-@click.argument("batch_id")
-@service_options
-def explain(context: Context, batch_id: str) -> None:
-    """Tell what was done with a batch and why, and what was promised against what came."""
-    client = context.client()
-    batch = client.get(f"/v1/batches/{batch_id}")
-    story = client.get(f"/v1/batches/{batch_id}/decisions", limit=10_000)["data"]
-    outcome = _outcome(batch)
-    context.output.result(
-        {"batch": batch, "decisions": story, "outcome": outcome}, _story_text(batch, story, outcome)
-    )
 
 
 def _work(source: BinaryIO, endpoint: str, window: str) -> list[Json]:
@@ -127,49 +113,4 @@ def _diagram(found: Json) -> str:
             f"{100 * point['level']:6.0f} %  {''.join(drawn)} {100 * point['share']:.0f} %"
         )
     lines.append(f"greatest distance from the line: {100 * found['error']:.1f} points")
-    return "\n".join(lines)
-
-
-def _outcome(batch: Json) -> Json | None:
-    """Promised and actual durations of an ended batch, in seconds from the promise."""
-    promise = (batch.get("qlm") or {}).get("promise")
-    if not promise or promise["p50"] is None or batch["status"] not in ENDED:
-        return None
-    ended = batch["completed_at"] or batch["expired_at"]
-    if ended is None:
-        return None
-    made = promise["made_at"]
-    return {
-        "p50_s": promise["p50"] - made,
-        "p95_s": promise["p95"] - made,
-        "actual_s": ended - made,
-        "by_p50": batch["status"] == "completed" and ended <= promise["p50"],
-        "by_p95": batch["status"] == "completed" and ended <= promise["p95"],
-    }
-
-
-def _story_text(batch: Json, story: list[Json], outcome: Json | None) -> str:
-    begin = batch["created_at"]
-    lines = [progress_text(batch), f"deadline   {clock(batch['expires_at'])}"]
-    for entry in story:
-        detail = entry["detail"]
-        words = [f"{'+' + ago(entry['at'] - begin):>12}  {entry['kind']:<9}"]
-        if entry["instance"]:
-            moved = f" from {detail['from']}" if detail.get("from") else ""
-            words.append(f"on {entry['instance']}{moved}:")
-        if entry["kind"] == "promised":
-            p50, p95 = detail["p50"] - entry["at"], detail["p95"] - entry["at"]
-            words.append(f"in {ago(p50)} (95 %: {ago(p95)}):")
-        words.append(str(detail.get("reason", "")))
-        lines.append(" ".join(words).rstrip())
-    if not story:
-        lines.append("nothing was decided about it yet")
-    if outcome:
-        kept = (
-            "by p50" if outcome["by_p50"] else "by p95" if outcome["by_p95"] else "later than p95"
-        )
-        lines.append(
-            f"promised {ago(outcome['p50_s'])} (95 %: {ago(outcome['p95_s'])}), "
-            f"took {ago(outcome['actual_s'])}: {kept}"
-        )
     return "\n".join(lines)

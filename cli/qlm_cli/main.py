@@ -25,7 +25,7 @@ COMMANDS: Mapping[str, str] = {
     "replay": "qlm_cli.batches:replay",
     "list": "qlm_cli.batches:list_batches",
     "estimate": "qlm_cli.foresight:estimate",
-    "explain": "qlm_cli.foresight:explain",
+    "explain": "qlm_cli.explain:explain",
     "calibration": "qlm_cli.foresight:calibration",
     "top": "qlm_cli.top:top",
     "simulate": "qlm_cli.simulate:simulate",

@@ -21,6 +21,7 @@ from qlm_batch.api import (
     interactive,
     models,
     results,
+    stories,
     webhooks,
 )
 from qlm_batch.api.auth import KeyRing, require_key
@@ -66,7 +67,18 @@ def create_app(services: ApiServices) -> FastAPI:
     app.state.metrics = Metrics(services.store)
     errors.install(app, require_key)
     app.add_middleware(Edge, observe=app.state.metrics.observe)
-    for part in (files, batches, results, interactive, foresight, fleet, models, webhooks, health):
+    for part in (
+        files,
+        batches,
+        results,
+        interactive,
+        foresight,
+        stories,
+        fleet,
+        models,
+        webhooks,
+        health,
+    ):
         app.include_router(part.router)
     app.openapi = _honest(app.openapi)  # type: ignore[method-assign]
     return app

@@ -174,8 +174,8 @@ class SchedulerLoop:
         plan, why = self._plan(snapshot, groups, estimator)
         plan = with_estimates(plan, snapshot, estimator)
         self._forecasts = self._forecasts.planned(plan)
-        self._save(epoch, plan, snapshot, changed=bool(why))
         recalled = self._recalled(snapshot, plan, estimator)
+        self._save(epoch, plan, snapshot, recalled, changed=bool(why or recalled))
         if recalled:
             self._stale = "work was taken back"
         for instance in recalled:
@@ -246,7 +246,15 @@ class SchedulerLoop:
             )
         return plan, why
 
-    def _save(self, epoch: int, plan: Plan, snapshot: Snapshot, *, changed: bool) -> None:
+    def _save(
+        self,
+        epoch: int,
+        plan: Plan,
+        snapshot: Snapshot,
+        recalled: Sequence[str],
+        *,
+        changed: bool,
+    ) -> None:
         if self._story is None:
             self._story = Story.resumed(snapshot)
         stale = snapshot.now - self._saved_at >= self._config.refresh_s
@@ -256,7 +264,7 @@ class SchedulerLoop:
         )
         if not (changed or stale or new):
             return
-        decisions, story = self._story.told(plan, snapshot)
+        decisions, story = self._story.told(plan, snapshot, recalled)
         self._store.save_plan(epoch, plan, decisions)
         # Only now: had the write failed, the decisions would have to be told again.
         self._story, self._saved_at = story, snapshot.now

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from qlm_batch.domain.snapshot import Decision, Plan, Snapshot
+from qlm_batch.domain.snapshot import Decision, InstanceView, Plan, Residency, Snapshot
 
 MOST_DECISIONS = 200
 """Most rows of one plan; what is left out is told with a later one."""
+
+
+EVICTIONS_EVERY_S = 30.0
+"""Evictions at an instance are told together this often: under interactive load they are many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +27,16 @@ class _Place:
 
 @dataclass(frozen=True, slots=True)
 class Story:
-    """What was last told about each batch: its instance (None: nowhere) and whether it was shed."""
+    """What was last told about each batch: its instance (None: nowhere) and whether it was shed.
+
+    `swaps` are the (batch, instance, model) that wait for a swap; `evicted` counts by instance and
+    boot how often batch requests had given way to interactive ones, and when that was told.
+    """
 
     places: Mapping[str, tuple[str | None, bool]] = field(default_factory=dict)
     promised: frozenset[str] = frozenset()
+    swaps: frozenset[tuple[str, str, str]] = frozenset()
+    evicted: Mapping[tuple[str, str], tuple[int, float]] = field(default_factory=dict)
 
     @staticmethod
     def resumed(snapshot: Snapshot) -> Story:
@@ -38,13 +48,18 @@ class Story:
             batch_id = batches.get(key.rpartition(".")[0])
             if batch_id is not None:
                 told.setdefault(batch_id, (instance, False))
-        return Story(told)
+        known = {boot: (count, snapshot.now) for boot, count in _evictions(snapshot).items()}
+        return Story(told, evicted=known)
 
-    def told(self, plan: Plan, snapshot: Snapshot) -> tuple[tuple[Decision, ...], Story]:
+    def told(
+        self, plan: Plan, snapshot: Snapshot, recalled: Collection[str] = ()
+    ) -> tuple[tuple[Decision, ...], Story]:
         """The decisions of this plan that were not told yet, and the story after them.
 
         `planned`: a batch got its first place. `moved`: its next work goes to another instance.
         `shed`: some of it was let go. `restored`: none is any more. `promised`: its first estimate.
+        `recalled`: work not begun is taken back from an instance named in `recalled`. `swapped`: it
+        waits for its model to be brought in. `evicted`: its running requests gave way.
         """
         now = plan.made_at
         places = _places(plan)
@@ -81,7 +96,81 @@ class Story:
                     "estimator": plan.estimator,
                 }
                 decisions.append(Decision("promised", now, batch_id, detail=detail))
-        return tuple(decisions), Story(after, frozenset(promised))
+        swaps = _swaps(plan, snapshot)
+        happened = [
+            *_recalls(snapshot, recalled, now),
+            *(made for key, made in swaps.items() if key not in self.swaps),
+            *_made_way(snapshot, self.evicted, now),
+        ]
+        decisions += happened[: MOST_DECISIONS - len(decisions)]
+        evicted = {
+            boot: told if now - told[1] < EVICTIONS_EVERY_S else (count, now)
+            for boot, count in _evictions(snapshot).items()
+            for told in [self.evicted.get(boot, (0, 0.0))]
+        }
+        return tuple(decisions), Story(after, frozenset(promised), frozenset(swaps), evicted)
+
+
+def _recalls(snapshot: Snapshot, recalled: Collection[str], now: float) -> Iterator[Decision]:
+    """One for every batch that had work waiting at an instance it is taken back from."""
+    for view in snapshot.instances:
+        if view.name in recalled:
+            for batch_id in dict.fromkeys(
+                own.batch_id for own in view.assigned if own.slices > own.leased_slices
+            ):
+                reason = "taken back before it began, to make way for more urgent work"
+                yield Decision("recalled", now, batch_id, None, view.name, {"reason": reason})
+
+
+def _swaps(plan: Plan, snapshot: Snapshot) -> dict[tuple[str, str, str], Decision]:
+    """The batches whose work heads a queue while another model is awake there."""
+    views = {view.name: view for view in snapshot.instances}
+    found: dict[tuple[str, str, str], Decision] = {}
+    for queue in plan.queues:
+        view = views.get(queue.instance)
+        if view is None or not queue.groups or queue.groups[0].shed:
+            continue
+        group = queue.groups[0].group
+        awake = [model.name for model in view.models if model.residency is Residency.AWAKE]
+        if not awake or group.model in awake:
+            continue
+        reason = f"waits until {view.name} has swapped {', '.join(awake)} for {group.model}"
+        for batch_id in group.batches:
+            found[batch_id, view.name, group.model] = Decision(
+                "swapped",
+                plan.made_at,
+                batch_id,
+                group.key,
+                view.name,
+                {"reason": reason, "awake": awake, "wanted": group.model},
+            )
+    return found
+
+
+def _evictions(snapshot: Snapshot) -> dict[tuple[str, str], int]:
+    return {(view.name, view.boot_id): view.evictions for view in snapshot.instances}
+
+
+def _made_way(
+    snapshot: Snapshot, before: Mapping[tuple[str, str], tuple[int, float]], now: float
+) -> Iterator[Decision]:
+    """One for every batch at an instance where running requests gave way since it was last told."""
+    for view in snapshot.instances:
+        count, told_at = before.get((view.name, view.boot_id), (0, 0.0))
+        times = view.evictions - count
+        if times <= 0 or now - told_at < EVICTIONS_EVERY_S:
+            continue
+        reason = (
+            f"on {view.name} running batch requests gave way {times} times to interactive ones;"
+            " they keep their tokens and go on"
+        )
+        for batch_id in _leased(view):
+            detail = {"reason": reason, "times": times}
+            yield Decision("evicted", now, batch_id, None, view.name, detail)
+
+
+def _leased(view: InstanceView) -> list[str]:
+    return list(dict.fromkeys(own.batch_id for own in view.assigned if own.leased_slices))
 
 
 def _kinds(before: tuple[str | None, bool] | None, place: _Place) -> tuple[str, ...]:

@@ -46,6 +46,7 @@ from qlm_batch.domain.snapshot import (
     QueueEntry,
     Snapshot,
 )
+from qlm_batch.domain.stories import RequestStory
 
 T = TypeVar("T")
 
@@ -207,6 +208,10 @@ class BatchStore(Protocol):
 
     def decisions(self, tenant: str, batch_id: str, limit: int = 1000) -> Sequence[Decision]:
         """The batch's story, oldest first."""
+        ...
+
+    def request_story(self, tenant: str, batch_id: str, custom_id: str) -> RequestStory:
+        """What happened to one request of the batch. NotFound for an id that is not in its file."""
         ...
 
     def queue_totals(self, tenant: str | None = None) -> QueueTotals:

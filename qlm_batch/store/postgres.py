@@ -41,6 +41,7 @@ from qlm_batch.domain.snapshot import (
     QueueEntry,
     Snapshot,
 )
+from qlm_batch.domain.stories import RequestStory
 from qlm_batch.store import (
     attainments,
     batches,
@@ -58,6 +59,7 @@ from qlm_batch.store import (
     planning,
     reaping,
     snapshots,
+    stories,
 )
 from qlm_batch.store.session import Database, make_engine
 from qlm_batch.store.sql import sql
@@ -163,6 +165,9 @@ class PostgresStore:
 
     def decisions(self, tenant: str, batch_id: str, limit: int = 1000) -> Sequence[Decision]:
         return self._run(batches.decisions, tenant, batch_id, limit)
+
+    def request_story(self, tenant: str, batch_id: str, custom_id: str) -> RequestStory:
+        return self._run(stories.request_story, tenant, batch_id, custom_id)
 
     def queue_totals(self, tenant: str | None = None) -> QueueTotals:
         return self._run(batches.queue_totals, tenant)

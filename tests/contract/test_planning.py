@@ -20,7 +20,7 @@ from qlm_batch.domain.snapshot import (
     RequestGroup,
     VirtualQueue,
 )
-from tests.contract.harness import MODEL, TENANT, TERM, Bench
+from tests.contract.harness import MODEL, TENANT, TERM, Bench, lines_of
 
 
 def test_a_standby_takes_over_only_after_the_term(bench: Bench) -> None:
@@ -220,3 +220,32 @@ def test_a_webhook_secret_outlives_its_successor_by_a_day(bench: Bench) -> None:
     assert list(bench.store.webhook_secrets(TENANT)) == [second, first]
     bench.harness.advance(86_401)
     assert list(bench.store.webhook_secrets(TENANT)) == [second]
+
+
+def test_a_requests_story_says_where_it_is_and_what_came_of_it(bench: Bench) -> None:
+    batch = bench.batch(lines=4, slice_requests=2)
+    name = lines_of(4)[3].custom_id
+    waiting = bench.store.request_story(TENANT, batch.id, name)
+    assert (waiting.line, waiting.state, waiting.outcome) == (4, SliceState.QUEUED, None)
+    bench.beat()
+    bench.store.save_plan(
+        bench.lead(),
+        _plan(batch.id),
+        [
+            Decision("planned", 1.0, batch.id, "999.1.0", "gpu-0", {"reason": "first"}),
+            Decision("promised", 1.0, batch.id),
+        ],
+    )
+    bench.serve()
+    done = bench.store.request_story(TENANT, batch.id, name)
+    assert (done.state, done.instance, done.generation) == (SliceState.DONE, "gpu-0", 1)
+    assert [made.kind for made in done.decisions] == ["planned", "promised"]
+    assert done.outcome is not None and done.outcome.ok and done.outcome.body is None
+
+
+def test_the_story_of_a_request_that_is_not_there_is_not_found(bench: Bench) -> None:
+    batch = bench.batch(lines=2)
+    with pytest.raises(NotFound, match="no line with the custom_id 'nobody'"):
+        bench.store.request_story(TENANT, batch.id, "nobody")
+    with pytest.raises(NotFound):
+        bench.store.request_story("another", batch.id, lines_of(2)[0].custom_id)

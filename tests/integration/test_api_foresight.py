@@ -12,10 +12,12 @@ from click.testing import CliRunner, Result
 from fastapi.testclient import TestClient
 
 from qlm_batch.control.scheduler_loop import SchedulerConfig, SchedulerLoop
+from qlm_batch.domain.interactive import InteractiveMark, InteractiveState, NewInteractive
+from qlm_batch.domain.jobs import Usage
 from qlm_batch.domain.messages import Assigned, Stopped
 from qlm_batch.scheduling.policies import policy
 from qlm_cli.main import cli
-from tests.api_support import MODEL, Site, error_of, input_file, make_site, submit
+from tests.api_support import CHAT, MODEL, Site, error_of, input_file, make_site, submit
 
 
 class Nobody:
@@ -128,6 +130,34 @@ def test_the_command_line_tells_a_batchs_story(site: Site, client: TestClient) -
     assert "planned" in text and "promised" in text and "took 1 s" in text
     story = last_line(run_cli(site, "explain", batch_id, "--json"))
     assert story["outcome"]["actual_s"] == 1
+
+
+def test_the_command_line_tells_the_story_of_one_request(site: Site, client: TestClient) -> None:
+    batch_id = ran(site, client)
+    text = run_cli(site, "explain", batch_id, "b").stdout
+    assert "line 2 (b)" in text and "answered with status 200" in text
+    assert "planned" in text and "took 1 s" in text
+    told = last_line(run_cli(site, "explain", batch_id, "b", "--json"))["request"]
+    assert (told["custom_id"], told["state"]) == ("b", "done")
+    missing = client.get(f"/v1/batches/{batch_id}/story", params={"custom_id": "c"})
+    assert "no line with the custom_id 'c'" in error_of(missing, 404)["message"]
+
+
+def test_an_interactive_call_is_found_by_its_answers_id(site: Site, client: TestClient) -> None:
+    site.heartbeat()
+    site.store.add_interactive(
+        NewInteractive("req_0a", "acme", CHAT, MODEL, "{}", False, 2.0, "gpu-0", "boot")
+    )
+    mark = InteractiveMark(
+        "req_0a", 1, InteractiveState.DONE, 200, "{}", Usage(3, 0, 7), first_token_s=0.5,
+        duration_s=0.75,
+    )  # fmt: skip
+    site.store.mark_interactive([mark])
+    found = client.get("/v1/requests/chatcmpl-req_0a").json()
+    assert (found["state"], found["first_token_s"], found["ttft_target_s"]) == ("done", 0.5, 2.0)
+    text = run_cli(site, "explain", "req_0a").stdout
+    assert "promised within 2 s: kept" in text and "7 tokens" in text
+    assert client.get("/v1/requests/req_ff").status_code == 404
 
 
 def test_the_command_line_draws_the_reliability_diagram(site: Site, client: TestClient) -> None:

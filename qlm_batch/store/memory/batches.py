@@ -9,6 +9,7 @@ from qlm_batch.domain.errors import Conflict, Unprocessable
 from qlm_batch.domain.jobs import Batch, BatchSpec, BatchState, OnMiss, SliceState
 from qlm_batch.domain.ports import Attainment, Page, QueueTotals
 from qlm_batch.domain.snapshot import Decision
+from qlm_batch.domain.stories import RequestStory, no_such_request, of_run
 from qlm_batch.domain.transitions import CANCELLABLE, TERMINAL
 from qlm_batch.store.memory.files import no_such_file, page_of
 from qlm_batch.store.memory.state import BatchData, Facet, RunData, change, locked
@@ -135,6 +136,44 @@ class MemoryBatches(Facet):
         """The batch's story, oldest first."""
         self.state.batch_of(tenant, batch_id)
         return tuple(self.state.decisions.get(batch_id, ())[:limit])
+
+    @locked
+    def request_story(self, tenant: str, batch_id: str, custom_id: str) -> RequestStory:
+        """What happened to one request; the losses of leases are not kept in memory."""
+        batch = self.state.batch_of(tenant, batch_id)
+        found = [
+            (run, position)
+            for run, position in batch.order
+            if run.lines[position].custom_id == custom_id
+        ]
+        if not found:
+            raise no_such_request(batch_id, custom_id)
+        run, position = found[0]
+        part = max(
+            (p for p in batch.slices if p.run is run and p.lo <= position < p.hi),
+            key=lambda p: (p.generation, p.id),
+        )
+        rows = sorted(run.rows.items())
+        own = [by_position[position] for _, by_position in rows if position in by_position]
+        # Sorting is stable: of equals the newest stands last.
+        outcome = sorted(own, key=lambda row: row.ok)[-1] if own else None
+        return RequestStory(
+            batch_id=batch_id,
+            custom_id=custom_id,
+            line=run.lines[position].line,
+            model=run.model,
+            deadline=part.deadline,
+            generation=part.generation,
+            state=part.state,
+            instance=part.instance,
+            attempts=part.attempts,
+            decisions=of_run(
+                tuple(self.state.decisions.get(batch_id, ())),
+                run.id,
+                {other.id for other in batch.runs},
+            ),
+            outcome=None if outcome is None else replace(outcome, body=None),
+        )
 
     @locked
     def attainment(self) -> Attainment:
