@@ -7,6 +7,7 @@ from typing import BinaryIO
 
 import click
 
+from qlm_batch.domain.buckets import PROMPT_RATIO, prompt_bucket
 from qlm_batch.domain.durations import parse_window
 from qlm_batch.intake.jsonl import LineRules, read_requests
 from qlm_batch.intake.lines import chunks_of
@@ -56,6 +57,7 @@ def _work(source: BinaryIO, endpoint: str, window: str) -> list[Json]:
     now = time.time()
     rules = LineRules(endpoint, now, now + parse_window(window))
     sums: dict[str, Json] = {}
+    prompts: dict[str, dict[int, int]] = {}
     for line in read_requests(chunks_of(source), rules):
         own = sums.setdefault(
             line.model,
@@ -71,6 +73,13 @@ def _work(source: BinaryIO, endpoint: str, window: str) -> list[Json]:
         own["prompt_tokens"] += line.prompt_tokens
         own["max_tokens"] += line.max_tokens or 0
         own["unbounded"] += line.max_tokens is None
+        mix = prompts.setdefault(line.model, {})
+        bucket = prompt_bucket(line.prompt_tokens)
+        mix[bucket] = mix.get(bucket, 0) + 1
+    for model, mix in prompts.items():
+        sums[model]["prompts"] = [
+            [round(PROMPT_RATIO**bucket), count] for bucket, count in sorted(mix.items())
+        ]
     return list(sums.values())
 
 

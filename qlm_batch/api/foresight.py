@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from qlm_batch.api.auth import Parts, Reader
 from qlm_batch.api.responses import errors
 from qlm_batch.api.schemas import Eta, Text
+from qlm_batch.domain.buckets import prompt_bucket
 from qlm_batch.domain.durations import format_duration, parse_window
 from qlm_batch.domain.jobs import OnMiss
 from qlm_batch.domain.ports import BatchStore
@@ -28,7 +29,10 @@ Count = Annotated[int, Field(ge=0, le=_MOST_TOKENS)]
 
 
 class WorkIn(BaseModel):
-    """Requests of one model: how many, and their tokens in all."""
+    """Requests of one model: how many, and their tokens in all.
+
+    `prompts` are pairs [tokens, requests] of prompts about as long, where that is known.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -37,6 +41,18 @@ class WorkIn(BaseModel):
     prompt_tokens: Count
     max_tokens: Count
     unbounded: Count = 0
+    prompts: Annotated[
+        list[Annotated[list[Count], Field(min_length=2, max_length=2)]], Field(max_length=1000)
+    ] = []
+
+    def to_work(self) -> Work:
+        """As admission takes it."""
+        mix: dict[int, int] = {}
+        for tokens, requests in self.prompts:
+            bucket = prompt_bucket(tokens)
+            mix[bucket] = mix.get(bucket, 0) + requests
+        given = self.model_dump(exclude={"prompts"})
+        return Work(**given, prompts=tuple(sorted(mix.items())))
 
 
 class EstimateAsk(BaseModel):
@@ -98,7 +114,7 @@ def estimate(asked: EstimateAsk, parts: Parts, key: Reader) -> EstimateObject:
     admissions = Admissions(
         policy(parts.settings.policy), MOVES, slice_requests=parts.settings.slice_requests
     )
-    work = [Work(**own.model_dump()) for own in asked.work]
+    work = [own.to_work() for own in asked.work]
     found = admissions.foresee(
         parts.store.snapshot(), work, key.tenant, window_s, OnMiss(asked.on_miss)
     )

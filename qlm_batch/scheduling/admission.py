@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from qlm_batch.domain.buckets import PromptMix
 from qlm_batch.domain.jobs import EngineKind, Estimate, OnMiss, SloClass
 from qlm_batch.domain.snapshot import Plan, RunView, Snapshot
 from qlm_batch.scheduling.estimator import SERVING, Estimator, EstimatorConfig
@@ -34,13 +35,17 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Requests of one model: sums over all of them; `unbounded` of them set no token limit."""
+    """Requests of one model: sums over all of them; `unbounded` of them set no token limit.
+
+    `prompts` are empty where their lengths are not known one by one.
+    """
 
     model: str
     requests: int
     prompt_tokens: int
     max_tokens: int
     unbounded: int = 0
+    prompts: PromptMix = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +153,7 @@ class Admissions:
             requests=work.requests,
             prompt_tokens=work.prompt_tokens,
             max_tokens=0 if embeds else work.max_tokens + work.unbounded * limit,
+            prompts=work.prompts,
         )
 
 
