@@ -16,7 +16,6 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from qlm_batch.domain.buckets import PromptMix
 from qlm_batch.domain.jobs import EngineKind, SloClass
 from qlm_batch.domain.snapshot import (
     AssignedView,
@@ -26,6 +25,7 @@ from qlm_batch.domain.snapshot import (
     Residency,
     Snapshot,
 )
+from qlm_batch.scheduling.expectations import ExpectedLengths
 from qlm_batch.scheduling.fairness import Served
 from qlm_batch.scheduling.flows import (
     EPSILON_S,
@@ -40,8 +40,6 @@ from qlm_batch.scheduling.flows import (
     to_grids,
 )
 from qlm_batch.scheduling.grouping import ModelCapacity
-from qlm_batch.scheduling.lengthbook import Answers
-from qlm_batch.scheduling.lengths import Ages, LengthDistribution
 from qlm_batch.scheduling.profile import Knowledge
 from qlm_batch.scheduling.running import Running
 from qlm_batch.scheduling.speed import Speed, StepTime
@@ -95,18 +93,13 @@ class Estimator:
         self.knowledge = knowledge or Knowledge.of(snapshot.profiles)
         self._running = Running(snapshot.instances)
         self._views = [{model.name: model for model in i.models} for i in snapshot.instances]
-        self._ages: dict[str, Ages] = {}
-        self._lengths: dict[tuple[str, EngineKind, str], LengthDistribution] = {}
-        self._capped: dict[tuple[str, EngineKind, str, int], LengthDistribution] = {}
-        self._left: dict[tuple[str, int], tuple[Floats, Floats]] = {}
+        self._expected = ExpectedLengths(self.knowledge, self._running)
         self._flows: dict[tuple[Shape, int], Flow] = {}
         self._arrays: dict[Shape, tuple[Floats, Floats, float]] = {}
         self._tails: dict[tuple[Shape, int], Floats] = {}
         self._speeds: dict[tuple[str, str], tuple[Speed, StepTime]] = {}
         self._drains: dict[tuple[str, int], float] = {}
         self._bounds: dict[tuple[str, SloClass], float | None] = {}
-        self._factors: dict[tuple[Shape, int], tuple[PromptMix, float]] = {}
-        self._answers: dict[tuple[str, str], Answers] = {}
         self._ready: dict[tuple[int, bool], Ready] = {}
         # Instances alike in device, slots and memory are told apart only by their slowdown.
         alike: dict[tuple[str, int, int], list[int]] = {}
@@ -149,7 +142,7 @@ class Estimator:
         if found is None:
             view = self.instances[instance]
             model, kind, tenant, prompt, cap = shape
-            lengths = self._length_capped(model, kind, tenant, cap)
+            lengths = self._expected.capped(model, kind, tenant, cap)
             pair = (model, view.device)
             if pair not in self._speeds:
                 speed = self.knowledge.speed(*pair)
@@ -158,44 +151,6 @@ class Estimator:
                 *self._speeds[pair], lengths, from_grid(prompt), view.slots, view.kv_tokens, kind
             )
             self._flows[key] = found
-        return found
-
-    def _length(self, model: str, kind: EngineKind, tenant: str) -> LengthDistribution:
-        key = (model, kind, tenant)
-        if key not in self._lengths:
-            book = self.knowledge.book(model)
-            if model not in self._ages:
-                self._ages[model] = self._running.ages(model)
-            of_model = self._length(model, kind, "") if tenant else None
-            self._lengths[key] = book.distribution(kind, tenant, self._ages[model], of_model)
-        return self._lengths[key]
-
-    def _factor(self, shape: Shape, prompts: PromptMix) -> float:
-        """How many usual requests of its shape one with these prompts is."""
-        if not prompts:
-            return 1.0
-        # By identity, which is told faster than equality; kept here, an object keeps its own.
-        found = self._factors.get((shape, id(prompts)))
-        if found is None:
-            model, kind, tenant, _, cap = shape
-            answers = self._answers.get((model, tenant))
-            if answers is None:
-                answers = self.knowledge.book(model).answers(tenant)
-                self._answers[model, tenant] = answers
-            usual = max(1.0, self._length_capped(model, kind, tenant, cap).mean)
-            most = max(1.0, from_grid(cap) / usual)
-            found = (prompts, min(most, answers.factor(prompts)))
-            self._factors[shape, id(prompts)] = found
-        return found[1]
-
-    def _length_capped(
-        self, model: str, kind: EngineKind, tenant: str, cap: int
-    ) -> LengthDistribution:
-        key = (model, kind, tenant, cap)
-        found = self._capped.get(key)
-        if found is None:
-            found = self._length(model, kind, tenant).capped(max(1.0, from_grid(cap)))
-            self._capped[key] = found
         return found
 
     def capacities(self, snapshot: Snapshot) -> Mapping[str, ModelCapacity]:
@@ -249,7 +204,9 @@ class Estimator:
                 row = kinds[shape] = len(kinds)
                 largest.append(math.ceil(self._unit(shape)[2]))
             kind.append(row)
-            amount.append(own * self._factor(shape, group.prompts) if group.prompts else own)
+            amount.append(
+                own * self._expected.factor(shape, group.prompts) if group.prompts else own
+            )
             last = (row, few(min(group.requests, largest[row])))
             tail_kind.append(tails.setdefault(last, len(tails)))
         rows = [self._unit(shape) for shape in kinds]
@@ -268,8 +225,8 @@ class Estimator:
         """The output tokens the group's requests are expected to have in all."""
         shape = shape_of_group(group)
         model, kind, tenant, _, cap = shape
-        usual = self._length_capped(model, kind, tenant, cap).mean
-        return usual * group.requests * self._factor(shape, group.prompts)
+        usual = self._expected.capped(model, kind, tenant, cap).mean
+        return usual * group.requests * self._expected.factor(shape, group.prompts)
 
     def _tail(self, shape: Shape, last: int) -> Floats:
         found = self._tails.get((shape, last))
@@ -363,23 +320,14 @@ class Estimator:
                 inside = min(begun, rest)
                 begun -= inside
                 rest -= inside
-                left, spread = self._still(own.model, shape)
+                left, spread = self._expected.still(own.model, shape)
                 per_token = flow.step_s / flow.running * slow
                 mean += float(left[instance]) * inside / running * per_token
                 var += float(spread[instance]) * inside / running * per_token**2
-            amount = rest * self._factor(shape, own.prompts)
+            amount = rest * self._expected.factor(shape, own.prompts)
             mean += amount * flow.request_s * slow
             var += amount * flow.request_var * slow**2
         return Ready(mean, var, awake)
-
-    def _still(self, model: str, shape: Shape) -> tuple[Floats, Floats]:
-        """By instance, what its running requests of the model still have before them, in tokens."""
-        key = (model, shape[4])
-        found = self._left.get(key)
-        if found is None:
-            lengths = self._length_capped(model, shape[1], "", shape[4])
-            found = self._left[key] = self._running.left(model, lengths)
-        return found
 
     def tail_s(self, instance: int, own: AssignedView) -> float:
         """How much later than its occupation the last of an instance's own work ends."""
