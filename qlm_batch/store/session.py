@@ -24,6 +24,9 @@ RETRIES = 5
 RETRY_AFTER_S = 1.0
 
 _CONFLICTS = frozenset({"40001", "40P01"})
+_STALE_PLAN = "RevalidateCachedQuery"
+"""Where the server refuses a prepared statement whose table has got a column since, as in a rolling
+upgrade. The roll-back forgets the statement."""
 _AWAY = (
     "08",  # connection exceptions
     "25P03",  # ended for idling inside a transaction
@@ -122,7 +125,7 @@ def _meaning(error: Exception) -> Exception:
             retry_after_s=RETRY_AFTER_S,
         )
     unanswered = not code and isinstance(error, _FROM_DRIVER)
-    if unanswered or code in _CONFLICTS or code.startswith(_AWAY):
+    if unanswered or _in_conflict(error) or code.startswith(_AWAY):
         return Unavailable("The database is away; try again.", retry_after_s=RETRY_AFTER_S)
     return error
 
@@ -154,9 +157,24 @@ class Database:
         self, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
         """`work` in one transaction, repeated when it lost a deadlock or a serialization race."""
+        return self._repeated(None, work, *args, **kwargs)
+
+    def read(
+        self, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """As `run`, on one consistent view of everything."""
+        return self._repeated("REPEATABLE READ", work, *args, **kwargs)
+
+    def _repeated(
+        self,
+        isolation: IsolationLevel | None,
+        work: Callable[Concatenate[Connection, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
         for trial in range(RETRIES):
             try:
-                with self.transaction() as connection:
+                with self.transaction(isolation) as connection:
                     outcome = work(connection, *args, **kwargs)
                     failpoint(work.__name__, "before_commit")
                 failpoint(work.__name__, "after_commit")
@@ -168,20 +186,17 @@ class Database:
                 time.sleep(random.uniform(0.0, 0.02) * (trial + 1))  # noqa: S311
         raise AssertionError("unreachable")
 
-    def read(
-        self, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs
-    ) -> T:
-        """`work` on one consistent view of everything."""
-        with self.transaction("REPEATABLE READ") as connection:
-            return work(connection, *args, **kwargs)
-
     def close(self) -> None:
         """Give the connections back."""
         self.engine.dispose()
 
 
 def _in_conflict(cause: BaseException | None) -> bool:
-    return sqlstate(cause) in _CONFLICTS
+    """Whether the same may succeed if it is done again at once."""
+    if sqlstate(cause) in _CONFLICTS:
+        return True
+    told = cause.orig if isinstance(cause, exc.DBAPIError) else cause
+    return isinstance(told, psycopg.Error) and told.diag.source_function == _STALE_PLAN
 
 
 def driver_cursor(connection: Connection) -> Any:
