@@ -9,6 +9,7 @@ with SIGKILL while it loads a model. Every answer is compared with the only righ
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 import sys
@@ -25,6 +26,7 @@ sys.path[0] = str(ROOT)
 
 import numpy as np
 import orjson
+import structlog
 
 from benchmarks.support import CHAT, TENANT, Stand, finish, load, require, say, stand, wait_until
 from qlm_batch.bootstrap import open_blobs
@@ -184,6 +186,7 @@ def _right(row: dict[str, object], prompts: Sequence[Prompt]) -> bool:
 
 def main() -> None:
     """Print what was met and what the simulator meets, case by case."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--engine", choices=["vllm", "simulated"], default="vllm")
     parser.add_argument("--lines", type=int, default=600, help="lines of each batch")

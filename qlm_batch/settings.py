@@ -81,6 +81,8 @@ class Settings(BaseSettings):
     engine_api_key: str = ""
     models: tuple[str, ...] = ()
     """Hugging Face ids or folders this worker hosts; `embed:NAME` for an embedding model."""
+    lora: tuple[str, ...] = ()
+    """LoRA adapters: `NAME=FOLDER` of the first generating model, or `BASE:NAME=FOLDER`."""
     models_awake: int | None = Field(default=None, ge=1)
     """Most models awake at once; the others wait asleep or unloaded. None: all of them."""
     swap_timeout_s: float = 300.0

@@ -105,8 +105,11 @@ def _instances(instances: list[Json]) -> RenderableType:
 
 
 def _model(model: Json) -> str:
+    if model["parent"]:
+        return f"{model['name']} (adapter of {model['parent']})"
     if model["residency"] == "awake":
-        return str(model["name"])
+        swaps = f" ({model['swaps']} swaps)" if model["swaps"] else ""
+        return f"{model['name']}{swaps}"
     wake = "" if model["wake_s"] is None else f", {ago(model['wake_s'])} to wake"
     return f"{model['name']} ({model['residency']}{wake})"
 

@@ -18,7 +18,8 @@ from qlm_batch.settings import Settings, load_settings
 from qlm_cli.context import data_dir_option, json_option
 from qlm_cli.existing_engine import look_at
 from qlm_cli.output import Output
-from qlm_workers.engines import located
+from qlm_workers.adapters import adapters_of
+from qlm_workers.naming import located
 
 DEFAULT_MODEL = "qlm-tiny"
 
@@ -36,6 +37,12 @@ DEFAULT_MODEL = "qlm-tiny"
     default=None,
     help="Most models awake at once; the others wait their turn.  [all]",
 )
+@click.option(
+    "--lora",
+    multiple=True,
+    metavar="[BASE:]NAME=FOLDER",
+    help="A LoRA adapter of a model, the first one without BASE; repeatable.",
+)
 @data_dir_option
 @click.option("--port", type=int, default=None, help="The API's port.  [8600]")
 @click.option("--host", default=None, help="The API's address.  [127.0.0.1]")
@@ -45,6 +52,7 @@ DEFAULT_MODEL = "qlm-tiny"
 def up(
     models: tuple[str, ...],
     models_awake: int | None,
+    lora: tuple[str, ...],
     data_dir: Path,
     port: int | None,
     host: str | None,
@@ -61,6 +69,7 @@ def up(
         data_dir=data_dir,
         models=models,
         models_awake=models_awake,
+        lora=lora,
         port=port,
         host=host,
         engine=engine,
@@ -103,6 +112,7 @@ def settings_for_up(
     data_dir: Path,
     models: tuple[str, ...] = (),
     models_awake: int | None = None,
+    lora: tuple[str, ...] = (),
     port: int | None = None,
     host: str | None = None,
     engine: str | None = None,
@@ -118,6 +128,7 @@ def settings_for_up(
         ("engine_url", engine_url),
         ("models", models or None),
         ("models_awake", models_awake),
+        ("lora", lora or None),
     ):
         if value is not None:
             given[name] = value
@@ -129,6 +140,7 @@ def settings_for_up(
     if settings.engine == "vllm":
         for model in settings.models:
             located(model.removeprefix("embed:"))
+    adapters_of(settings)
     _require_free_port(settings.host, settings.port)
     return settings
 

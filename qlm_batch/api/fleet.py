@@ -24,12 +24,19 @@ MOST_BATCHES = 50
 
 
 class HostedModel(BaseModel):
-    """A model on an instance; `wake_s` is what waking it takes, null where not measured."""
+    """A model on an instance; `wake_s` is what waking it takes, null where not measured.
+
+    `swaps` counts how often it was made awake since the boot, `swap_s` the seconds that took;
+    `parent` is the base model of an adapter.
+    """
 
     name: str
     kind: str
     residency: str
     wake_s: float | None
+    swaps: int
+    swap_s: float
+    parent: str | None
 
 
 class QueuedGroup(BaseModel):
@@ -137,6 +144,9 @@ def _instance(view: InstanceView, queue: Sequence[QueueEntry]) -> InstanceObject
                 kind=model.kind.value,
                 residency=model.residency.value,
                 wake_s=model.wake_s,
+                swaps=model.swaps,
+                swap_s=model.swap_s,
+                parent=model.parent or None,
             )
             for model in view.models
         ],

@@ -19,7 +19,7 @@ from prometheus_client.registry import Collector, CollectorRegistry
 
 from qlm_batch.domain.errors import Unavailable
 from qlm_batch.domain.ports import Attainment, Store
-from qlm_batch.domain.snapshot import InstanceState, InstanceView
+from qlm_batch.domain.snapshot import InstanceState, InstanceView, ModelView, Residency
 
 _BUCKETS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60, 600)
 
@@ -120,6 +120,12 @@ class _Service(Collector):
             for instance in alive:
                 family.add_metric([instance.name], read(instance))
             yield family
+        for kind, name, help_text, told in _PER_MODEL:
+            family = kind(f"qlm_{name}", help_text, labels=["instance", "model"])
+            for instance in alive:
+                for model in instance.models:
+                    family.add_metric([instance.name, model.name], told(model))
+            yield family
 
     def _attainment(self, batch: Attainment | None) -> Metric:
         """Interactive requests of this process, batch requests of the whole service."""
@@ -193,5 +199,34 @@ _PER_INSTANCE: tuple[
         "recomputed_tokens",
         "Tokens computed again after that, since the boot.",
         lambda seen: seen.recomputed_tokens,
+    ),
+)
+
+_PER_MODEL: tuple[
+    tuple[
+        type[GaugeMetricFamily] | type[CounterMetricFamily],
+        str,
+        str,
+        Callable[[ModelView], float],
+    ],
+    ...,
+] = (
+    (
+        GaugeMetricFamily,
+        "model_awake",
+        "Whether the model is awake there.",
+        lambda model: model.residency is Residency.AWAKE,
+    ),
+    (
+        CounterMetricFamily,
+        "swaps",
+        "How often the model was made awake there, since the boot.",
+        lambda model: model.swaps,
+    ),
+    (
+        CounterMetricFamily,
+        "swap_seconds",
+        "Seconds that took, with what had to leave for it.",
+        lambda model: model.swap_s,
     ),
 )

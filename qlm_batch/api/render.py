@@ -119,7 +119,9 @@ def model_objects(instances: Sequence[InstanceView]) -> list[schemas.ModelObject
                 extras = schemas.ModelExtras(
                     kind=model.kind.value, max_model_len=model.max_model_len, instances=[]
                 )
-                known = served[model.name] = schemas.ModelObject(id=model.name, qlm=extras)
+                known = served[model.name] = schemas.ModelObject(
+                    id=model.name, parent=model.parent or None, qlm=extras
+                )
             known.qlm.instances.append(instance.name)
             lengths = (known.qlm.max_model_len, model.max_model_len)
             # 0 where the model was not loaded yet.

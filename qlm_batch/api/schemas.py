@@ -285,12 +285,16 @@ class ModelExtras(BaseModel):
 
 
 class ModelObject(BaseModel):
-    """A model that a live instance hosts; `created` is 0, as nobody records it."""
+    """A model that a live instance hosts; `created` is 0, as nobody records it.
+
+    `parent` is the base model of an adapter.
+    """
 
     id: str
     object: Literal["model"] = "model"
     created: int = 0
     owned_by: str = "qlm-batch"
+    parent: str | None = None
     qlm: ModelExtras
 
 

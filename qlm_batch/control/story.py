@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from qlm_batch.control.swap_story import Swaps, swaps_of, woken
 from qlm_batch.domain.snapshot import Decision, InstanceView, Plan, Residency, Snapshot
 
 MOST_DECISIONS = 200
@@ -30,13 +31,15 @@ class Story:
     """What was last told about each batch: its instance (None: nowhere) and whether it was shed.
 
     `swaps` are the (batch, instance, model) that wait for a swap; `evicted` counts by instance and
-    boot how often batch requests had given way to interactive ones, and when that was told.
+    boot how often batch requests had given way to interactive ones, and when that was told; `woken`
+    are the swaps that were told as made.
     """
 
     places: Mapping[str, tuple[str | None, bool]] = field(default_factory=dict)
     promised: frozenset[str] = frozenset()
     swaps: frozenset[tuple[str, str, str]] = frozenset()
     evicted: Mapping[tuple[str, str], tuple[int, float]] = field(default_factory=dict)
+    woken: Swaps = field(default_factory=dict)
 
     @staticmethod
     def resumed(snapshot: Snapshot) -> Story:
@@ -49,7 +52,7 @@ class Story:
             if batch_id is not None:
                 told.setdefault(batch_id, (instance, False))
         known = {boot: (count, snapshot.now) for boot, count in _evictions(snapshot).items()}
-        return Story(told, evicted=known)
+        return Story(told, evicted=known, woken=swaps_of(snapshot))
 
     def told(
         self, plan: Plan, snapshot: Snapshot, recalled: Collection[str] = ()
@@ -59,7 +62,8 @@ class Story:
         `planned`: a batch got its first place. `moved`: its next work goes to another instance.
         `shed`: some of it was let go. `restored`: none is any more. `promised`: its first estimate.
         `recalled`: work not begun is taken back from an instance named in `recalled`. `swapped`: it
-        waits for its model to be brought in. `evicted`: its running requests gave way.
+        waits for its model to be brought in. `woken`: its model was. `evicted`: its running
+        requests gave way.
         """
         now = plan.made_at
         places = _places(plan)
@@ -100,6 +104,7 @@ class Story:
         happened = [
             *_recalls(snapshot, recalled, now),
             *(made for key, made in swaps.items() if key not in self.swaps),
+            *woken(self.woken, plan, snapshot),
             *_made_way(snapshot, self.evicted, now),
         ]
         decisions += happened[: MOST_DECISIONS - len(decisions)]
@@ -108,7 +113,8 @@ class Story:
             for boot, count in _evictions(snapshot).items()
             for told in [self.evicted.get(boot, (0, 0.0))]
         }
-        return tuple(decisions), Story(after, frozenset(promised), frozenset(swaps), evicted)
+        found = frozenset(promised), frozenset(swaps), evicted, swaps_of(snapshot)
+        return tuple(decisions), Story(after, *found)
 
 
 def _recalls(snapshot: Snapshot, recalled: Collection[str], now: float) -> Iterator[Decision]:

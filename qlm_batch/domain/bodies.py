@@ -44,19 +44,21 @@ def refuse_body(
     endpoint: str,
     model: str,
     kind: EngineKind,
+    adapters: Collection[str] = (),
     max_n: int = MAX_N,
     media_domains: Collection[str] = (),
 ) -> QlmError | None:
-    """Why an engine that serves `model` for `kind` takes no such body, or None when it may."""
+    """Why an engine that serves `model` and `adapters` for `kind` takes no such body, or None."""
     if KIND_OF.get(endpoint) is not kind:
         return InvalidInput(
             f"The model '{model}' is served for {kind.value}, which does not answer {endpoint}.",
             code="unsupported_endpoint",
             param="url",
         )
-    if body.get("model") != model:
+    named = body.get("model")
+    if named != model and named not in adapters:
         return NotFound(
-            f"The model '{body.get('model')}' is not served here; '{model}' is.",
+            f"The model '{named}' is not served here; '{model}' is.",
             code="model_not_found",
             param="model",
         )

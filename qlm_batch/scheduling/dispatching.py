@@ -73,19 +73,22 @@ def _fill(
     config: DispatchConfig,
     pace: float,
 ) -> list[Assignment]:
-    awake = {model.name for model in view.models if model.residency is Residency.AWAKE}
-    hosted = {model.name for model in view.models}
+    # Adapters share their model's engine: what it holds is told by the root.
+    roots = {model.name: model.root for model in view.models}
+    awake = {model.root for model in view.models if model.residency is Residency.AWAKE}
     held: dict[str, int] = {}
     for own in view.assigned:
-        held[own.model] = held.get(own.model, 0) + own.requests
+        theirs = roots.get(own.model, own.model)
+        held[theirs] = held.get(theirs, 0) + own.requests
     assignments: list[Assignment] = []
     for placed in groups:
         group = placed.group
-        if group.model not in hosted:
+        root = roots.get(group.model)
+        if root is None:
             continue
-        others = {model for model, count in held.items() if count and model != group.model}
+        others = {model for model, count in held.items() if count and model != root}
         # Awake side by side, models have engines of their own; else only one may hold work.
-        if others - awake or (others and group.model not in awake):
+        if others - awake or (others and root not in awake):
             break
         flow = estimator.flow_of(index, group)
         target = pace * max(
@@ -93,12 +96,12 @@ def _fill(
         )
         per_slice = max(1.0, group.requests / max(1, group.slices))
         for part in group.parts:
-            room = target - held.get(group.model, 0)
+            room = target - held.get(root, 0)
             run = (part.run_id, part.generation)
             slices = min(part.slices, queued.get(run, 0), math.ceil(max(0.0, room) / per_slice))
             if slices > 0:
                 queued[run] -= slices
-                held[group.model] = held.get(group.model, 0) + math.ceil(slices * per_slice)
+                held[root] = held.get(root, 0) + math.ceil(slices * per_slice)
                 assignments.append(Assignment(view.name, *run, slices, group.key))
     return assignments
 

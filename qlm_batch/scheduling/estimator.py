@@ -112,6 +112,9 @@ class Estimator:
         self._alike = [np.array(members, dtype=np.int64) for members in alike.values()]
         self._slow = np.array([_slowdown(view) for view in snapshot.instances])
         self._hosts: dict[str, NDArray[np.bool_]] = {}
+        self._roots = {
+            model.name: model.root for view in snapshot.instances for model in view.models
+        }
         self._serving: dict[str, list[tuple[Ints, Floats]]] = {}
 
     @property
@@ -143,7 +146,7 @@ class Estimator:
             view = self.instances[instance]
             model, kind, tenant, prompt, cap = shape
             lengths = self._expected.capped(model, kind, tenant, cap)
-            pair = (model, view.device)
+            pair = (self._roots.get(model, model), view.device)
             if pair not in self._speeds:
                 speed = self.knowledge.speed(*pair)
                 self._speeds[pair] = (speed, speed.step_time())
@@ -311,7 +314,8 @@ class Estimator:
                 continue
             if own.model not in awake:
                 mean += self.swap_s(instance, own.model)
-                awake = frozenset({own.model})
+                root = models[own.model].root
+                awake = frozenset(name for name, hosted in models.items() if hosted.root == root)
             shape = shape_of_assigned(own, models[own.model])
             flow = self._flow(instance, shape)
             rest = _claimed(own) if claimed_only else own.requests

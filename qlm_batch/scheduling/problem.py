@@ -205,13 +205,15 @@ class Problem:
         serves = np.array([estimator.serves(i, model) for model in self.models])
         awake = np.array([model in awake_models for model in self.models])
         setup = np.full((k + 1, k), np.inf)
+        roots = {model.name: model.root for model in self.instances[i].models}
         hosted = np.flatnonzero(serves).tolist()
         drains = {a: estimator.drain_s(i, self.models[a]) for a in hosted}
         for b in hosted:
             swap_s = estimator.swap_s(i, self.models[b])
             setup[START, b] = 0.0 if awake[b] else swap_s
             for a in hosted:
-                together = a == b or (awake[a] and awake[b])
+                alike = roots.get(self.models[a], a) == roots.get(self.models[b], b)
+                together = alike or (awake[a] and awake[b])
                 setup[a, b] = 0.0 if together else swap_s + drains[a]
         return serves, awake, setup
 

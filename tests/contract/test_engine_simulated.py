@@ -11,7 +11,8 @@ from qlm_batch.domain.engine import EngineRequest
 from qlm_batch.domain.errors import ConfigurationError, EngineDead
 from qlm_batch.domain.jobs import CHAT, EngineKind
 from qlm_batch.settings import Settings
-from qlm_workers.engines import make_engine, served_name
+from qlm_workers.engines import make_engine
+from qlm_workers.naming import served_name
 from qlm_workers.simulated_engine import Faults, SimulatedEngine
 from qlm_workers.step_times import StepTimes
 from tests.contract.waiting import until

@@ -48,13 +48,20 @@ def _impatience(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 class Rig:
     """A runner at work."""
 
-    def __init__(self, store: FakeStore, *engines: FakeEngine, **changes: Any) -> None:
+    def __init__(
+        self,
+        store: FakeStore,
+        *engines: FakeEngine,
+        adapters: Sequence[str] = (),
+        **changes: Any,
+    ) -> None:
         self.store = store
         self.engines = engines
         settings = Settings(**DEFAULTS | changes)
         names = ["m", "other"]
+        meters = [Meter("gpu-0", "cpu", name) for name in adapters]
         hosts = [
-            Host(name, EngineKind.GENERATE, engine, Meter("gpu-0", "cpu", name))
+            Host(name, EngineKind.GENERATE, engine, Meter("gpu-0", "cpu", name), *meters)
             for name, engine in zip(names, engines, strict=False)
         ]
         self.runner = Runner(store, hosts, settings, boot_id="boot", device="cpu")

@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from qlm_batch.control.story import EVICTIONS_EVERY_S, Story
-from qlm_batch.domain.snapshot import Plan, PlannedGroup, Residency, Snapshot, VirtualQueue
+from qlm_batch.domain.snapshot import (
+    InstanceView,
+    Plan,
+    PlannedGroup,
+    Residency,
+    Snapshot,
+    VirtualQueue,
+)
 from tests.unit.planning_cases import assigned, group, instance, snapshot
 
 AWAKE = {"n": Residency.AWAKE, "m": Residency.ASLEEP}
@@ -46,3 +53,44 @@ def test_evictions_are_told_together_and_seldom() -> None:
         decisions, story = story.told(Plan(float(second), "qlm", ()), evicting(7 + second, second))
         told += [int(str(d.detail["times"])) for d in decisions if d.kind == "evicted"]
     assert told == [EVICTIONS_EVERY_S, EVICTIONS_EVERY_S]
+
+
+def swapped(times: int, seconds: float, **fields: object) -> InstanceView:
+    """An instance that made `n` awake so many times, in so many seconds altogether."""
+    view = instance("i", {"m": Residency.COLD, "n": Residency.AWAKE}, **fields)  # type: ignore[arg-type]
+    first, second = view.models
+    return replace(view, models=(first, replace(second, swaps=times, swap_s=seconds)))
+
+
+def woken(
+    story: Story, view: InstanceView, *groups: PlannedGroup
+) -> list[tuple[str | None, object]]:
+    """Batches a swap is told to, and the seconds it took."""
+    plan = Plan(10.0, "qlm", (VirtualQueue("i", groups),))
+    decisions, _ = story.told(plan, snapshot(instances=[view]))
+    return [(own.batch_id, own.detail["seconds"]) for own in decisions if own.kind == "woken"]
+
+
+def test_a_swap_that_was_made_is_told_to_the_batches_it_was_made_for() -> None:
+    held = assigned(7, 4, model="n")
+    waiting = PlannedGroup(group("next", deadline=99.0, model="n"), 11.0, 12.0, 0.0, "why")
+    other = PlannedGroup(group("other", deadline=99.0, model="m"), 13.0, 14.0, 0.0, "why")
+    found = woken(Story(), swapped(2, 9.0, assigned=(held,)), waiting, other)
+    assert found == [("batch-7", 4.5), ("batch-next", 4.5)]
+
+
+def test_a_swap_that_was_made_is_told_once() -> None:
+    view = swapped(1, 4.0)
+    _, story = Story().told(Plan(1.0, "qlm", ()), snapshot(instances=[view]))
+    assert woken(story, view) == []
+    assert woken(story, swapped(2, 7.0)) == [(None, 3.0)]
+
+
+def test_a_new_leader_tells_only_swaps_made_after_it() -> None:
+    story = Story.resumed(snapshot(instances=[swapped(3, 9.0)]))
+    assert woken(story, swapped(3, 9.0)) == []
+
+
+def test_the_swaps_of_a_new_boot_count_from_none() -> None:
+    _, story = Story().told(Plan(1.0, "qlm", ()), snapshot(instances=[swapped(5, 20.0)]))
+    assert woken(story, swapped(1, 4.0, boot_id="again")) == [(None, 4.0)]

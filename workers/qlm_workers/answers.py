@@ -16,12 +16,13 @@ from qlm_batch.domain.jobs import EMBEDDINGS, EngineKind, Usage
 
 @dataclass(frozen=True, slots=True)
 class Door:
-    """What one engine lets in: bodies for `model` and `kind`, within bounds."""
+    """What one engine lets in: bodies for `model`, its `adapters` and `kind`, within bounds."""
 
     model: str
     kind: EngineKind
     max_n: int = MAX_N
     media_domains: Collection[str] = ()
+    adapters: Collection[str] = ()
 
     def read(
         self, request: EngineRequest, *, streamed: bool = False
@@ -43,6 +44,7 @@ class Door:
             endpoint=request.endpoint,
             model=self.model,
             kind=self.kind,
+            adapters=self.adapters,
             max_n=self.max_n,
             media_domains=self.media_domains,
         )

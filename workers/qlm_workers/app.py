@@ -16,13 +16,15 @@ from qlm_batch.domain.errors import ConfigurationError
 from qlm_batch.domain.ports import InteractiveStore
 from qlm_batch.ids import new_id
 from qlm_batch.settings import Settings
-from qlm_workers.engines import make_engine, served_name, told_length
+from qlm_workers.adapters import adapters_of
+from qlm_workers.engines import make_engine
 from qlm_workers.exits import Exit
-from qlm_workers.hosts import Host, parse_model
+from qlm_workers.hosts import Host
 from qlm_workers.interactive import InteractiveDesk
 from qlm_workers.lifecycle import EngineThread, end_on_signals
 from qlm_workers.link import WorkerStore
 from qlm_workers.meter import Meter
+from qlm_workers.naming import parse_model, served_name, told_length
 from qlm_workers.runner import Runner
 from qlm_workers.worker import ended, serve
 
@@ -64,12 +66,17 @@ class Storage(WorkerStore, InteractiveStore, Protocol):
 def make_runner(settings: Settings, store: Storage) -> Runner:
     """The runner of a fresh boot, with an engine, not started yet, for each model."""
     device = device_name(settings)
+    adapters = adapters_of(settings)
     hosts = []
     for model, kind in map(parse_model, settings.models):
         name = served_name(model)
-        meter = Meter(settings.instance, device, name)
-        engine = make_engine(settings, model, kind)
-        hosts.append(Host(name, kind, engine, meter, told_length(settings, model)))
+        own = tuple(adapter for adapter in adapters if adapter.base == name)
+        meters = [
+            Meter(settings.instance, device, each)
+            for each in (name, *(adapter.name for adapter in own))
+        ]
+        engine = make_engine(settings, model, kind, own)
+        hosts.append(Host(name, kind, engine, *meters, told=told_length(settings, model)))
     boot_id = new_id(BOOT)
     log.info("worker boots", instance=settings.instance, boot_id=boot_id, device=device)
     desk = InteractiveDesk(store, TokenWriter(settings.redis_url), flush_s=settings.flush_s)

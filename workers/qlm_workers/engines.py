@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import orjson
+from collections.abc import Sequence
 
 from qlm_batch.domain.engine import Engine
-from qlm_batch.domain.errors import ConfigurationError
 from qlm_batch.domain.jobs import EngineKind
-from qlm_batch.models import resolve_model
 from qlm_batch.settings import Settings
+from qlm_workers.adapters import Adapter
+from qlm_workers.naming import located, served_name
 
 
-def names_a_folder(model: str) -> bool:
-    """Whether `model` is meant as a path, not as the id of a shipped or a Hugging Face model."""
-    return resolve_model(model) == model and (
-        model.startswith(("/", "./", "../", "~")) or Path(model).is_dir()
-    )
+def make_engine(
+    settings: Settings, model: str, kind: EngineKind, adapters: Sequence[Adapter] = ()
+) -> Engine:
+    """An engine for `model` (an id, a folder or a shipped model's name), not started yet.
 
-
-def served_name(model: str) -> str:
-    """The name requests use: the name given, or for a folder the folder's own."""
-    if not names_a_folder(model):
-        return model
-    return Path(model).expanduser().resolve().name
-
-
-def make_engine(settings: Settings, model: str, kind: EngineKind) -> Engine:
-    """An engine for `model` (an id, a folder or a shipped model's name), not started yet."""
+    `adapters` are those of this model.
+    """
     name = served_name(model)
     if settings.engine == "openai":
         from qlm_workers.openai_engine import OpenAIEngine
@@ -37,38 +26,7 @@ def make_engine(settings: Settings, model: str, kind: EngineKind) -> Engine:
     if settings.engine == "simulated":
         from qlm_workers.simulated_engine import SimulatedEngine
 
-        return SimulatedEngine.from_settings(settings, name, kind)
+        return SimulatedEngine.from_settings(settings, name, kind, adapters)
     from qlm_workers.vllm_engine import VllmEngine
 
-    return VllmEngine(settings, name, located(model), kind)
-
-
-def told_length(settings: Settings, model: str) -> int:
-    """The context length the settings or the model's folder tell; 0 where neither does."""
-    if settings.max_model_len:
-        return settings.max_model_len
-    try:
-        config = orjson.loads(
-            (Path(resolve_model(model)).expanduser() / "config.json").read_bytes()
-        )
-    except (OSError, orjson.JSONDecodeError):
-        return 0
-    told = config.get("max_position_embeddings") if isinstance(config, dict) else None
-    return told if isinstance(told, int) else 0
-
-
-def located(model: str) -> str:
-    """The absolute path of a folder or a shipped model; any other name as it is.
-
-    ConfigurationError when a path is named and nothing is there: it is never looked for elsewhere.
-    """
-    if not names_a_folder(model):
-        return resolve_model(model)
-    folder = Path(model).expanduser().resolve()
-    if not folder.is_dir():
-        raise ConfigurationError(
-            f"there is no model folder {folder}; give the path of a folder with config.json, or a "
-            "Hugging Face id without a leading ./",
-            param="models",
-        )
-    return str(folder)
+    return VllmEngine(settings, name, located(model), kind, adapters)

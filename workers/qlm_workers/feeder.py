@@ -100,7 +100,7 @@ class Feeder:
             )
         if 200 <= answer.status_code < 300:
             output_tokens = answer.usage.output_tokens
-            host.meter.finished(claimed.tenant, output_tokens, request.prompt_tokens)
+            host.finished(claimed.model, claimed.tenant, output_tokens, request.prompt_tokens)
         duration_s = time.monotonic() - began
         return rows.answered(claimed, request, request_id, answer, started_at, duration_s)
 

@@ -19,15 +19,6 @@ from qlm_workers.meter import Meter
 QUIET_S = 10.0
 """So long after the last interactive request batch work runs as if there were none."""
 
-_EMBED = "embed:"
-
-
-def parse_model(spec: str) -> tuple[str, EngineKind]:
-    """Model and kind of an entry of `Settings.models`: `embed:NAME` embeds, `NAME` generates."""
-    if spec.startswith(_EMBED):
-        return spec.removeprefix(_EMBED), EngineKind.EMBED
-    return spec, EngineKind.GENERATE
-
 
 @dataclass(slots=True)
 class SwapTimes:
@@ -77,7 +68,11 @@ class Totals:
 
 
 class Host:
-    """One model's engine with the requests that wait for it, earliest deadline first."""
+    """One model's engine with the requests that wait for it, earliest deadline first.
+
+    `adapters` are the meters of its LoRA adapters, which share the engine; `told` is the context
+    length as far as it is known before the engine was started.
+    """
 
     def __init__(
         self,
@@ -85,18 +80,20 @@ class Host:
         kind: EngineKind,
         engine: Engine,
         meter: Meter,
-        max_model_len: int = 0,
+        *adapters: Meter,
+        told: int = 0,
     ) -> None:
         self.model = model
         self.kind = kind
         self.engine = engine
         self.meter = meter
+        self.adapters = {own.model: own for own in adapters}
         self.info: EngineInfo | None = None
         self.residency = Residency.COLD
         self.awake_since = float("-inf")
         self.swaps = 0
         self.swapped_s = 0.0
-        self._max_model_len = max_model_len
+        self._told_length = told
         self.times = SwapTimes()
         self._open = False
         self._settled = asyncio.Event()
@@ -164,17 +161,36 @@ class Host:
             finally:
                 self.parked -= 1
 
-    def view(self, wake_s: float | None = None) -> ModelView:
-        """The model as the scheduler sees it."""
-        return ModelView(
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The model's name and those of its adapters."""
+        return (self.model, *self.adapters)
+
+    def finished(self, model: str, tenant: str, output_tokens: int, prompt_tokens: int) -> None:
+        """A request to the model or one of its adapters ended with an answer."""
+        adapter = self.adapters.get(model)
+        if adapter is None:
+            self.meter.finished(tenant, output_tokens, prompt_tokens)
+        else:
+            adapter.finished(tenant, output_tokens, prompt_tokens)
+            self.meter.of_adapter(output_tokens)
+
+    def views(self, wake_s: float | None = None) -> tuple[ModelView, ...]:
+        """The model and its adapters as the scheduler sees them."""
+        own = ModelView(
             name=self.model,
             kind=self.kind,
             residency=self.residency,
-            max_model_len=self._max_model_len if self.info is None else self.info.max_model_len,
+            max_model_len=self._told_length if self.info is None else self.info.max_model_len,
             wake_s=wake_s,
             swaps=self.swaps,
             swap_s=round(self.swapped_s, 3),
         )
+        adapters = [
+            replace(own, name=name, parent=self.model, swaps=0, swap_s=0.0)
+            for name in self.adapters
+        ]
+        return (own, *adapters)
 
     # Work
 

@@ -18,7 +18,7 @@ class Meter:
     """Adds up finished requests, engine steps and busy time of one model."""
 
     def __init__(self, instance: str, device: str, model: str) -> None:
-        self._instance, self._device, self._model = instance, device, model
+        self._instance, self._device, self.model = instance, device, model
         self._outputs: deque[Output] = deque(maxlen=MOST_OUTPUTS)
         self._steps: deque[tuple[int, int, int, float]] = deque(maxlen=MOST_STEPS)
         self._finished = 0
@@ -41,6 +41,15 @@ class Meter:
         self._finished += 1
         self._finished_tokens += output_tokens
         self._outputs.append((tenant, output_tokens, prompt_tokens))
+        self._typical(output_tokens)
+
+    def of_adapter(self, output_tokens: int) -> None:
+        """A request to an adapter of this model ended: work of the engine, told on its own."""
+        self._finished += 1
+        self._finished_tokens += output_tokens
+        self._typical(output_tokens)
+
+    def _typical(self, output_tokens: int) -> None:
         share = _FORGETS if self.typical_output else 1.0
         self.typical_output += share * (output_tokens - self.typical_output)
 
@@ -65,7 +74,7 @@ class Meter:
         seen = Observation(
             instance=self._instance,
             device=self._device,
-            model=self._model,
+            model=self.model,
             at=at,
             outputs=tuple(self._outputs),
             steps=tuple(self._steps),

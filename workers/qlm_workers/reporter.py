@@ -50,8 +50,9 @@ class Reporter:
                 continue
             # Without a fresh look the tokens of requests that just finished would count twice.
             host.look(mono)
-            if (seen := host.meter.report(now)) is not None:
-                self._reports.append(seen)
+            for meter in (host.meter, *host.adapters.values()):
+                if (seen := meter.report(now)) is not None:
+                    self._reports.append(seen)
         reports = tuple(self._reports)
         self._share_until(mono)
         beat = self._heartbeat(state, phase, reports)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import structlog
 
@@ -34,7 +34,7 @@ class Residents:
 
     def __init__(
         self,
-        hosts: Mapping[str, Host],
+        hosts: Sequence[Host],
         table: LeaseTable,
         settings: Settings,
         *,
@@ -54,19 +54,19 @@ class Residents:
         self._task: asyncio.Task[None] | None = None
         self._coming: Host | None = None
         self._began = 0.0
-        self._failed: dict[str, float] = {}
+        self._failed: dict[Host, float] = {}
 
     # What is so
 
     @property
     def first(self) -> list[Host]:
         """The hosts that are awake at the start."""
-        return list(self._hosts.values())[: self.room]
+        return list(self._hosts[: self.room])
 
     @property
     def awake(self) -> list[Host]:
         """The hosts whose engines run."""
-        return [host for host in self._hosts.values() if host.residency is Residency.AWAKE]
+        return [host for host in self._hosts if host.residency is Residency.AWAKE]
 
     @property
     def slots(self) -> int:
@@ -89,19 +89,19 @@ class Residents:
     def views(self) -> tuple[ModelView, ...]:
         """The models as the scheduler sees them."""
         now = time.monotonic()
-        return tuple(host.view(self._wake_s(host, now)) for host in self._hosts.values())
+        return tuple(view for host in self._hosts for view in host.views(self._wake_s(host, now)))
 
     def _wake_s(self, host: Host, now: float) -> float | None:
         """From where it is to awake, with what has to leave for it; the rest while under way."""
         arrive_s = host.times.arrive_s(host.residency)
         if arrive_s is None:
-            loads = [own.times.load_s for own in self._hosts.values() if own.times.load_s]
+            loads = [own.times.load_s for own in self._hosts if own.times.load_s]
             if not loads:
                 return None
             arrive_s = max(loads)
         leave_s = 0.0
         if len(self._hosts) > self.room:
-            others = [own.times.sleep_s for own in self._hosts.values() if own is not host]
+            others = [own.times.sleep_s for own in self._hosts if own is not host]
             leave_s = max(others, default=0.0)
         if host is self._coming:
             return max(0.1, leave_s + arrive_s - (now - self._began))
@@ -131,17 +131,17 @@ class Residents:
                 model = lease.slice.model
                 due[model] = min(due.get(model, math.inf), lease.slice.deadline)
         found = []
-        for name, host in self._hosts.items():
+        for host in self._hosts:
             if host.residency is Residency.FAILED:
                 continue
             awake = host.residency is Residency.AWAKE
             swap_s = self._wake_s(host, now)
             found.append(
                 Hosted(
-                    model=name,
+                    model=host.model,
                     awake_s=now - host.awake_since if awake else None,
                     swap_s=UNKNOWN_SWAP_S if swap_s is None else swap_s,
-                    due=due.get(name, math.inf),
+                    due=min(due.get(name, math.inf) for name in host.names),
                     calls=host.interactive + host.parked,
                     left_s=host.left_s(),
                 )
@@ -149,8 +149,9 @@ class Residents:
         return found
 
     async def _swap(self, change: Change) -> None:
-        coming = self._hosts[change.wakes]
-        leaving = None if change.sleeps is None else self._hosts[change.sleeps]
+        by_name = {host.model: host for host in self._hosts}
+        coming = by_name[change.wakes]
+        leaving = None if change.sleeps is None else by_name[change.sleeps]
         log.info("swapping", wakes=change.wakes, sleeps=change.sleeps, parting=change.parting)
         try:
             if leaving is not None:
@@ -228,7 +229,7 @@ class Residents:
     def _give_up(self, coming: Host) -> None:
         """Let the work be planned elsewhere for a while."""
         log.error("model failed here", model=coming.model, retry_s=swapping.FAILED_FOR_S)
-        self._failed[coming.model] = time.monotonic() + swapping.FAILED_FOR_S
+        self._failed[coming] = time.monotonic() + swapping.FAILED_FOR_S
         coming.left(Residency.FAILED)
         self._give_back(self._leases(coming))
 
@@ -241,17 +242,17 @@ class Residents:
             raise QlmError(f"Neither model can be made awake; '{leaving.model}' was before.")
 
     def _forgive(self, now: float) -> None:
-        for model, until in list(self._failed.items()):
+        for host, until in list(self._failed.items()):
             if now >= until:
-                del self._failed[model]
-                self._hosts[model].left(Residency.COLD)
+                del self._failed[host]
+                host.left(Residency.COLD)
 
     def _tell(self, phase: str) -> None:
         self.phase = phase
         self._changed()
 
     def _leases(self, host: Host) -> list[Lease]:
-        return [lease for lease in self._table.leases if lease.slice.model == host.model]
+        return [lease for lease in self._table.leases if lease.slice.model in host.names]
 
 
 async def _until(condition: Callable[[], bool], within_s: float = math.inf) -> None:

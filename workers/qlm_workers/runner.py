@@ -58,7 +58,8 @@ class Runner:
     ) -> None:
         self._store = store
         self._link = Link(store)
-        self._hosts = {host.model: host for host in hosts}
+        self._engines = tuple(hosts)
+        self._hosts = {name: host for host in hosts for name in host.names}
         self._settings = settings
         self._name = settings.instance
         self._boot_id = boot_id
@@ -68,7 +69,7 @@ class Runner:
             self._link, self._settle, self._engine_died, lambda: self.end(Exit.CRASHED)
         )
         self._residents = Residents(
-            self._hosts,
+            self._engines,
             self._table,
             settings,
             opened=self._feeder.feed,
@@ -273,7 +274,7 @@ class Runner:
             self._expire(lease, now)
             self._flusher.adopted(lease)
             host.enqueue(lease)
-        for host in self._hosts.values():
+        for host in self._engines:
             self._feeder.feed(host)
         return unsuitable
 
@@ -303,7 +304,7 @@ class Runner:
             self._suspects = frozenset(
                 lease
                 for lease in self._table.leases
-                if lease.tasks and lease.slice.model == host.model
+                if lease.tasks and lease.slice.model in host.names
             )
             self.end(Exit.ENGINE_DIED)
 
@@ -431,7 +432,7 @@ class Runner:
                 self._table.drop(lease)
 
     async def _stop_engines(self) -> None:
-        for host in self._hosts.values():
+        for host in self._engines:
             try:
                 async with asyncio.timeout(STOP_ENGINE_S):
                     await host.engine.stop()

@@ -8,7 +8,7 @@ import itertools
 import time
 import zlib
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -28,6 +28,7 @@ from qlm_batch.scheduling.eviction import (
     victims,
 )
 from qlm_batch.settings import Settings
+from qlm_workers.adapters import Adapter
 from qlm_workers.answers import Door, error_answer
 from qlm_workers.simulated_answers import (
     BadBody,
@@ -152,6 +153,7 @@ class SimulatedEngine:
         max_n: int = 16,
         favour: Favour = "balanced",
         swap_times: SwapTimes = SwapTimes(),
+        adapters: Sequence[str] = (),
     ) -> None:
         self._swap_times = swap_times
         self._asleep = False
@@ -168,7 +170,7 @@ class SimulatedEngine:
         self._evictions: dict[str, int] = {}
         self._evicted = 0
         self._recomputed = 0
-        self._door = Door(model, kind, max_n)
+        self._door = Door(model, kind, max_n, adapters=tuple(adapters))
         self._batched_tokens = max_num_batched_tokens
         self._step_times = step_times
         self._time_scale = time_scale
@@ -187,7 +189,9 @@ class SimulatedEngine:
         self._rows: deque[tuple[int, int, int, float]] = deque(maxlen=4096)
 
     @classmethod
-    def from_settings(cls, settings: Settings, model: str, kind: EngineKind) -> Self:
+    def from_settings(
+        cls, settings: Settings, model: str, kind: EngineKind, adapters: Sequence[Adapter] = ()
+    ) -> Self:
         """As the settings say; `engine_args` may hold `device` (a key of DEVICES), `seed` and the
         fields of SwapTimes."""
         device = settings.engine_args.get("device", DEFAULT_DEVICE)
@@ -216,6 +220,7 @@ class SimulatedEngine:
             max_n=settings.max_n,
             favour=settings.favour,
             swap_times=SwapTimes(**times, keeps=keeps),
+            adapters=tuple(adapter.name for adapter in adapters),
         )
 
     async def start(self) -> EngineInfo:

@@ -13,9 +13,9 @@ import inspect
 import signal
 from argparse import Namespace
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from multiprocessing import resource_tracker
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import TypeAdapter
 from starlette.datastructures import State
@@ -23,6 +23,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 from qlm_batch.domain.errors import ConfigurationError
 from qlm_batch.domain.jobs import CHAT, COMPLETIONS, EMBEDDINGS, EngineKind
+from qlm_workers.adapters import Adapter
 
 
 def _first(*places: str) -> Any:
@@ -116,6 +117,19 @@ class StepLog(StatLoggerBase):  # type: ignore[misc]
         """Nothing to say."""
 
 
+def _adapter_path(name: str, path: str, base: str) -> Any:
+    return _first(
+        "vllm.entrypoints.openai.models.protocol:LoRAModulePath",
+        "vllm.entrypoints.openai.serving_models:LoRAModulePath",
+    )(name=name, path=path, base_model_name=base)
+
+
+def lora_rank(rank: int) -> int:
+    """The smallest rank this vLLM has room for that fits one of `rank`."""
+    ranks = get_args(_first("vllm.config.lora:MaxLoRARanks"))
+    return min((own for own in ranks if own >= rank), default=rank)
+
+
 def on_cpu() -> bool:
     """Whether the installed build runs on the host's processor."""
     return bool(_platform.is_cpu())
@@ -182,9 +196,14 @@ class Serving:
 
     @classmethod
     async def over(
-        cls, engine: Any, name: str, kind: EngineKind, frontend: Mapping[str, object]
+        cls,
+        engine: Any,
+        name: str,
+        kind: EngineKind,
+        frontend: Mapping[str, object],
+        adapters: Sequence[Adapter] = (),
     ) -> Serving:
-        """Build the layer for one served name."""
+        """Build the layer for one served name and its adapters, which are loaded."""
         args = _parse_defaults()
         config = engine.vllm_config
         for key, value in {
@@ -195,6 +214,8 @@ class Serving:
             **frontend,
         }.items():
             setattr(args, key, value)
+        if adapters:
+            args.lora_modules = [_adapter_path(own.name, own.path, name) for own in adapters]
         if hasattr(config, "structured_outputs_config"):
             args.structured_outputs_config = config.structured_outputs_config
         state = State()

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from qlm_batch.domain.jobs import CHAT, COMPLETIONS, EngineKind
 from qlm_batch.domain.snapshot import Residency
 from qlm_batch.scheduling.eviction import pace
 from qlm_batch.settings import Settings
+from qlm_workers.adapters import Adapter
 from qlm_workers.answers import Door
 from qlm_workers.guardian import Guard
 from qlm_workers.streams import DONE, Stream, is_error, opened
@@ -38,6 +39,9 @@ all memory."""
 STOP_S = 10.0
 """How long an engine may take to leave by itself; one that is killed leaves shared memory."""
 
+MOST_ADAPTERS_AT_ONCE = 8
+"""Adapters that requests of one step may use; each takes its share of the device's memory."""
+
 _EVICTING = "qlm_workers.evicting_scheduler.EvictingScheduler"
 
 _ANSWER_IDS = {CHAT: "chatcmpl-{}", COMPLETIONS: "cmpl-{}-0"}
@@ -50,14 +54,26 @@ class VllmEngine:
     `name` is what requests call the model, `path` a folder or a Hugging Face id.
     """
 
-    def __init__(self, settings: Settings, name: str, path: str, kind: EngineKind) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        name: str,
+        path: str,
+        kind: EngineKind,
+        adapters: Sequence[Adapter] = (),
+    ) -> None:
         self._settings = settings
         self._name = name
         self._path = path
         self._kind = kind
         domains = settings.engine_args.get("allowed_media_domains", ())
+        self._adapters = tuple(adapters)
         self._door = Door(
-            name, kind, settings.max_n, tuple(domains) if isinstance(domains, list | tuple) else ()
+            name,
+            kind,
+            settings.max_n,
+            tuple(domains) if isinstance(domains, list | tuple) else (),
+            tuple(adapter.name for adapter in adapters),
         )
         self._guard: Guard | None = None
         self._engine: Any = None
@@ -82,7 +98,7 @@ class VllmEngine:
             async with asyncio.timeout(limit_s):
                 frontend = await asyncio.shield(loading)
                 self._serving = await self._api.Serving.over(
-                    self._engine, self._name, self._kind, frontend
+                    self._engine, self._name, self._kind, frontend, self._adapters
                 )
             # Seen once, they are ended even if the engine's core dies before its workers.
             await asyncio.to_thread(self._guard.children)
@@ -318,6 +334,14 @@ class VllmEngine:
         }
         if kv_bytes is not None:
             arguments["kv_cache_memory_bytes"] = kv_bytes
+        if self._adapters:
+            ranks = [adapter.rank for adapter in self._adapters]
+            arguments |= {
+                "enable_lora": True,
+                "max_loras": min(MOST_ADAPTERS_AT_ONCE, len(ranks)),
+                "max_cpu_loras": len(ranks),
+                "max_lora_rank": self._api.lora_rank(max(ranks)),
+            }
         if settings.swaps and not cpu:
             arguments["enable_sleep_mode"] = True
         return arguments | evicting
