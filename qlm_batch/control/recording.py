@@ -8,7 +8,7 @@ give the same bytes.
 from __future__ import annotations
 
 import gzip
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BufferedWriter
 from pathlib import Path
@@ -100,11 +100,17 @@ class Recorder:
 
     def close(self) -> None:
         """Write what is left."""
-        self._file.close()
+        self._guarded(self._file.close)
+
+    def flush(self) -> None:
+        """Make what was written readable for others."""
+        if not self._full:
+            self._guarded(self._file.flush)
 
     def planned(self, entry: PlanEntry) -> None:
         """A policy was asked."""
-        self._write(entry, flush=True)
+        self._write(entry)
+        self.flush()
 
     def saw(self, snapshot: Snapshot) -> None:
         """A pass saw this queue."""
@@ -119,16 +125,18 @@ class Recorder:
             if seen.outputs:
                 self._write(LengthsEntry(seen.at, seen.model, seen.outputs))
 
-    def _write(self, entry: Entry, *, flush: bool = False) -> None:
-        if self._full:
-            return
+    def _write(self, entry: Entry) -> None:
+        if not self._full:
+            line = _ENTRY.dump_json(entry) + b"\n"
+            self._guarded(lambda: self._file.write(line))
+
+    def _guarded(self, act: Callable[[], object]) -> None:
         try:
-            self._file.write(_ENTRY.dump_json(entry) + b"\n")
-            if flush:
-                self._file.flush()
+            act()
         except OSError as error:
+            if not self._full:
+                log.warning("recording_ended", file=str(self._path), error=error.strerror)
             self._full = True
-            log.warning("recording_ended", file=str(self._path), error=error.strerror)
 
 
 class RecordedPolicy:

@@ -62,7 +62,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService
     """`qlm up` with a real vLLM engine and the shipped model, stopped by a Ctrl-C."""
     home = tmp_path_factory.mktemp("home")
     port = free_port()
-    environment = user_environment(home, port)
+    environment = user_environment(home, port) | {"QLM_RECORD": str(home / "log.jsonl.gz")}
     with (home / "up.log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "qlm_cli", "up", "--json"],

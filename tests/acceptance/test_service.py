@@ -11,6 +11,7 @@ from openai import OpenAI
 from openai.types import Batch
 
 from qlm_batch.models.prompts import chat_body, is_right, mixed
+from qlm_batch.simulation.replay import replay
 
 from .conftest import CHECKOUT, RunningService
 
@@ -122,6 +123,19 @@ def test_the_command_line_runs_a_file_and_fetches_its_results(
     assert json.loads(fetched.stdout)["lines"] == len(target.read_text().splitlines())
     listed = json.loads(service.qlm("list", "--json").stdout)
     assert batch_id in [batch["id"] for batch in listed["data"]]
+
+
+def test_the_log_of_the_running_service_replays_to_the_same_plans(
+    service: RunningService, tmp_path: Path
+) -> None:
+    submitted = service.qlm("submit", str(CHECKOUT / "examples/completions.jsonl"), "--wait")
+    assert submitted.returncode == 0, submitted.stderr
+    # A copy: the service goes on writing.
+    log = tmp_path / "log.jsonl.gz"
+    log.write_bytes((service.home / "log.jsonl.gz").read_bytes())
+    told = replay(log)
+    assert told.plans == told.same > 0
+    assert told.skipped == 0
 
 
 def test_the_command_line_says_what_is_wrong_and_how_to_mend_it(service: RunningService) -> None:

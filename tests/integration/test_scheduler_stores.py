@@ -5,12 +5,18 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
+from qlm_batch.control.leadership import Leadership
+from qlm_batch.control.recording import Recorder
+from qlm_batch.control.scheduler_loop import SchedulerConfig, SchedulerLoop
 from qlm_batch.domain.ports import Store
 from qlm_batch.domain.snapshot import Observation, Snapshot
+from qlm_batch.scheduling.policies import policy
+from qlm_batch.simulation.replay import replay
 from qlm_batch.store.memory import MemoryStore
 from qlm_batch.store.postgres import PostgresStore
 from tests.integration.test_scheduler_loop import TENANT, Stage
@@ -117,3 +123,23 @@ def test_a_tick_makes_the_same_plan_over_memory_and_postgres(
     memory, postgres = (story(stage) for stage in stages)
     assert memory == postgres
     assert any("left" in entry[3] for entry in memory[1])
+
+
+def test_the_log_of_a_scheduler_on_postgres_replays_to_the_same_plans(
+    stages: tuple[Stage, Stage], tmp_path: Path
+) -> None:
+    _, stage = stages
+    path = tmp_path / "log.jsonl.gz"
+    stage.loop = SchedulerLoop(
+        stage.store,
+        stage.hints,
+        policy("qlm"),
+        SchedulerConfig("one"),
+        Leadership(),
+        Recorder(path),
+    )
+    story(stage)
+    stage.loop.close()
+    told = replay(path)
+    assert told.plans == told.same > 0
+    assert sum(len(arrival.prompts) for arrival in told.history.arrivals) > 20_000

@@ -1,0 +1,51 @@
+"""The log of a scheduler that the service keeps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qlm_batch.bootstrap import open_recorder
+from qlm_batch.control.recording import ArrivalEntry, Recorder, read_log
+from qlm_batch.domain.errors import ConfigurationError
+from qlm_batch.settings import load_settings
+from tests.unit.planning_cases import run_view, snapshot
+
+
+def test_nothing_is_kept_unless_asked() -> None:
+    assert open_recorder(load_settings(record=None)) is None
+
+
+def test_a_log_that_cannot_be_written_is_named_with_the_remedy(tmp_path: Path) -> None:
+    settings = load_settings(record=tmp_path / "absent" / "log.jsonl")
+    with pytest.raises(ConfigurationError, match=r"absent.*QLM_RECORD"):
+        open_recorder(settings)
+
+
+def test_a_service_started_again_carries_its_log_on(tmp_path: Path) -> None:
+    settings = load_settings(record=tmp_path / "log.jsonl.gz")
+    for number in (1, 2):
+        recorder = open_recorder(settings)
+        assert recorder is not None
+        recorder.saw(snapshot(runs=[run_view(number, 1)]))
+        recorder.close()
+    entries = list(read_log(tmp_path / "log.jsonl.gz"))
+    assert [e.run.run_id for e in entries if isinstance(e, ArrivalEntry)] == [1, 2]
+
+
+def test_a_compressed_log_is_readable_while_it_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl.gz"
+    with Recorder(path) as recorder:
+        recorder.saw(snapshot(runs=[run_view(1, 1)]))
+        recorder.flush()
+        assert len(list(read_log(path))) == 1
+
+
+def test_a_full_disk_ends_the_log_and_nothing_else() -> None:
+    recorder = Recorder(Path("/dev/full"))
+    for number in range(400):
+        recorder.saw(snapshot(runs=[run_view(number, 1)]))
+    recorder.flush()
+    recorder.saw(snapshot(runs=[run_view(1000, 1)]))
+    recorder.close()
