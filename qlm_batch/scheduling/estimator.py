@@ -45,7 +45,7 @@ from qlm_batch.scheduling.running import Running
 from qlm_batch.scheduling.speed import Speed, StepTime
 from qlm_batch.scheduling.worktable import Floats, GroupWork, Ints, WorkTable
 
-VERSION = "flow-1"
+VERSION = "flow-2"
 """Names this estimator in promises."""
 
 SERVING = frozenset({InstanceState.READY, InstanceState.STARTING, InstanceState.SWAPPING})

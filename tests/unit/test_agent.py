@@ -90,3 +90,14 @@ def test_a_call_is_ahead_of_any_batch_work_and_of_calls_due_later(
     due, later = sorted((due, later))
     assert agent.interactive_priority(due) < agent.engine_priority(deadline)
     assert agent.interactive_priority(due) <= agent.interactive_priority(later)
+
+
+def test_the_share_of_interactive_work_follows_what_is_inside_and_fades() -> None:
+    share = 0.0
+    for _ in range(300):
+        share = agent.interactive_share(share, 8, 32, 2.0)
+    assert share == pytest.approx(0.25, abs=0.01)
+    for _ in range(30):
+        share = agent.interactive_share(share, 0, 32, 2.0)
+    assert share == pytest.approx(0.25 / 2.718, abs=0.02)
+    assert agent.interactive_share(1.0, 99, 32, 1e6) == 1.0

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from qlm_batch.domain.buckets import prompt_mix
 from qlm_batch.domain.jobs import EngineKind
 from qlm_batch.domain.snapshot import (
     InstanceState,
@@ -182,3 +183,25 @@ def test_waiting_behind_others_takes_longer() -> None:
         planned(snapshot(runs=[first, second], instances=[instance("i")])), "batch-2"
     )
     assert behind.p50 > 1.7 * alone.p50
+
+
+def test_work_whose_prompts_brought_long_answers_takes_longer() -> None:
+    seen = Observation("i", "A100", "m", 0.0, (("t", 40, 100), ("t", 400, 2000)) * 200)
+    situation = replace(snapshot(instances=[instance("i")]), profiles=fold((), [seen]))
+    estimator = Estimator(situation)
+    asked = replace(group("g", deadline=1e6, requests=100), max_tokens=100 * 4096)
+    short, long = (
+        estimator.work(replace(asked, prompts=prompt_mix([tokens]))).mean[0]
+        for tokens in (100, 2000)
+    )
+    assert long > 5 * short
+    usual = estimator.work(asked).mean[0]
+    assert usual == pytest.approx((short + long) / 2, rel=0.1)
+
+
+def test_prompts_never_lift_an_expectation_above_the_limit() -> None:
+    seen = Observation("i", "A100", "m", 0.0, (("t", 10, 100), ("t", 400, 2000)) * 200)
+    situation = replace(snapshot(instances=[instance("i")]), profiles=fold((), [seen]))
+    asked = replace(group("g", deadline=1e6, requests=10), prompts=prompt_mix([2000]))
+    limited = replace(asked, max_tokens=10 * 100)
+    assert Estimator(situation).expected_tokens(limited) <= 10 * 105
