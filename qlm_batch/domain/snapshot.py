@@ -241,7 +241,8 @@ class RequestGroup:
 class PlannedGroup:
     """A group's place: when it is expected to start and finish (absolute), and why it is there.
 
-    `shed` groups were let go: they stand behind all work that can still make its deadline.
+    `shed` groups were let go: they stand behind all work that can still make its deadline. Of its
+    requests, `share` are expected to be on time where that is not all of them.
     """
 
     group: RequestGroup
@@ -250,6 +251,7 @@ class PlannedGroup:
     finish_var: float
     reason: str
     shed: bool = False
+    share: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

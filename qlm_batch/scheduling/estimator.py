@@ -43,7 +43,7 @@ from qlm_batch.scheduling.grouping import ModelCapacity
 from qlm_batch.scheduling.profile import Knowledge
 from qlm_batch.scheduling.running import Running
 from qlm_batch.scheduling.speed import Speed, StepTime
-from qlm_batch.scheduling.worktable import Floats, GroupWork, Ints, WorkTable
+from qlm_batch.scheduling.worktable import EXCESS, Floats, GroupWork, Ints, WorkTable
 
 VERSION = "flow-2"
 """Names this estimator in promises."""
@@ -222,6 +222,7 @@ class Estimator:
             np.array([var for _, var, _ in rows]).reshape(len(rows), n),
             np.array(tail_kind, dtype=np.int64),
             np.array(ends).reshape(len(tails), n),
+            np.array([self._excess(shape) for shape in kinds]).reshape(len(kinds), n, EXCESS),
         )
 
     def expected_tokens(self, group: RequestGroup) -> float:
@@ -238,6 +239,13 @@ class Estimator:
             for own, slow in self._servers(shape[0]):
                 found[own] = self._flow(int(own[0]), shape).tail_s(last) * slow
             self._tails[shape, last] = found
+        return found
+
+    def _excess(self, shape: Shape) -> Floats:
+        """How much later than the mean one requests end everywhere; inf where not served."""
+        found = np.full((len(self.instances), EXCESS), np.inf)
+        for own, slow in self._servers(shape[0]):
+            found[own] = np.outer(slow, self._flow(int(own[0]), shape).excess_s)
         return found
 
     def _unit(self, shape: Shape) -> tuple[Floats, Floats, float]:

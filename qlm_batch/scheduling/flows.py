@@ -17,11 +17,13 @@ from qlm_batch.domain.jobs import EngineKind
 from qlm_batch.domain.snapshot import AssignedView, ModelView, RequestGroup
 from qlm_batch.scheduling.lengths import LengthDistribution
 from qlm_batch.scheduling.speed import Speed, StepTime
+from qlm_batch.scheduling.worktable import EXCESS
 
 Floats = NDArray[np.float64]
 
 EPSILON_S = 1e-6
 """The shortest duration that is told apart from none."""
+_LEVELS = (np.arange(EXCESS) + 0.5) / EXCESS
 _GRID = 1.1
 _LOG_GRID = math.log(_GRID)
 
@@ -51,6 +53,11 @@ class Flow:
     def requests_per_s(self) -> float:
         """Requests per second."""
         return 1.0 / self.request_s
+
+    @property
+    def excess_s(self) -> Floats:
+        """How much later than a request of mean length one ends: EXCESS equally likely values."""
+        return (self.lengths.quantiles(_LEVELS) - self.lengths.mean) * self.step_s
 
     def tail_s(self, requests: float) -> float:
         """How much later than its occupation a group's last request is expected to end."""

@@ -190,6 +190,71 @@ def insert_one(c: Columns, place: Ints, size: Ints, g: int, swap_price: float) -
 
 
 @compiled
+def insert_late(
+    c: Columns,
+    due: Floats,
+    excess: Floats,
+    place: Ints,
+    size: Ints,
+    order: Ints,
+    least: float,
+    tries: int,
+) -> Flags:
+    """Put what cannot be on time as a whole where most of it is and nothing already placed suffers.
+
+    Groups are taken in `order`, each at least `least` of it in time, until `tries` positions were
+    looked at. `due` are true deadlines; those in `c` are moved to the end of what is placed late,
+    which must not become later still. `place` has room; it and `size` are changed. Returns which
+    were placed.
+    """
+    room = place.shape[1]
+    ends, variances, slack = np.empty(room), np.empty(room), np.empty(room + 1)
+    placed = np.zeros(order.size, dtype=np.bool_)
+    for n in range(order.size):
+        g = order[n]
+        k, kind = c.model[g], c.kind[g]
+        best, owner, at, ended = least, NOWHERE, 0, 0.0
+        for i in range(size.size):
+            if not c.serves[i, k]:
+                continue
+            mean, var = c.mean[kind, i] * c.amount[g], c.var[kind, i] * c.amount[g]
+            push = c.z * math.sqrt(var)
+            walk(c, i, place[i], size[i], ends, variances, slack)
+            end, end_var, last = c.ready[i], c.ready_var[i], -1
+            for p in range(size[i] + 1):
+                tries -= 1
+                added = mean + c.setup[i, last, k]
+                start = end + c.setup[i, last, k]
+                if p < size[i]:
+                    follow = c.model[place[i, p]]
+                    added += c.setup[i, k, follow] - c.setup[i, last, follow]
+                begin = start * c.inflation + c.z * math.sqrt(end_var + var)
+                if begin > due[g]:
+                    break
+                if added * c.inflation + push <= slack[p]:
+                    share, span = 0.0, max(mean * c.inflation, 1e-9)
+                    for e in range(excess.shape[2]):
+                        left = (due[g] - begin - excess[kind, i, e]) / span
+                        share += min(1.0, max(0.0, left)) / excess.shape[2]
+                    if share > best:
+                        done = (start + mean + c.tails[c.tail_kind[g], i]) * c.inflation
+                        ended = done + c.z * math.sqrt(end_var + var)
+                        best, owner, at = share, i, p
+                if p < size[i]:
+                    end, end_var, last = ends[p], variances[p], c.model[place[i, p]]
+        if owner >= 0:
+            for p in range(size[owner], at, -1):
+                place[owner, p] = place[owner, p - 1]
+            place[owner, at] = g
+            size[owner] += 1
+            c.due[g] = max(c.due[g], ended)
+            placed[n] = True
+        if tries <= 0:
+            break
+    return placed
+
+
+@compiled
 def by_insertion(
     c: Columns, order: Ints, place: Ints, size: Ints, stay_s: float, swap_price: float
 ) -> Ints:
@@ -495,12 +560,15 @@ class Loops(NamedTuple):
     walk_all: Callable[[Columns, Ints, Ints], tuple[Floats, Floats, Floats, Floats, Floats]]
     behind: Callable[[Columns, Ints, Floats, Ints], Ints]
     insert_one: Callable[[Columns, Ints, Ints, int, float], tuple[int, int]]
+    insert_late: Callable[[Columns, Floats, Ints, Ints, Ints, float, int], Flags]
     by_insertion: Callable[[Columns, Ints, Ints, Ints, float, float], Ints]
     search: Callable[[Columns, Floats, Ints, Ints, Ints, int, int, int, float, float], int]
     survival: Callable[[Floats, Floats, Floats, float, float], tuple[Floats, Floats]]
 
 
-COMPILED = Loops(in_order, walk, walk_all, behind, insert_one, by_insertion, search, survival)
+COMPILED = Loops(
+    in_order, walk, walk_all, behind, insert_one, insert_late, by_insertion, search, survival
+)
 WRITTEN = Loops(**plain(globals(), Loops._fields))
 
 
@@ -540,6 +608,7 @@ def compile_all() -> None:
     COMPILED.walk_all(columns, none, np.array([0, 1]))
     COMPILED.behind(columns, none, one.copy(), np.full(1, -1, dtype=np.int64))
     COMPILED.insert_one(columns, place, size, 0, 0.5)
+    COMPILED.insert_late(columns, one.copy(), np.zeros((1, 1, 8)), place, size, none, 0.5, 1)
     COMPILED.search(columns, one, place, size, none.copy(), 0, 1, 0, 0.5, 0.5)
     COMPILED.survival(one, one, one, 1.0, 0.5)
     _choice.compiled = True

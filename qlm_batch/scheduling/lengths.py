@@ -99,6 +99,12 @@ class LengthDistribution:
         """What `largest_of` answered."""
         return {}
 
+    def quantiles(self, levels: Floats) -> Floats:
+        """The lengths not exceeded with these probabilities."""
+        reached = np.searchsorted(np.cumsum(self.probabilities), levels)
+        found: Floats = self.values[np.minimum(reached, self.values.size - 1)]
+        return found
+
     def mixed(self, weight: float, other: LengthDistribution, lean: float) -> LengthDistribution:
         """This distribution with `weight` beside `other` with weight `lean`."""
         values = np.concatenate((self.values, other.values))

@@ -4,6 +4,9 @@ Groups and instances are named by their index in the snapshot's order. Durations
 `now`. A group is on time when mean·(1 + z·e) + z·sqrt(var) of its completion is within its
 deadline, z being the planning quantile and e the estimator's model error: linear in the mean and
 subadditive in the variance, so a delay can be checked against a queue's slack in O(1).
+
+A group's completion is when most of its last requests have ended: to wait for the longest would let
+a whole group go for the sake of a few. What is late is worth the share of it that is not.
 """
 
 from __future__ import annotations
@@ -33,6 +36,9 @@ swap made for a plan that did not last is paid twice."""
 CLASS_RANK: Final = {SloClass.INTERACTIVE: 0, SloClass.BATCH: 1}
 _CLASS_FACTOR: Final = {SloClass.INTERACTIVE: 1e6, SloClass.BATCH: 1.0}
 _FLOOR_FACTOR: Final = 2e6
+MOST: Final = 5
+"""Which of a request's equally likely ends counts as a group's: 5 of 8 are sooner."""
+_LEAST_S: Final = 1e-9
 START: Final = -1
 """Stands for the model before a queue's first group."""
 
@@ -130,7 +136,7 @@ class Problem:
         self.table = estimator.table(self.groups)
         self._kind: list[int] = self.table.kind.tolist()
         self._count: list[float] = self.table.count.tolist()
-        self._tail_kind: list[int] = self.table.tail_kind.tolist()
+        self._tails: Floats = np.ascontiguousarray(self.table.excess[:, :, MOST])
         fastest = self.table.mean.min(axis=1, initial=math.inf)
         self.least: list[float] = (fastest[self.table.kind] * self.table.count).tolist()
         self.z = NormalDist().inv_cdf(estimator.config.quantile)
@@ -229,8 +235,8 @@ class Problem:
             amount=table.count,
             mean=table.mean,
             var=table.var,
-            tail_kind=table.tail_kind,
-            tails=table.tails,
+            tail_kind=table.kind,
+            tails=self._tails,
             before=np.array(self.before, dtype=np.int64),
             serves=self.serves,
             awake=self.awake,
@@ -255,8 +261,8 @@ class Problem:
         return float(self.table.var[self._kind[group], instance]) * self._count[group]
 
     def tail(self, group: int, instance: int) -> float:
-        """How much later than its occupation its last request ends."""
-        return float(self.table.tails[self._tail_kind[group], instance])
+        """How much later than its occupation most of its last requests have ended."""
+        return float(self._tails[self._kind[group], instance])
 
     def placeable(self, group: int) -> bool:
         """Whether any instance serves the group's model."""
@@ -321,13 +327,31 @@ class Problem:
         flat = np.fromiter((g for queue in queues for g in queue), np.int64, int(bounds[-1]))
         return Times(flat, bounds, *loops().walk_all(self.columns, flat, bounds))
 
+    def shares(self, times: Times) -> Floats:
+        """For each of these groups the share of its requests expected to be on time, 1 if it is.
+
+        Its requests end evenly over its occupation, each later or sooner by its own length.
+        """
+        due = self.columns.due[times.flat]
+        shares = np.ones(times.flat.size)
+        late = np.flatnonzero(times.done > due)
+        if late.size:
+            owner = np.repeat(np.arange(times.bounds.size - 1), np.diff(times.bounds))[late]
+            group = times.flat[late]
+            span = (times.ends[late] - times.starts[late]) * self.inflation
+            start = times.starts[late] * self.inflation + self.z * np.sqrt(times.variances[late])
+            room = (due[late] - start)[:, None] - self.table.excess[self.table.kind[group], owner]
+            shares[late] = np.clip(room / np.maximum(span, _LEAST_S)[:, None], 0.0, 1.0).mean(
+                axis=1
+            )
+        return shares
+
     def score(self, queues: Queues) -> Score:
-        """What these queues are worth, groups that are late counting nothing."""
+        """What these queues are worth, groups that are late counting what of them is not."""
         times = self.times(queues)
-        made = times.done <= self.columns.due[times.flat]
         swap_s = math.fsum(times.swap_s)
         # Exact, so that equal sets of groups are worth the same in any order.
-        on_time = math.fsum(self.columns.weight[times.flat[made]])
+        on_time = math.fsum(self.columns.weight[times.flat] * self.shares(times))
         return Score(on_time, swap_s, on_time - self.price(swap_s))
 
     def price(self, swap_s: float) -> float:

@@ -64,7 +64,8 @@ def carried_on(
     if came > config.arrivals:
         return None, "work came"
     times = problem.times(kept.queues)
-    if (times.done > problem.columns.due[times.flat]).any():
+    late = times.flat[times.done > problem.columns.due[times.flat]]
+    if not kept.partly.issuperset(late.tolist()):
         return None, "a deadline is in danger"
     if age_s >= config.least_s and _idle_beside_work(problem, kept.queues):
         return None, "an instance became free"

@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
+EXCESS = 8
+"""Equally likely values that stand for how much later than the mean request one ends."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GroupWork:
@@ -26,7 +29,8 @@ class WorkTable:
     """What many groups take everywhere: occupation is `mean[kind] · count`, variance alike.
 
     Tails are `tails[tail_kind]`. Rows of `mean`, `var` and `tails` are kinds of work, their columns
-    instances in the snapshot's order; inf where not served.
+    instances in the snapshot's order; inf where not served. `excess[kind, instance]` tells how much
+    later than the mean one requests end: equally likely values, ascending.
     """
 
     kind: Ints
@@ -35,6 +39,7 @@ class WorkTable:
     var: Floats
     tail_kind: Ints
     tails: Floats
+    excess: Floats
 
     @staticmethod
     def of(works: Sequence[GroupWork], instances: int) -> WorkTable:
@@ -44,4 +49,5 @@ class WorkTable:
             np.array([getattr(work, name) for work in works]).reshape(len(works), instances)
             for name in ("mean", "var", "tail")
         )
-        return WorkTable(rows, np.ones(len(works)), mean, var, rows, tail)
+        excess = np.repeat(tail[:, :, None], EXCESS, axis=2)
+        return WorkTable(rows, np.ones(len(works)), mean, var, rows, tail, excess)

@@ -14,7 +14,7 @@ from qlm_batch.domain.jobs import ClaimedSlice, EngineKind, ResultRow, Usage
 from qlm_batch.domain.ledger import Directive, Held, ReleaseReason
 from qlm_batch.domain.ports import Heartbeat, Store
 from qlm_batch.domain.snapshot import InstanceState, ModelView, Observation, Output, Residency
-from qlm_batch.scheduling import agent
+from qlm_batch.scheduling import agent, eviction
 from qlm_batch.scheduling.swapping import Change, Hosted, Parting, next_change
 from qlm_batch.simulation.engine import EngineLimits
 from qlm_batch.simulation.events import EventQueue
@@ -23,6 +23,8 @@ from qlm_batch.simulation.fleet import InstanceSpec
 from qlm_batch.simulation.workload import Requests
 
 MOST_GENERATED: Final = 128
+FAVOUR: Final = "balanced"
+"""What simulated engines favour: the service's default."""
 _MAX_MODEL_LEN: Final = 32_768
 FORGETS: Final = 0.05
 """Weight of the newest request in the typical output."""
@@ -123,7 +125,14 @@ class SimulatedInstance:
         self._start_engine()
 
     def _start_engine(self) -> None:
-        limits = EngineLimits(self.spec.slots, self.spec.kv_tokens, self.spec.batched_tokens)
+        pace = eviction.pace(FAVOUR, self.spec.slots)
+        limits = EngineLimits(
+            self.spec.slots,
+            self.spec.kv_tokens,
+            self.spec.batched_tokens,
+            headroom=pace.headroom,
+            alone=pace.alone,
+        )
         step = self.spec.profile(self.awake).step
         self.engine = FastEngine(limits, step, self._events.now())
         self._reported = (0, 0.0)

@@ -43,6 +43,8 @@ def summary(outcome: Outcome, fleet: Fleet, bound: Bounds | None = None) -> Json
             work_class.name: _share(on_time, requests.work_class == number)
             for number, work_class in enumerate(requests.classes)
         },
+        "interactive": _share(on_time, requests.interactive),
+        "batch": _share(on_time, ~requests.interactive),
         "tenants": {
             tenant: _share(on_time, requests.tenant == number)
             for number, tenant in enumerate(requests.tenants)

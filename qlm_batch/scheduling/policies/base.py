@@ -53,6 +53,7 @@ def to_plan(problem: Problem, queues: Queues, shed: Collection[int], policy: str
     append_tail(problem, full, let_go)
     now = problem.now
     times = problem.times(full)
+    shares = problem.shares(times).tolist()
     where = np.repeat(np.arange(len(full)), np.diff(times.bounds))
     tails = problem.table.tails[problem.table.tail_kind[times.flat], where]
     starts, finish = (times.starts + now).tolist(), (times.ends + tails + now).tolist()
@@ -63,16 +64,21 @@ def to_plan(problem: Problem, queues: Queues, shed: Collection[int], policy: str
         entries = []
         for p, (g, n) in enumerate(zip(queue, range(bounds[i], bounds[i + 1]), strict=True)):
             shed_here = g in let_go
+            if shed_here:
+                reason = why_shed(problem, g)
+            else:
+                reason = f"{_where(p, name)}; {states[problem.model[g]]}"
+                if shares[n] < 1.0:
+                    reason += f"; about {100.0 * shares[n]:.0f} % of it in time"
             entries.append(
                 PlannedGroup(
                     problem.groups[g],
                     start=starts[n],
                     finish_mean=finish[n],
                     finish_var=variances[n],
-                    reason=why_shed(problem, g)
-                    if shed_here
-                    else f"{_where(p, name)}; {states[problem.model[g]]}",
+                    reason=reason,
                     shed=shed_here,
+                    share=shares[n],
                 )
             )
         planned.append(VirtualQueue(name, tuple(entries)))
@@ -107,11 +113,15 @@ def _where(position: int, name: str) -> str:
 
 @dataclass(slots=True)
 class Standing:
-    """An earlier plan's order for today's groups, those it let go, and those it does not know."""
+    """An earlier plan's order for today's groups, those it let go, and those it does not know.
+
+    `partly` are groups of the order that it knew would be on time in part only.
+    """
 
     queues: Queues
     shed: list[int]
     new: list[int]
+    partly: frozenset[int] = frozenset()
 
     def insert(self, problem: Problem) -> bool:
         """Put the new groups where they make nothing late; False where one fits nowhere."""
@@ -140,7 +150,7 @@ def standing(problem: Problem, plan: Plan) -> Standing | None:
     """
     index = {group.key: g for g, group in enumerate(problem.groups)}
     names = {view.name: i for i, view in enumerate(problem.instances)}
-    queues, shed = problem.empty, []
+    queues, shed, partly = problem.empty, [], set()
     for queue in plan.queues:
         i = names.get(queue.instance, -1)
         for placed in queue.groups:
@@ -151,6 +161,9 @@ def standing(problem: Problem, plan: Plan) -> Standing | None:
                 shed.append(g)
             elif i >= 0 and problem.serves[i, problem.model[g]]:
                 queues[i].append(g)
+                if placed.share < 1.0:
+                    partly.add(g)
             else:
                 return None
-    return Standing(queues, shed, [g for g in index.values() if problem.placeable(g)])
+    new = [g for g in index.values() if problem.placeable(g)]
+    return Standing(queues, shed, new, frozenset(partly))

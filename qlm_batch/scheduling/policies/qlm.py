@@ -6,7 +6,8 @@ more than its time; only where nothing already placed becomes late. What fits no
 Where that happens and tenants compete, those that had less are inserted first.
 
 The search then empties a stretch of a few queues and puts the groups back together with some that
-were let go, keeping what is worth at least as much. The loops are in `kernels`.
+were let go, keeping what is worth at least as much. At last, what cannot be on time as a whole is
+put where a part of it is, if that makes nothing else late. The loops are in `kernels`.
 """
 
 from __future__ import annotations
@@ -24,9 +25,14 @@ from qlm_batch.scheduling.kernels import Ints, loops
 from qlm_batch.scheduling.policies.base import to_plan
 from qlm_batch.scheduling.policies.listing import by_deadline, list_schedule
 from qlm_batch.scheduling.problem import SWAP_PRICE, Durations, Problem, Queues
+from qlm_batch.scheduling.triage import tail_order
 
 STAY_S: Final = 1.0
 """How much sooner a queue must end to take a group from the queue it stood in before."""
+LEAST_SHARE: Final = 0.1
+"""Work of which less than this would be on time stays let go."""
+_TRIES = 200_000
+"""Places looked at for work that is late in part, so that a plan's time is bounded."""
 _ROOM = 64
 """Places beyond the longest queue into which the search may grow one."""
 
@@ -82,6 +88,30 @@ def improved(problem: Problem, schedule: Schedule, moves: int, seed: int) -> Sch
         problem.price(1.0),
     )
     return _queues(place, size), gone[:left].tolist()
+
+
+def with_late(problem: Problem, schedule: Schedule) -> Schedule:
+    """The schedule with what was let go put where a part of it is on time, most worthy first.
+
+    Nothing of the schedule becomes late by it.
+    """
+    queues, let_go = schedule
+    order = np.array(tail_order(problem, let_go), dtype=np.int64)
+    order = order[problem.columns.due[order] > 0.0]
+    if not order.size or not queues:
+        return schedule
+    room = min(len(problem.groups), max(len(queue) for queue in queues) + order.size)
+    place = np.empty((len(queues), max(1, room)), dtype=np.int64)
+    for i, queue in enumerate(queues):
+        place[i, : len(queue)] = queue
+    size = np.array([len(queue) for queue in queues], dtype=np.int64)
+    due = problem.columns.due
+    movable = problem.columns._replace(due=due.copy())
+    placed = loops().insert_late(
+        movable, due, problem.table.excess, place, size, order, LEAST_SHARE, _TRIES
+    )
+    chosen = set(order[placed].tolist())
+    return _queues(place, size), [g for g in let_go if g not in chosen]
 
 
 def _fairly(problem: Problem, schedule: Schedule) -> Schedule:
@@ -146,8 +176,9 @@ class QlmPolicy:
         found = improved(problem, inserted if better else plain, moves, seed)
         score = problem.score(found[0])
         if score.on_time < floor.on_time or score.objective < floor.objective:
-            return plain
-        return [_by_deadline_in_runs(problem, i, q) for i, q in enumerate(found[0])], found[1]
+            return with_late(problem, plain)
+        tidy = [_by_deadline_in_runs(problem, i, q) for i, q in enumerate(found[0])]
+        return with_late(problem, (tidy, found[1]))
 
 
 QLM: Final = QlmPolicy()
