@@ -560,7 +560,7 @@ class Loops(NamedTuple):
     walk_all: Callable[[Columns, Ints, Ints], tuple[Floats, Floats, Floats, Floats, Floats]]
     behind: Callable[[Columns, Ints, Floats, Ints], Ints]
     insert_one: Callable[[Columns, Ints, Ints, int, float], tuple[int, int]]
-    insert_late: Callable[[Columns, Floats, Ints, Ints, Ints, float, int], Flags]
+    insert_late: Callable[[Columns, Floats, Floats, Ints, Ints, Ints, float, int], Flags]
     by_insertion: Callable[[Columns, Ints, Ints, Ints, float, float], Ints]
     search: Callable[[Columns, Floats, Ints, Ints, Ints, int, int, int, float, float], int]
     survival: Callable[[Floats, Floats, Floats, float, float], tuple[Floats, Floats]]

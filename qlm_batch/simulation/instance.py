@@ -23,8 +23,8 @@ from qlm_batch.simulation.fleet import InstanceSpec
 from qlm_batch.simulation.workload import Requests
 
 MOST_GENERATED: Final = 128
-FAVOUR: Final = "balanced"
-"""What simulated engines favour: the service's default."""
+FAVOUR: Final = "throughput"
+"""What simulated engines favour: their fleets serve far more batch work than calls."""
 _MAX_MODEL_LEN: Final = 32_768
 FORGETS: Final = 0.05
 """Weight of the newest request in the typical output."""

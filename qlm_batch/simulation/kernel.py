@@ -34,7 +34,7 @@ ARRIVAL, FIRST, END = 0, 1, 2
 RUNS, WAITS, FREE_BLOCKS, STEPS, TOKENS, PREEMPTIONS, RECOMPUTED, ROWS, SAMPLED = range(9)
 WAS_ALONE = 9
 TOTALS = 10
-SLOTS, BATCHED, BLOCK, URGENT_BELOW, SIZE, ALONE, MAX_EVICTIONS = range(7)
+SLOTS, BATCHED, BLOCK, URGENT_BELOW, SIZE, ALONE, MAX_EVICTIONS, RESERVE = range(8)
 CLOCK, BUSY = 0, 1
 SAMPLES = 32
 
@@ -199,8 +199,11 @@ def _most_running(
         inside += ints[order[at], PRIORITY] < limits[URGENT_BELOW]
     held = totals[RUNS] - inside if alone else 0
     slots = 0 if alone else limits[SLOTS]
-    limit = min(limits[SIZE] - held, slots + inside + urgent) + held
-    return int(max(limit, totals[RUNS]))
+    size, running = limits[SIZE] - held, totals[RUNS] - held
+    limit = min(size, slots + inside + urgent)
+    if inside + urgent > 0:
+        limit = min(limit, max(size - size // limits[RESERVE], running + urgent))
+    return int(max(limit + held, totals[RUNS]))
 
 
 @jit

@@ -104,7 +104,7 @@ class EvictingScheduler(Scheduler):  # type: ignore[misc]
             self._urgent_at = now
         slots = 0 if held else self._slots
         size = self._size - len(held)
-        limit = admission_limit(size, slots, urgent_running, len(urgent))
+        limit = admission_limit(size, slots, len(self.running), urgent_running, len(urgent))
         # A streaming session between two inputs keeps a place without running.
         idle = getattr(self, "num_waiting_for_streaming_input", 0)
         setattr(self, self._limit_name, max(min(size, limit + idle), len(self.running)))

@@ -439,7 +439,9 @@ class SimulatedEngine:
         if urgent:
             self._evict(urgent)
         urgent_running = sum(is_urgent(sequence.priority) for sequence in self._running)
-        limit = admission_limit(self._size, self._info.slots, urgent_running, len(urgent))
+        limit = admission_limit(
+            self._size, self._info.slots, len(self._running), urgent_running, len(urgent)
+        )
         while self._waiting and len(self._running) < limit:
             sequence = self._waiting[0][2]
             if self._running and self._kv() + sequence.to_prefill > self._info.kv_tokens:
