@@ -193,19 +193,22 @@ def insert_one(c: Columns, place: Ints, size: Ints, g: int, swap_price: float) -
 def insert_late(
     c: Columns,
     due: Floats,
+    lines: Floats,
     excess: Floats,
     place: Ints,
     size: Ints,
     order: Ints,
     least: float,
+    price: float,
     tries: int,
 ) -> Flags:
     """Put what cannot be on time as a whole where most of it is and nothing already placed suffers.
 
-    Groups are taken in `order`, each at least `least` of it in time, until `tries` positions were
-    looked at. `due` are true deadlines; those in `c` are moved to the end of what is placed late,
-    which must not become later still. `place` has room; it and `size` are changed. Returns which
-    were placed.
+    Groups are taken in `order`, each at least `least` of it in time and worth more than `price` for
+    each second of swapping it adds, until `tries` positions were looked at. `due` are true
+    deadlines; those in `c` are moved to the end of what is placed late, which must not become later
+    still. `lines` are the groups' requests. `place` has room; it and `size` are changed. Returns
+    which were placed.
     """
     room = place.shape[1]
     ends, variances, slack = np.empty(room), np.empty(room), np.empty(room + 1)
@@ -213,7 +216,7 @@ def insert_late(
     for n in range(order.size):
         g = order[n]
         k, kind = c.model[g], c.kind[g]
-        best, owner, at, ended = least, NOWHERE, 0, 0.0
+        best, owner, at, ended = 0.0, NOWHERE, 0, 0.0
         for i in range(size.size):
             if not c.serves[i, k]:
                 continue
@@ -235,11 +238,13 @@ def insert_late(
                     share, span = 0.0, max(mean * c.inflation, 1e-9)
                     for e in range(excess.shape[2]):
                         left = (due[g] - begin - excess[kind, i, e]) / span
-                        share += min(1.0, max(0.0, left)) / excess.shape[2]
-                    if share > best:
+                        made = math.floor(lines[g] * min(1.0, max(0.0, left)))
+                        share += made / (lines[g] * excess.shape[2])
+                    gain = c.weight[g] * share - price * (added - mean)
+                    if share >= least and gain > best:
                         done = (start + mean + c.tails[c.tail_kind[g], i]) * c.inflation
                         ended = done + c.z * math.sqrt(end_var + var)
-                        best, owner, at = share, i, p
+                        best, owner, at = gain, i, p
                 if p < size[i]:
                     end, end_var, last = ends[p], variances[p], c.model[place[i, p]]
         if owner >= 0:
@@ -560,7 +565,9 @@ class Loops(NamedTuple):
     walk_all: Callable[[Columns, Ints, Ints], tuple[Floats, Floats, Floats, Floats, Floats]]
     behind: Callable[[Columns, Ints, Floats, Ints], Ints]
     insert_one: Callable[[Columns, Ints, Ints, int, float], tuple[int, int]]
-    insert_late: Callable[[Columns, Floats, Floats, Ints, Ints, Ints, float, int], Flags]
+    insert_late: Callable[
+        [Columns, Floats, Floats, Floats, Ints, Ints, Ints, float, float, int], Flags
+    ]
     by_insertion: Callable[[Columns, Ints, Ints, Ints, float, float], Ints]
     search: Callable[[Columns, Floats, Ints, Ints, Ints, int, int, int, float, float], int]
     survival: Callable[[Floats, Floats, Floats, float, float], tuple[Floats, Floats]]
@@ -608,7 +615,9 @@ def compile_all() -> None:
     COMPILED.walk_all(columns, none, np.array([0, 1]))
     COMPILED.behind(columns, none, one.copy(), np.full(1, -1, dtype=np.int64))
     COMPILED.insert_one(columns, place, size, 0, 0.5)
-    COMPILED.insert_late(columns, one.copy(), np.zeros((1, 1, 8)), place, size, none, 0.5, 1)
+    COMPILED.insert_late(
+        columns, one.copy(), one, np.zeros((1, 1, 8)), place, size, none, 0.5, 0.5, 1
+    )
     COMPILED.search(columns, one, place, size, none.copy(), 0, 1, 0, 0.5, 0.5)
     COMPILED.survival(one, one, one, 1.0, 0.5)
     _choice.compiled = True

@@ -247,6 +247,11 @@ class Problem:
             inflation=self.inflation,
         )
 
+    @cached_property
+    def lines(self) -> Floats:
+        """The requests of each group, at least one."""
+        return np.array([max(1, group.requests) for group in self.groups], dtype=np.float64)
+
     @property
     def empty(self) -> Queues:
         """A queue without groups for every instance."""
@@ -341,9 +346,9 @@ class Problem:
             span = (times.ends[late] - times.starts[late]) * self.inflation
             start = times.starts[late] * self.inflation + self.z * np.sqrt(times.variances[late])
             room = (due[late] - start)[:, None] - self.table.excess[self.table.kind[group], owner]
-            shares[late] = np.clip(room / np.maximum(span, _LEAST_S)[:, None], 0.0, 1.0).mean(
-                axis=1
-            )
+            part = np.clip(room / np.maximum(span, _LEAST_S)[:, None], 0.0, 1.0)
+            lines = self.lines[group][:, None]
+            shares[late] = (np.floor(part * lines) / lines).mean(axis=1)
         return shares
 
     def score(self, queues: Queues) -> Score:

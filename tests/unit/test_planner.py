@@ -118,9 +118,11 @@ def test_the_default_is_never_worse_than_edf_shed(asked: Case, moves: int, seed:
 
 @given(asked=cases(), moves=st.integers(0, 60))
 @settings(max_examples=40, deadline=None)
-def test_whatever_the_default_does_not_let_go_is_on_time(asked: Case, moves: int) -> None:
+def test_whatever_the_default_does_not_let_go_is_on_time_or_told_to_be_in_part(
+    asked: Case, moves: int
+) -> None:
     for entry in (e for q in planned(asked, "qlm", moves=moves).queues for e in q.groups):
-        if not entry.shed:
+        if not entry.shed and entry.share == 1.0:
             assert entry.finish_mean <= entry.group.deadline + 1e-6
 
 

@@ -108,7 +108,16 @@ def with_late(problem: Problem, schedule: Schedule) -> Schedule:
     due = problem.columns.due
     movable = problem.columns._replace(due=due.copy())
     placed = loops().insert_late(
-        movable, due, problem.table.excess, place, size, order, LEAST_SHARE, _TRIES
+        movable,
+        due,
+        problem.lines,
+        problem.table.excess,
+        place,
+        size,
+        order,
+        LEAST_SHARE,
+        problem.price(1.0),
+        _TRIES,
     )
     chosen = set(order[placed].tolist())
     return _queues(place, size), [g for g in let_go if g not in chosen]
