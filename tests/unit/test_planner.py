@@ -298,12 +298,27 @@ def test_a_plan_of_real_estimates_keeps_a_margin_for_their_spread() -> None:
     fleet = snapshot(instances=[instance("i")])
     estimator = Estimator(fleet)
     asked = group("g", deadline=1e9, requests=1000)
-    takes = estimator.work(asked)
-    exact = float(takes.mean[0] + takes.tail[0])
-    tight = replace(asked, deadline=exact * 1.001)
-    loose = replace(asked, deadline=exact * 1.5)
-    shed = [
-        policy("qlm").plan(fleet, [g], estimator, 0, 0).queues[0].groups[0].shed
+    takes_s = float(estimator.work(asked).mean[0])
+    tight = replace(asked, deadline=takes_s)
+    loose = replace(asked, deadline=takes_s * 1.5)
+    shares = [
+        policy("qlm").plan(fleet, [g], estimator, 0, 0).queues[0].groups[0].share
         for g in (tight, loose)
     ]
-    assert shed == [True, False]
+    assert 0.5 < shares[0] < 1.0 == shares[1]
+
+
+def test_a_group_is_kept_for_the_part_of_it_that_can_be_on_time() -> None:
+    asked = case([[100.0]], [60.0], ["a"], [frozenset({"a"})], requests=[10])
+    (entry,) = planned(asked, "qlm").queues[0].groups
+    assert not entry.shed
+    assert entry.share == pytest.approx(0.6)
+    assert "60 % of it in time" in entry.reason
+
+
+def test_what_is_late_in_part_makes_nothing_else_late() -> None:
+    asked = case(
+        [[100.0], [30.0]], [60.0, 115.0], ["a"] * 2, [frozenset({"a"})], requests=[100, 10]
+    )
+    first, second = planned(asked, "qlm").queues[0].groups
+    assert (first.group.key, first.share, second.share) == ("g1", 1.0, pytest.approx(0.3))
