@@ -88,7 +88,8 @@ class ModelView:
     `wake_s` is the time to make it the awake one from where it is, or for the awake one once
     another took its place; None when not measured yet. `max_model_len` is 0 while unknown. `swaps`
     counts how often it was made awake since the boot, `swap_s` the seconds that took in all.
-    `parent` is the model whose engine serves it where it is an adapter, empty otherwise.
+    `stay_s` is how long the awake one would keep its place against an interactive request for this
+    one. `parent` is the model whose engine serves it where it is an adapter, empty otherwise.
     """
 
     name: str
@@ -98,6 +99,7 @@ class ModelView:
     wake_s: float | None = None
     swaps: int = 0
     swap_s: float = 0.0
+    stay_s: float = 0.0
     parent: str = ""
 
     @property

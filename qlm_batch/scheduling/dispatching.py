@@ -43,10 +43,10 @@ def top_up(
 ) -> list[Assignment]:
     """What to assign now, in order: each ready instance filled from the head of its queue.
 
-    A group of a model that is not awake waits until its instance has nothing left of others; its
-    arrival is what makes the instance swap. Nothing behind it is assigned before it. Plans may name
-    groups whose slices are gone; the store assigns what there is. `factors` multiply the fill of
-    the instances they name (see `pacing`).
+    A group of a model that is not awake waits until its instance has nothing left of others, unless
+    it stands first and presses; its arrival is what makes the instance swap. Nothing behind it is
+    assigned before it. Plans may name groups whose slices are gone; the store assigns what there
+    is. `factors` multiply the fill of the instances they name (see `pacing`).
     """
     settings = config or DispatchConfig()
     paces = factors or {}
@@ -60,7 +60,9 @@ def top_up(
         if i >= 0 and snapshot.instances[i].state is InstanceState.READY:
             view = snapshot.instances[i]
             pace = paces.get(view.name, 1.0)
-            assignments += _fill(view, i, queue.groups, queued, estimator, settings, pace)
+            assignments += _fill(
+                view, i, queue.groups, queued, estimator, settings, pace, snapshot.now
+            )
     return assignments
 
 
@@ -72,6 +74,7 @@ def _fill(
     estimator: Estimator,
     config: DispatchConfig,
     pace: float,
+    now: float,
 ) -> list[Assignment]:
     # Adapters share their model's engine: what it holds is told by the root.
     roots = {model.name: model.root for model in view.models}
@@ -88,7 +91,7 @@ def _fill(
             continue
         others = {model for model, count in held.items() if count and model != root}
         # Awake side by side, models have engines of their own; else only one may hold work.
-        if others - awake or (others and root not in awake):
+        if others - awake or (others and root not in awake and not _interrupts(placed, view, now)):
             break
         flow = estimator.flow_of(index, group)
         target = pace * max(
@@ -161,6 +164,13 @@ def rescues(
                 found[name] = group.key
                 break
     return found
+
+
+def _interrupts(placed: PlannedGroup, view: InstanceView, now: float) -> bool:
+    """Whether a group of a sleeping model cannot wait for what the instance holds to end."""
+    first = all(placed.group.deadline < own.deadline for own in view.assigned if own.requests)
+    spare_s = placed.group.deadline - placed.finish_mean
+    return first and not placed.shed and spare_s < placed.start - now
 
 
 def _presses(head: PlannedGroup, now: float) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qlm_batch.domain.snapshot import InstanceState, Plan, RequestGroup, Snapshot
+from qlm_batch.domain.snapshot import InstanceState, Plan, RequestGroup, Residency, Snapshot
 from qlm_batch.scheduling.policies.base import standing, to_plan
 from qlm_batch.scheduling.problem import Durations, Problem
 
@@ -32,9 +32,14 @@ class Incumbent:
 
 
 def fleet_signature(snapshot: Snapshot) -> tuple[tuple[str, ...], ...]:
-    """What makes two fleets the same for planning: names, boots, states and models."""
+    """What makes two fleets the same for planning: names, boots, states and models that work."""
     return tuple(
-        (view.name, view.boot_id, view.state.value, *sorted(model.name for model in view.models))
+        (
+            view.name,
+            view.boot_id,
+            view.state.value,
+            *sorted(m.name for m in view.models if m.residency is not Residency.FAILED),
+        )
         for view in snapshot.instances
     )
 

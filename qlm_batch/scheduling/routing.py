@@ -62,8 +62,10 @@ def route(
             room_in = wait_s if room_in is None else min(room_in, wait_s)
             continue
         # Among equals the one with the least interactive work, for there batch work has to give
-        # way; then the one with the least to do for anybody, then by name.
-        rank = (start_s, ahead * 1000 // slots, view.running * 1000 // slots, view.name)
+        # way; then the one with the least to do for anybody, then by name. Where all sleep the
+        # calls stay together: one swap is enough.
+        spread = ahead * 1000 // slots if hosted.residency is Residency.AWAKE else 0
+        rank = (start_s, spread, view.running * 1000 // slots, view.name)
         if best is None or rank < best:
             best, chosen = rank, Route(view.name, view.boot_id, start_s)
     if chosen is not None:
@@ -85,4 +87,4 @@ def _wake_s(view: InstanceView, model: ModelView) -> float:
     ready = view.state is not InstanceState.STARTING and model.residency is Residency.AWAKE
     if ready:
         return 0.0
-    return UNKNOWN_WAKE_S if model.wake_s is None else model.wake_s
+    return model.stay_s + (UNKNOWN_WAKE_S if model.wake_s is None else model.wake_s)

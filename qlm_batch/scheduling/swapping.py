@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final
 
@@ -96,16 +96,30 @@ def next_change(hosted: Sequence[Hosted], room: int) -> Change | None:
     return Change(wakes.model, sleeps.model, parting, most_s)
 
 
+def stay_s(hosted: Sequence[Hosted], model: str, room: int) -> float:
+    """How long an interactive request for `model` would wait before the swap to it began."""
+    awake = [own for own in hosted if own.awake_s is not None]
+    if len(awake) < room or any(own.model == model for own in awake):
+        return 0.0
+    asleep = [replace(own, calls=1) for own in hosted if own.model == model]
+    waits = [_turn_s(own, other) - (own.awake_s or 0.0) for own in awake for other in asleep]
+    return max(0.0, min(waits, default=0.0))
+
+
 def _yields(awake: Hosted, other: Hosted) -> bool:
     """Whether the awake model gives its place to the other, which has work."""
+    return (awake.awake_s or 0.0) >= _turn_s(awake, other)
+
+
+def _turn_s(awake: Hosted, other: Hosted) -> float:
+    """How long the awake model may stay when the other, which has work, wants its place."""
     if not awake.wanted:
-        return True
-    held_s = awake.awake_s or 0.0
+        return 0.0
     if awake.calls and not other.calls:
-        return held_s >= CALLS_SWAPS * other.swap_s
-    if other.calls:
-        return held_s >= STAY_SWAPS * other.swap_s
-    return other.due < awake.due and held_s >= STAY_SWAPS * other.swap_s
+        return CALLS_SWAPS * other.swap_s
+    if other.calls or other.due < awake.due:
+        return STAY_SWAPS * other.swap_s
+    return math.inf
 
 
 def retry_delay(attempts: int) -> float | None:

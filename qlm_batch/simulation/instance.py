@@ -15,7 +15,7 @@ from qlm_batch.domain.ledger import Directive, Held, ReleaseReason
 from qlm_batch.domain.ports import Heartbeat, Store
 from qlm_batch.domain.snapshot import InstanceState, ModelView, Observation, Output, Residency
 from qlm_batch.scheduling import agent, eviction
-from qlm_batch.scheduling.swapping import Change, Hosted, Parting, next_change
+from qlm_batch.scheduling.swapping import Change, Hosted, Parting, next_change, stay_s
 from qlm_batch.simulation.engine import EngineLimits
 from qlm_batch.simulation.events import EventQueue
 from qlm_batch.simulation.fast_engine import FastEngine
@@ -473,6 +473,7 @@ class SimulatedInstance:
     def _heartbeat(self) -> Heartbeat:
         inside = self.engine.running + self.engine.waiting
         most = agent.concurrency_cap(self.spec.slots)
+        hosted = self._hosted(self._events.now()) if len(self.spec.models) > 1 else ()
         return Heartbeat(
             name=self.spec.name,
             boot_id=self.boot_id,
@@ -485,6 +486,7 @@ class SimulatedInstance:
                     self._residency[model],
                     _MAX_MODEL_LEN,
                     self._swap_s(model),
+                    stay_s=stay_s(hosted, model, 1),
                 )
                 for model in self.spec.models
             ),

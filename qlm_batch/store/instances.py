@@ -191,6 +191,7 @@ def _to_models(hosted: Sequence[dict[str, Any]]) -> tuple[ModelView, ...]:
             wake_s=model["wake_s"],
             swaps=model.get("swaps", 0),
             swap_s=model.get("swap_s", 0.0),
+            stay_s=model.get("stay_s", 0.0),
             parent=model.get("parent", ""),
         )
         for model in hosted

@@ -86,6 +86,28 @@ def test_a_sleeping_model_waits_until_the_awake_one_is_through() -> None:
     assert [a.run_id for a in handed(idle, groups)] == [1]
 
 
+@pytest.mark.parametrize(
+    ("deadline", "finish", "interrupts"),
+    [
+        pytest.param(900.0, 880.0, True, id="pressed"),
+        pytest.param(900.0, 700.0, False, id="with time to spare"),
+        pytest.param(1100.0, 1095.0, False, id="due after what runs"),
+    ],
+)
+def test_a_sleeping_model_is_handed_its_work_early_where_it_cannot_wait(
+    deadline: float, finish: float, interrupts: bool
+) -> None:
+    held = (assigned(9, 64, leased=1, deadline=1000.0),)
+    situation = snapshot(
+        runs=[run_view(1, 1, model="n"), run_view(2, 1)],
+        instances=[instance("i", ["m", "n"], assigned=held)],
+    )
+    groups = (of_run(1, 1, model="n", deadline=deadline), of_run(2, 1))
+    plan = plan_of("i", *groups, start=100.0, finish=finish)
+    found = top_up(situation, plan, Estimator(situation), CONFIG)
+    assert [a.run_id for a in found] == ([1] if interrupts else [])
+
+
 def test_behind_a_swap_nothing_is_handed_out() -> None:
     view = instance("i", ["m", "n"], assigned=(assigned(9, 1, model="n"),))
     assert handed(view, [of_run(2, 1)]) == []

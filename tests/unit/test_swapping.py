@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -19,6 +20,7 @@ from qlm_batch.scheduling.swapping import (
     Parting,
     next_change,
     retry_delay,
+    stay_s,
 )
 
 SWAP_S = 10.0
@@ -139,6 +141,24 @@ def test_a_sleeper_with_work_never_waits_beside_an_idle_model(
     waiting = any(own.wanted and own.awake_s is None for own in hosted)
     if waiting and (len(up) < room or any(not own.wanted for own in up)):
         assert next_change(hosted, room) is not None
+
+
+def test_how_long_a_call_would_wait_for_a_swap_is_known() -> None:
+    busy = awake(due=5.0, for_s=15.0)
+    assert stay_s([busy, asleep()], "b", 1) == STAY_SWAPS * SWAP_S - 15.0
+    assert stay_s([busy, asleep()], "a", 1) == 0.0
+    assert stay_s([busy, asleep()], "b", 2) == 0.0
+    assert stay_s([awake(), asleep()], "b", 1) == 0.0
+
+
+@given(st.lists(models, min_size=1, max_size=5), st.integers(1, 4))
+def test_a_call_that_would_not_wait_makes_the_swap_begin(hosted: list[Hosted], room: int) -> None:
+    called = next((own for own in hosted if own.awake_s is None), None)
+    if called is None or any(own.calls for own in hosted if own.awake_s is None):
+        return
+    asked = [replace(own, calls=1) if own is called else own for own in hosted]
+    begins = next_change(asked, room) is not None
+    assert begins == (stay_s(hosted, called.model, room) == 0.0)
 
 
 def test_waking_is_tried_again_a_few_times() -> None:

@@ -175,7 +175,7 @@ class Host:
             adapter.finished(tenant, output_tokens, prompt_tokens)
             self.meter.of_adapter(output_tokens)
 
-    def views(self, wake_s: float | None = None) -> tuple[ModelView, ...]:
+    def views(self, wake_s: float | None = None, stay_s: float = 0.0) -> tuple[ModelView, ...]:
         """The model and its adapters as the scheduler sees them."""
         own = ModelView(
             name=self.model,
@@ -185,6 +185,7 @@ class Host:
             wake_s=wake_s,
             swaps=self.swaps,
             swap_s=round(self.swapped_s, 3),
+            stay_s=stay_s,
         )
         adapters = [
             replace(own, name=name, parent=self.model, swaps=0, swap_s=0.0)

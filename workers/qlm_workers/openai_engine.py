@@ -55,7 +55,9 @@ class OpenAIEngine:
         start_timeout_s: float = 900.0,
         max_n: int = 16,
         media_domains: tuple[str, ...] = (),
+        must_sleep: bool = False,
     ) -> None:
+        self._must_sleep = must_sleep
         self._url = url.rstrip("/").removesuffix("/v1")
         self._model = model
         self._kind = kind
@@ -96,6 +98,7 @@ class OpenAIEngine:
             start_timeout_s=settings.start_timeout_s,
             max_n=settings.max_n,
             media_domains=tuple(domains) if isinstance(domains, list | tuple) else (),
+            must_sleep=settings.swaps,
         )
 
     @property
@@ -120,6 +123,8 @@ class OpenAIEngine:
         )
         try:
             self._facts = await probe(self._client, self._model, self._kind, self._start_timeout_s)
+            if self._must_sleep:
+                self._check_sleeps(self._facts)
         except BaseException:
             await self.stop()
             raise
@@ -248,15 +253,18 @@ class OpenAIEngine:
         await self._ask("/wake_up", {})
         return self._info()
 
-    async def _ask(self, path: str, query: dict[str, str]) -> None:
-        if self._client is None or self._facts is None:
-            raise EngineDead(f"The engine at {self._url} is not running.")
-        if Lso.SWAP not in self._facts.supports:
+    def _check_sleeps(self, facts: ServerFacts) -> None:
+        if Lso.SWAP not in facts.supports:
             raise ConfigurationError(
                 f"The server at {self._url} cannot sleep: start it with --enable-sleep-mode and "
                 "VLLM_SERVER_DEV_MODE=1, or unset QLM_MODELS_AWAKE.",
                 param="models_awake",
             )
+
+    async def _ask(self, path: str, query: dict[str, str]) -> None:
+        if self._client is None or self._facts is None:
+            raise EngineDead(f"The engine at {self._url} is not running.")
+        self._check_sleeps(self._facts)
         try:
             response = await self._client.post(path, params=query, timeout=None)
         except httpx.HTTPError as error:

@@ -52,6 +52,7 @@ class Residents:
         self.phase = ""
         self._slots, self._kv_tokens = settings.slots, 0
         self._task: asyncio.Task[None] | None = None
+        self._retired = False
         self._coming: Host | None = None
         self._began = 0.0
         self._failed: dict[Host, float] = {}
@@ -89,7 +90,14 @@ class Residents:
     def views(self) -> tuple[ModelView, ...]:
         """The models as the scheduler sees them."""
         now = time.monotonic()
-        return tuple(view for host in self._hosts for view in host.views(self._wake_s(host, now)))
+        hosted = self._hosted(now)
+        return tuple(
+            view
+            for host in self._hosts
+            for view in host.views(
+                self._wake_s(host, now), swapping.stay_s(hosted, host.model, self.room)
+            )
+        )
 
     def _wake_s(self, host: Host, now: float) -> float | None:
         """From where it is to awake, with what has to leave for it; the rest while under way."""
@@ -112,11 +120,17 @@ class Residents:
     def look(self, now: float) -> None:
         """Begin the swap the rule asks for; call it often."""
         self._forgive(now)
-        if self._task is not None or len(self._hosts) <= self.room:
+        if self._retired or self._task is not None or len(self._hosts) <= self.room:
             return
         change = swapping.next_change(self._hosted(now), self.room)
         if change is not None:
             self._task = asyncio.create_task(self._swap(change))
+
+    def retire(self) -> list[Lease]:
+        """Begin no more swaps; the leases that would have needed one."""
+        self._retired = True
+        waiting = [host for host in self._hosts if host.residency is not Residency.AWAKE]
+        return [lease for host in waiting for lease in self._leases(host)]
 
     async def close(self) -> None:
         """Stop where a swap stands."""

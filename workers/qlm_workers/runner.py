@@ -119,6 +119,7 @@ class Runner:
         if self._desk is not None:
             self._desk.refuse_more()
         self._drained_by = time.monotonic() + grace_s
+        self._give_back(self._residents.retire())
         self._claim_now.set()
         if starting or self._all_done():
             self.end(Exit.OK)
