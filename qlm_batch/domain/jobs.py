@@ -107,7 +107,8 @@ class RequestCounts:
         return self.total - self.completed - self.failed
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen: many are made, and freezing makes that take several times as long.
+@dataclass(slots=True, unsafe_hash=True)
 class Usage:
     """Tokens as the engine counted them."""
 
@@ -140,7 +141,8 @@ class LineError:
     param: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen: many are made, and freezing makes that take several times as long.
+@dataclass(slots=True, unsafe_hash=True)
 class Estimate:
     """When a batch will be done: quantiles as absolute times, and the chance of a miss in [0, 1].
 
