@@ -244,7 +244,7 @@ def describe(batch: Json) -> str:
     lines = [progress_text(batch), f"deadline   {clock(batch['expires_at'])}"]
     qlm = batch.get("qlm") or {}
     if qlm.get("reason"):
-        lines.append(f"estimate   {qlm['reason']}")
+        lines.append(f"because    {qlm['reason']}")
     promise = qlm.get("promise") or {}
     if promise.get("p50"):
         lines.append(f"promised   {clock(promise['p50'])} (95 %: {clock(promise['p95'])})")

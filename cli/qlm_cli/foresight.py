@@ -16,6 +16,8 @@ from qlm_cli.context import EXIT_UNFINISHED, Context, service_options
 from qlm_cli.output import Json, ago, clock
 
 _WIDTH = 40
+_TELLING = 20
+"""Promises below which shares say little."""
 
 
 @click.command()
@@ -94,7 +96,7 @@ def _estimate_text(answer: Json) -> str:
     lines.append(f"deadline   {clock(answer['deadline'])}")
     if eta["p50"] is not None:
         lines.append(f"done       in about {ago(eta['p50'] - now)} (95 %: {ago(eta['p95'] - now)})")
-        lines.append(f"miss       {100 * answer['miss_probability']:.1f} %")
+        lines.append(f"late       {100 * answer['miss_probability']:.1f} % likely")
     lines.append(f"because    {answer['reason']}")
     if answer["late_batches"]:
         lines.append(f"others     {answer['late_batches']} batches would become late")
@@ -106,8 +108,10 @@ def _estimate_text(answer: Json) -> str:
 def _diagram(found: Json) -> str:
     if not found["promises"]:
         return "no batch has ended yet that had a promise"
+    count = found["promises"]
+    few = "" if count >= _TELLING else f"; too few to tell, {_TELLING} or more say something"
     lines = [
-        f"{found['promises']} promises kept score of",
+        f"promises to {count} ended batch{'' if count == 1 else 'es'}{few}",
         f"done by p50  {100 * found['done_by_p50']:5.1f} %  (50 % promised)",
         f"done by p95  {100 * found['done_by_p95']:5.1f} %  (95 % promised)",
         "",

@@ -164,4 +164,4 @@ def test_the_command_line_draws_the_reliability_diagram(site: Site, client: Test
     assert "no batch has ended" in run_cli(site, "calibration").stdout
     ran(site, client)
     text = run_cli(site, "calibration").stdout
-    assert "1 promises" in text and "95 %" in text
+    assert "promises to 1 ended batch; too few to tell" in text and "95 %" in text
