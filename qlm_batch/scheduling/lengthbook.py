@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -212,8 +213,10 @@ def _mean_of(relative: Mapping[int, float], prompts: Sequence[int]) -> float:
     return float(weights @ own) / float(weights.sum())
 
 
+@lru_cache(maxsize=HISTORY)
 def _weights(count: int) -> Floats:
     newest_last: Floats = DECAY ** np.arange(count - 1, -1, -1, dtype=np.float64)
+    newest_last.setflags(write=False)
     return newest_last
 
 
