@@ -87,7 +87,9 @@ def eta_text(batch: Json) -> str:
     """When the batch should be done, as one phrase."""
     eta = (batch.get("qlm") or {}).get("eta") or {}
     p50, p95 = eta.get("p50"), eta.get("p95")
-    if batch["status"] not in ("in_progress", "finalizing", "validating"):
+    if batch["status"] == "finalizing":
+        return "writing its files"
+    if batch["status"] not in ("in_progress", "validating"):
         return ""
     if p50 is None:
         return (batch.get("qlm") or {}).get("reason") or "no estimate yet"

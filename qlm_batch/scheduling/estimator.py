@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from statistics import NormalDist
 
@@ -70,11 +70,16 @@ class EstimatorConfig:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """When an instance has absorbed what it was given already, and which models are awake then."""
+    """When an instance has absorbed what it was given already, and which models are awake then.
+
+    `ends` says for each (run, generation) it holds when that is absorbed, mean and variance:
+    engines take what they hold by deadline.
+    """
 
     mean: float
     var: float
     awake: frozenset[str]
+    ends: Mapping[tuple[int, int], tuple[float, float]] = field(default_factory=dict)
 
 
 class Estimator:
@@ -317,6 +322,7 @@ class Estimator:
             key=lambda own: (own.model not in awake, own.model, own.deadline, own.run_id),
         )
         begun = running = self._running.counts[instance]
+        ends: dict[tuple[int, int], tuple[float, float]] = {}
         for own in order:
             if claimed_only and not own.leased_slices:
                 continue
@@ -339,7 +345,8 @@ class Estimator:
             amount = rest * self._expected.factor(shape, own.prompts)
             mean += amount * flow.request_s * slow
             var += amount * flow.request_var * slow**2
-        return Ready(mean, var, awake)
+            ends[own.run_id, own.generation] = (mean, var)
+        return Ready(mean, var, awake, ends)
 
     def tail_s(self, instance: int, own: AssignedView) -> float:
         """How much later than its occupation the last of an instance's own work ends."""

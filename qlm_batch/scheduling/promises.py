@@ -85,10 +85,10 @@ def _assigned(snapshot: Snapshot, estimator: Estimator) -> Iterator[_Part]:
     for i, view in enumerate(snapshot.instances):
         for own in view.assigned:
             if own.requests > 0 and estimator.serves(i, own.model):
-                ready = estimator.ready(i)
+                mean, var = estimator.ready(i).ends[own.run_id, own.generation]
                 yield (
-                    ready.mean + estimator.tail_s(i, own),
-                    ready.var,
+                    mean + estimator.tail_s(i, own),
+                    var,
                     own.deadline - snapshot.now,
                     own.model,
                     SloClass.BATCH,

@@ -205,3 +205,13 @@ def test_prompts_never_lift_an_expectation_above_the_limit() -> None:
     asked = replace(group("g", deadline=1e6, requests=10), prompts=prompt_mix([2000]))
     limited = replace(asked, max_tokens=10 * 100)
     assert Estimator(situation).expected_tokens(limited) <= 10 * 105
+
+
+def test_what_an_instance_holds_ends_one_after_the_other_by_deadline() -> None:
+    held = (assigned(1, 64, deadline=500.0), assigned(2, 64, deadline=100.0))
+    situation = snapshot(instances=[instance("i", assigned=held)])
+    plan = policy("edf").plan(situation, (), known(situation), 0, 0)
+    told = with_estimates(plan, situation, known(situation)).estimates
+    sooner, later = (told[f"batch-{n}"].p50 for n in (2, 1))
+    assert sooner is not None and later is not None
+    assert sooner < 0.75 * later
