@@ -84,7 +84,7 @@ class Settings(BaseSettings):
     lora: tuple[str, ...] = ()
     """LoRA adapters: `NAME=FOLDER` of the first generating model, or `BASE:NAME=FOLDER`."""
     models_awake: int | None = Field(default=None, ge=1)
-    """Most models awake at once; the others wait asleep or unloaded. None: all of them."""
+    """Most models awake at once; the others wait asleep or unloaded. None: as many as fit."""
     swap_timeout_s: float = 300.0
     """An engine that takes longer to sleep or wake is ended and started anew."""
     sleep_level: Literal[1, 2] = 1

@@ -35,7 +35,7 @@ DEFAULT_MODEL = "qlm-tiny"
     "--models-awake",
     type=click.IntRange(min=1),
     default=None,
-    help="Most models awake at once; the others wait their turn.  [all]",
+    help="Most models awake at once; the others wait their turn.  [all that fit]",
 )
 @click.option(
     "--lora",

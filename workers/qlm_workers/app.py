@@ -25,6 +25,7 @@ from qlm_workers.lifecycle import EngineThread, end_on_signals
 from qlm_workers.link import WorkerStore
 from qlm_workers.meter import Meter
 from qlm_workers.naming import parse_model, served_name, told_length
+from qlm_workers.room import models_that_fit
 from qlm_workers.runner import Runner
 from qlm_workers.worker import ended, serve
 
@@ -66,6 +67,10 @@ class Storage(WorkerStore, InteractiveStore, Protocol):
 def make_runner(settings: Settings, store: Storage) -> Runner:
     """The runner of a fresh boot, with an engine, not started yet, for each model."""
     device = device_name(settings)
+    fits = models_that_fit(settings, on_gpu=bool(_cards()))
+    settings = settings.model_copy(update={"models_awake": fits})
+    if settings.swaps:
+        log.info("models take turns", awake=fits, hosted=len(settings.models))
     adapters = adapters_of(settings)
     hosts = []
     for model, kind in map(parse_model, settings.models):
@@ -89,9 +94,13 @@ def device_name(settings: Settings) -> str:
         return "simulated"
     if settings.engine == "openai":
         return f"server:{settings.engine_url}"
-    for card in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+    for card in _cards():
         for line in card.read_text().splitlines():
             key, _, value = line.partition(":")
             if key == "Model":
                 return value.strip()
     return "cpu"
+
+
+def _cards() -> list[Path]:
+    return sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))

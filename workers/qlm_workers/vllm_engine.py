@@ -24,6 +24,7 @@ from qlm_batch.settings import Settings
 from qlm_workers.adapters import Adapter
 from qlm_workers.answers import Door
 from qlm_workers.guardian import Guard
+from qlm_workers.room import CPU_KV_BYTES
 from qlm_workers.streams import DONE, Stream, is_error, opened
 from qlm_workers.vllm_answers import schema_answer, shape
 
@@ -31,10 +32,6 @@ if TYPE_CHECKING:
     from qlm_workers.vllm_api import Serving, StepLog
 
 log = structlog.get_logger(__name__)
-
-CPU_KV_BYTES = 1024**3
-"""Key-value cache on a host processor unless the settings say otherwise; vLLM would take nearly
-all memory."""
 
 STOP_S = 10.0
 """How long an engine may take to leave by itself; one that is killed leaves shared memory."""
