@@ -31,6 +31,8 @@ class Server:
     next_answers: deque[tuple[int, dict[str, str]]] = field(default_factory=deque)
     hang_up_after: int | None = None
     """End streams without a word after this many events."""
+    sleeps: bool = False
+    """Whether it is in vLLM's development mode, where it can be told to sleep."""
     bodies: list[dict[str, object]] = field(default_factory=list)
     url: str = ""
 
@@ -77,6 +79,20 @@ def _app(server: Server) -> FastAPI:
             "max_model_len": server.max_model_len,
         }
         return Response(orjson.dumps({"object": "list", "data": [card]}))
+
+    if server.sleeps:
+
+        @app.get("/is_sleeping")
+        async def is_sleeping() -> dict[str, bool]:
+            return {"is_sleeping": False}
+
+        @app.post("/sleep")
+        async def sleep() -> None:
+            await server.engine.sleep()
+
+        @app.post("/wake_up")
+        async def wake_up() -> None:
+            await server.engine.wake()
 
     @app.post("/v1/{rest:path}")
     async def post(request: Request, rest: str) -> Response:
