@@ -1,0 +1,198 @@
+"""Two models and an adapter on one worker that holds one model at a time, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from openai import OpenAI
+
+from qlm_batch.models import tiny_model_path
+from qlm_batch.models.prompts import Prompt, chat_body, is_right, mixed
+from tests.adapter_support import write_adapter
+
+from .conftest import CHECKOUT, free_port, user_environment
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+FIRST, SECOND, ADAPTER = "tiny-a", "tiny-b", "tiny-a-tuned"
+
+
+@dataclass
+class Turns:
+    """The service, the folders of its models, and what its worker logged."""
+
+    client: OpenAI
+    http: httpx.Client
+    models: Path
+    home: Path
+
+    @property
+    def instance(self) -> dict[str, Any]:
+        """The worker as `/v1/fleet` shows it."""
+        (found,) = self.http.get("/v1/fleet").json()["instances"]
+        return dict(found)
+
+    @property
+    def residency(self) -> dict[str, str]:
+        """Where each model is."""
+        return {model["name"]: model["residency"] for model in self.instance["models"]}
+
+    def logged(self, words: str) -> bool:
+        """Whether the worker's log has the words."""
+        return any(words in path.read_text() for path in self.home.rglob("worker.log"))
+
+    def worker(self) -> psutil.Process:
+        """The worker's process."""
+        state = json.loads(next(self.home.rglob("service.json")).read_text())
+        children = psutil.Process(state["pid"]).children()
+        return next(child for child in children if child.cmdline()[-1] == "worker")
+
+    def submit(self, lines: Sequence[tuple[str, Prompt]]) -> str:
+        """A batch of (model, prompt) lines."""
+        text = "".join(
+            json.dumps(
+                {
+                    "custom_id": str(n),
+                    "method": "POST",
+                    "url": "/v1/chat/completions",
+                    "body": chat_body(prompt, model=model),
+                }
+            )
+            + "\n"
+            for n, (model, prompt) in enumerate(lines)
+        )
+        file = self.client.files.create(file=("in.jsonl", text.encode()), purpose="batch")
+        batch = self.client.batches.create(
+            input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h"
+        )
+        return batch.id
+
+    def answers(self, batch_id: str) -> list[dict[str, Any]]:
+        """All lines of the batch once it has completed."""
+        until(lambda: self.client.batches.retrieve(batch_id).status == "completed", "the batch")
+        output = self.client.batches.retrieve(batch_id).output_file_id
+        assert output is not None
+        return [json.loads(line) for line in self.client.files.content(output).text.splitlines()]
+
+
+def until(reached: Callable[[], object], what: str, seconds: float = 150.0) -> None:
+    """Wait until it is so."""
+    give_up_at = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < give_up_at, f"not in {seconds:.0f} s: {what}"
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def turns(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Turns]:
+    """`qlm up` with two copies of the shipped model, an adapter, and room for one model."""
+    home = tmp_path_factory.mktemp("turns")
+    models = home / "models"
+    for name in (FIRST, SECOND):
+        shutil.copytree(tiny_model_path(), models / name)
+    adapter = write_adapter(home / "adapter", scale=0.0)
+    command = ["up", "--json", "--models-awake", "1", "--lora", f"{ADAPTER}={adapter}"]
+    for name in (FIRST, SECOND):
+        command += ["--model", str(models / name)]
+    limits = {"QLM_KV_CACHE_BYTES": str(64 * 1024**2), "QLM_MAX_MODEL_LEN": "1024"}
+    with (home / "up.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "qlm_cli", *command],
+            env=user_environment(home, free_port()) | limits,
+            cwd=CHECKOUT,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        )
+    assert process.stdout is not None
+    first = process.stdout.readline()
+    if not first:
+        process.wait()
+        pytest.fail(f"qlm up ended: {(home / 'up.log').read_text()}")
+    ready = json.loads(first)
+    key = Path(ready["key_file"]).read_text().strip()
+    base = ready["url"].removesuffix("/v1")
+    headers = {"Authorization": f"Bearer {key}"}
+    with httpx.Client(base_url=base, headers=headers, timeout=30, trust_env=False) as http:
+        yield Turns(
+            OpenAI(base_url=ready["url"], api_key=key, max_retries=0, timeout=200),
+            http,
+            models,
+            home,
+        )
+    process.send_signal(signal.SIGINT)
+    assert process.wait(90) == 0
+    process.stdout.close()
+
+
+def right(rows: Sequence[dict[str, Any]], lines: Sequence[tuple[str, Prompt]]) -> Counter[str]:
+    """Right answers of each model."""
+    found: Counter[str] = Counter()
+    for row in rows:
+        model, prompt = lines[int(row["custom_id"])]
+        body = row["response"]["body"]
+        assert body["model"] == model
+        found[model] += is_right(prompt, body["choices"][0]["message"]["content"])
+    return found
+
+
+def test_models_are_listed_wherever_they_are_and_adapters_with_their_base(turns: Turns) -> None:
+    listed = {model["id"]: model["parent"] for model in turns.http.get("/v1/models").json()["data"]}
+    assert listed == {FIRST: None, SECOND: None, ADAPTER: FIRST}
+    assert turns.residency == {FIRST: "awake", SECOND: "cold", ADAPTER: "awake"}
+
+
+def test_a_file_for_all_of_them_is_answered_although_loading_fails_at_first(turns: Turns) -> None:
+    config = turns.models / SECOND / "config.json"
+    hidden = config.rename(config.with_name("hidden.json"))
+    prompts = mixed(16, seed=3)
+    lines = [(model, prompt) for model in (FIRST, SECOND, ADAPTER) for prompt in prompts]
+    batch_id = turns.submit(lines)
+    until(lambda: turns.logged("engine did not wake"), "a failure")
+    hidden.rename(config)
+    rows = turns.answers(batch_id)
+    assert Counter(row["custom_id"] for row in rows) == Counter(map(str, range(len(lines))))
+    found = right(rows, lines)
+    assert found[FIRST] == found[SECOND] == found[ADAPTER] >= 14
+    assert turns.residency == {FIRST: "cold", SECOND: "awake", ADAPTER: "cold"}
+    decisions = turns.http.get(f"/v1/batches/{batch_id}/decisions").json()["data"]
+    assert any("was made awake in" in str(made["detail"].get("reason")) for made in decisions)
+    metrics = turns.http.get("/metrics").text
+    assert f'qlm_swaps_total{{instance="gpu-0",model="{SECOND}"}} 1.0' in metrics
+
+
+def test_a_worker_killed_half_way_through_a_swap_loses_nothing(turns: Turns) -> None:
+    prompts = mixed(16, seed=4)
+    lines = [(model, prompt) for model in (SECOND, FIRST) for prompt in prompts]
+    batch_id = turns.submit(lines)
+    until(lambda: turns.instance["state"] == "swapping", "a swap")
+    os.kill(turns.worker().pid, signal.SIGKILL)
+    rows = turns.answers(batch_id)
+    assert Counter(row["custom_id"] for row in rows) == Counter(map(str, range(len(lines))))
+    found = right(rows, lines)
+    assert found[FIRST] == found[SECOND] >= 14
+
+
+def test_a_user_gets_an_answer_from_a_model_that_is_not_loaded(turns: Turns) -> None:
+    until(lambda: turns.instance["state"] == "ready", "a worker")
+    cold = next(name for name in (FIRST, SECOND) if turns.residency[name] == "cold")
+    (prompt,) = mixed(1, seed=5)
+    body = chat_body(prompt, model=cold)
+    answer = turns.client.chat.completions.create(**body)
+    assert answer.model == cold
+    assert answer.choices[0].finish_reason == "stop"
+    until(lambda: turns.residency[cold] == "awake", "residency")
