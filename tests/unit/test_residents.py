@@ -15,7 +15,7 @@ from qlm_batch.scheduling import swapping
 from qlm_workers import link
 from qlm_workers.exits import Exit
 from tests.unit.test_runner import hold_until, positions, until, working
-from tests.unit.worker_fakes import FakeEngine, FakeStore, make_slice
+from tests.unit.worker_fakes import FakeEngine, FakeStore, good, make_slice
 
 
 @pytest.fixture(autouse=True)
@@ -202,3 +202,24 @@ async def test_leases_are_renewed_while_their_model_is_loaded() -> None:
         await until(lambda: store.renewals.get(1, 0) >= 3)
         second.may_wake.set()
         await until(lambda: store.completed == {1})
+
+
+async def test_what_an_engine_kept_goes_back_where_it_does_not_wake(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(swapping, "STAY_SWAPS", 0.0)
+    monkeypatch.setattr(swapping, "DRAIN_SWAPS", 0.0)
+    store = FakeStore(make_slice(1, 4))
+    first, second = FakeEngine(), FakeEngine()
+    first.keeps = second.keeps = True
+    first.respond = lambda _: None
+    async with working(store, first, second, models_awake=1):
+        await until(lambda: first.running == 4)
+        first.wake_errors = [EngineDead("no")]
+        store.put(make_slice(2, 2, model="other", due_in=60.0))
+        await until(lambda: store.released)
+        assert store.released == {1: ReleaseReason.PREEMPTED}
+        await until(lambda: seen(store, "m")[-1].residency is Residency.AWAKE)
+        first.respond = lambda _: good()
+        store.put(make_slice(3, 4))
+        await until(lambda: store.completed == {2, 3})

@@ -83,7 +83,7 @@ class Reporter:
             slots=self._residents.slots,
             kv_tokens=self._residents.kv_tokens,
             running=sum(host.inside + host.interactive for host in self._hosts),
-            interactive_running=sum(host.interactive for host in self._hosts),
+            interactive_running=sum(host.interactive + host.parked for host in self._hosts),
             batch_cap=sum(host.cap for host in awake),
             evictions=sum(host.totals.evictions for host in self._hosts),
             recomputed_tokens=sum(host.totals.recomputed_tokens for host in self._hosts),

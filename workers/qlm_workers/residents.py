@@ -84,8 +84,8 @@ class Residents:
 
     @property
     def between(self) -> bool:
-        """Whether a swap leaves nothing awake just now."""
-        return self._task is not None and not self.awake
+        """Whether a swap leaves no model that takes requests just now."""
+        return self._task is not None and not any(host.open for host in self._hosts)
 
     def views(self) -> tuple[ModelView, ...]:
         """The models as the scheduler sees them."""
@@ -191,8 +191,7 @@ class Residents:
         keeps = leaving.info is not None and leaving.info.keeps_asleep
         if change.parting is Parting.DRAIN:
             await _until(lambda: not leaving.inside, change.drain_s)
-        held = self._leases(leaving)
-        self._give_back([lease for lease in held if not (keeps and lease.tasks)])
+        self._release(leaving, keeps=keeps)
         await _until(lambda: not leaving.interactive and (keeps or not leaving.inside))
 
     async def _put_to_sleep(self, leaving: Host) -> None:
@@ -204,10 +203,10 @@ class Residents:
                 residency = await leaving.engine.sleep()
         except Exception as fault:  # noqa: BLE001 - an engine that will not sleep is ended
             log.warning("engine did not sleep", model=leaving.model, **_told(fault))
-            await leaving.engine.stop()
+            await self._end(leaving)
             residency = Residency.COLD
-        if residency is Residency.COLD:
-            self._give_back(self._leases(leaving))
+        # What was claimed while it emptied.
+        self._release(leaving, keeps=residency is Residency.ASLEEP)
         leaving.left(residency, time.monotonic() - began)
 
     async def _wake(self, coming: Host) -> bool:
@@ -224,7 +223,7 @@ class Residents:
                 log.warning(
                     "engine did not wake", model=coming.model, tries=attempts, **_told(fault)
                 )
-                await coming.engine.stop()
+                await self._end(coming)
                 coming.left(Residency.COLD)
                 delay = swapping.retry_delay(attempts)
                 if delay is None:
@@ -245,7 +244,7 @@ class Residents:
         log.error("model failed here", model=coming.model, retry_s=swapping.FAILED_FOR_S)
         self._failed[coming] = time.monotonic() + swapping.FAILED_FOR_S
         coming.left(Residency.FAILED)
-        self._give_back(self._leases(coming))
+        self._release(coming)
 
     async def _back_to(self, leaving: Host | None) -> None:
         """Wake what made room in vain."""
@@ -264,6 +263,18 @@ class Residents:
     def _tell(self, phase: str) -> None:
         self.phase = phase
         self._changed()
+
+    async def _end(self, host: Host) -> None:
+        """End the engine; what it kept inside goes back to the queue, blamed for nothing."""
+        if host.inside:
+            self._release(host)
+            await _until(lambda: not host.inside, self._settings.swap_timeout_s)
+        await host.engine.stop()
+
+    def _release(self, host: Host, *, keeps: bool = False) -> None:
+        """Return the model's leases to the queue, but those with requests the engine keeps."""
+        held = self._leases(host)
+        self._give_back([lease for lease in held if not (keeps and lease.tasks)])
 
     def _leases(self, host: Host) -> list[Lease]:
         return [lease for lease in self._table.leases if lease.slice.model in host.names]

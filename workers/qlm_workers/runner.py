@@ -253,7 +253,7 @@ class Runner:
             self._table.buffered > MOST_BUFFERED_ROWS
             or self._table.buffered_bytes > MOST_BUFFERED_BYTES
         )
-        if clogged or not self._claiming:
+        if clogged or not self._claiming or self._residents.between:
             return 0
         return agent.pull_size(
             self._table.in_hand, self._residents.slots, suspect=self._table.suspect
