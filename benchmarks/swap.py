@@ -134,6 +134,25 @@ class Site:
         store.create_batch(batch_id, BatchSpec(TENANT, CHAT, record.id, window, job.window_s))
         return batch_id
 
+    def submit_together(self, jobs: Sequence[Job]) -> list[str]:
+        """Hand batches in so that the scheduler sees them all at once, as the simulator's does."""
+        scheduler = self.stand.processes["scheduler"].pid
+        assert scheduler is not None
+        os.kill(scheduler, signal.SIGSTOP)
+        try:
+            batch_ids = [self.submit(job) for job in jobs]
+            wait_until(
+                lambda: all(
+                    self.stand.store.batch(TENANT, batch_id).state.value == "in_progress"
+                    for batch_id in batch_ids
+                ),
+                "intake",
+                60,
+            )
+        finally:
+            os.kill(scheduler, signal.SIGCONT)
+        return batch_ids
+
     def wait(self, batch_ids: Sequence[str], seconds: float = 3600) -> None:
         """Until all of them have ended."""
         ended = ("completed", "failed", "expired")
@@ -285,7 +304,7 @@ def _case(
     require(len(awake) == 1, f"{awake} are awake")
     can, planned = _simulated(machine, options, jobs, awake[0])
     before = site.swaps()
-    batch_ids = [site.submit(job) for job in jobs]
+    batch_ids = site.submit_together(jobs)
     site.wait(batch_ids)
     time.sleep(site.stand.settings.heartbeat_s + 0.5)
     swaps = site.swaps() - before
@@ -367,7 +386,7 @@ def _killed(site: Site, machine: Measured, lines: int) -> dict[str, object]:
     awake = next(name for name in MODELS if name not in asleep)
     prompts = _prompts(lines, 99)
     jobs = [Job(awake, prompts, 3600.0), Job(asleep[0], prompts, 3000.0)]
-    batch_ids = [site.submit(job) for job in jobs]
+    batch_ids = site.submit_together(jobs)
     wait_until(lambda: site.phase().startswith("waking"), "a swap", 600, every_s=0.02)
     worker = site.stand.processes["worker"]
     require(worker.pid is not None, "the worker has no process")

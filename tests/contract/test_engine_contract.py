@@ -22,8 +22,9 @@ from qlm_batch.domain.engine import (
     EventStream,
     Lso,
 )
-from qlm_batch.domain.errors import EngineDead
+from qlm_batch.domain.errors import ConfigurationError, EngineDead
 from qlm_batch.domain.jobs import CHAT, COMPLETIONS, EMBEDDINGS, EngineKind
+from qlm_batch.domain.snapshot import Residency
 from qlm_batch.scheduling.agent import INTERACTIVE_PRIORITY, engine_priority
 from qlm_batch.settings import Settings
 from qlm_workers.engines import make_engine
@@ -438,6 +439,23 @@ async def test_interactive_requests_start_at_once_although_batch_work_fills_the_
     assert [answer.usage.output_tokens for answer in answers] == [200] * SLOTS
     assert rig.engine.stats().evictions > evicted
     assert rig.engine.stats().recomputed_tokens > 0
+
+
+async def test_an_engine_that_slept_answers_as_before(rig: Rig) -> None:
+    question = {"messages": [{"role": "user", "content": "What is 12 + 4?"}], "temperature": 0}
+    before = await rig.engine.answer(rig.request(CHAT, question))
+    if Lso.SWAP not in rig.info.supports:
+        with pytest.raises(ConfigurationError):
+            await rig.engine.sleep()
+        return
+    assert await rig.engine.sleep() in (Residency.ASLEEP, Residency.COLD)
+    with pytest.raises(EngineDead):
+        await rig.engine.answer(rig.chat())
+    info = await rig.engine.wake()
+    assert (info.model, info.slots, info.max_model_len) == (MODEL, SLOTS, MAX_MODEL_LEN)
+    after = await rig.engine.answer(rig.request(CHAT, question))
+    said = [json.loads(answer.body)["choices"][0]["message"] for answer in (before, after)]
+    assert said[0] == said[1]
 
 
 async def test_stopping_ends_what_is_inside_and_stays_stopped(rig: Rig) -> None:
