@@ -21,11 +21,12 @@ from qlm_batch.domain.interactive import (
 )
 from qlm_batch.domain.jobs import CHAT, EngineKind, Usage
 from qlm_batch.domain.messages import Interactive
+from qlm_batch.domain.snapshot import Residency
 from qlm_batch.scheduling import agent
 from qlm_batch.store.memory import MemoryStore
 from qlm_workers import interactive
 from qlm_workers.hosts import Host
-from qlm_workers.interactive import InteractiveDesk
+from qlm_workers.interactive import ELSEWHERE, InteractiveDesk
 from qlm_workers.link import Link
 from qlm_workers.meter import Meter
 from tests.unit.test_runner import until
@@ -326,3 +327,41 @@ async def test_the_end_of_the_worker_leaves_nobody_waiting() -> None:
     assert bench.writer.end() == End(503, again=True, died=True)
     assert bench.writer.end(("req_2", 1)) == End(503, again=True, died=True)
     assert events.closed
+
+
+async def test_a_call_for_a_sleeping_model_waits_until_it_is_awake() -> None:
+    events = Events()
+    async with working(StreamEngine(events)) as bench:
+        bench.host.left(Residency.ASLEEP)
+        bench.accept()
+        await until(lambda: bench.host.parked == 1)
+        assert not bench.engine.requests
+        assert not bench.host.busy
+        bench.host.started(EngineInfo("m", EngineKind.GENERATE, 2048, 8, 4096), 1.0)
+        await until(lambda: bench.engine.requests)
+        assert (bench.host.parked, bench.host.interactive) == (0, 1)
+        events.queue.put_nowait(USAGE)
+        events.queue.put_nowait(None)
+        await until(lambda: bench.writer.end() == End(200))
+
+
+async def test_a_waiting_call_goes_elsewhere_when_its_model_cannot_be_loaded() -> None:
+    async with working(StreamEngine(Events())) as bench:
+        bench.host.left(Residency.COLD)
+        bench.accept()
+        await until(lambda: bench.host.parked == 1)
+        bench.host.left(Residency.FAILED)
+        await until(lambda: bench.writer.end() == ELSEWHERE)
+        bench.accept(replace(CALL, request_id="req_2"))
+        await until(lambda: bench.writer.end(("req_2", 1)) == ELSEWHERE)
+    assert not bench.engine.requests
+
+
+async def test_a_reader_that_leaves_while_its_model_sleeps_ends_the_wait() -> None:
+    async with working(StreamEngine(Events())) as bench:
+        bench.host.left(Residency.ASLEEP)
+        bench.accept()
+        await until(lambda: bench.host.parked == 1)
+        bench.writer.signs["req_1", 1] = Reader.GONE
+        await until(lambda: bench.state() is InteractiveState.ABORTED)
+        assert bench.host.parked == 0
