@@ -19,7 +19,7 @@ from qlm_batch.domain.errors import NotLeader, Unavailable
 from qlm_batch.domain.messages import Assigned
 from qlm_batch.domain.ports import Dispatcher, Planning
 from qlm_batch.domain.snapshot import Plan, RequestGroup, Snapshot
-from qlm_batch.scheduling.dispatching import DispatchConfig, recalls, rescues, top_up
+from qlm_batch.scheduling.dispatching import DispatchConfig, is_missed, recalls, rescues, top_up
 from qlm_batch.scheduling.estimator import Estimator, EstimatorConfig
 from qlm_batch.scheduling.forecasts import Forecasts
 from qlm_batch.scheduling.grouping import Grouper
@@ -173,7 +173,7 @@ class SchedulerLoop:
         groups = self._grouper.form(snapshot, estimator.capacities(snapshot))
         plan, why = self._plan(snapshot, groups, estimator)
         plan = with_estimates(plan, snapshot, estimator)
-        self._forecasts = self._forecasts.planned(plan)
+        self._forecasts = self._forecasts.planned(plan, snapshot)
         recalled = self._recalled(snapshot, plan, estimator)
         self._save(epoch, plan, snapshot, recalled, changed=bool(why or recalled))
         if recalled:
@@ -190,6 +190,7 @@ class SchedulerLoop:
         seen = self._store.take_observations(epoch, self._config.observations)
         snapshot = self._store.snapshot()
         known = Knowledge.of(snapshot.profiles, self._known)
+        self._forecasts = self._forecasts.seen(snapshot)
         outcomes = self._forecasts.outcomes
         if seen or outcomes:
             learned = known.observed(seen).waited(outcomes).written()
@@ -275,8 +276,8 @@ class SchedulerLoop:
         saved = rescues(snapshot, plan, estimator, config)
         # Once for each group: a plan that lets it go all the same would recall for ever.
         fresh = {name: key for name, key in saved.items() if key not in self._rescued}
-        shed = {p.group.key for queue in plan.queues for p in queue.groups if p.shed}
-        self._rescued = (self._rescued & shed) | set(fresh.values())
+        missed = {p.group.key for queue in plan.queues for p in queue.groups if is_missed(p)}
+        self._rescued = (self._rescued & missed) | set(fresh.values())
         return tuple(sorted({*recalls(snapshot, plan, config), *fresh}))
 
     def _dispatch(

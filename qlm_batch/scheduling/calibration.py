@@ -54,34 +54,53 @@ class Conformal:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """One model's conformal state per class."""
+    """One model's conformal state per class: of groups' waits, and of batches from promise to end.
 
-    classes: Mapping[SloClass, Conformal] = field(default_factory=dict)
+    What is promised is an end, so ends count where enough of them were seen.
+    """
+
+    waits: Mapping[SloClass, Conformal] = field(default_factory=dict)
+    ends: Mapping[SloClass, Conformal] = field(default_factory=dict)
 
     def factor(self, slo_class: SloClass) -> float | None:
         """The class's factor; None while too little was seen."""
-        return self.classes.get(slo_class, Conformal()).factor
+        of_ends = self.ends.get(slo_class, _FRESH).factor
+        return self.waits.get(slo_class, _FRESH).factor if of_ends is None else of_ends
 
-    def after(self, slo_class: SloClass, predicted_s: float, actual_s: float) -> Calibration:
-        """After one more outcome of this class."""
-        before = self.classes.get(slo_class, Conformal())
-        return Calibration({**self.classes, slo_class: before.after(predicted_s, actual_s)})
+    def after(
+        self, slo_class: SloClass, predicted_s: float, actual_s: float, *, end: bool = False
+    ) -> Calibration:
+        """After one more outcome of this class: a wait, or an `end`."""
+        own = dict(self.ends if end else self.waits)
+        own[slo_class] = own.get(slo_class, _FRESH).after(predicted_s, actual_s)
+        return Calibration(self.waits, own) if end else Calibration(own, self.ends)
 
     def to_data(self) -> Mapping[str, object]:
         """As plain JSON values."""
         return {
-            slo_class.value: {"scores": list(own.scores), "level": own.level}
-            for slo_class, own in sorted(self.classes.items())
+            kind: {
+                slo_class.value: {"scores": list(own.scores), "level": own.level}
+                for slo_class, own in sorted(states.items())
+            }
+            for kind, states in (("waits", self.waits), ("ends", self.ends))
         }
 
     @staticmethod
     def from_data(data: object) -> Calibration:
         """What `to_data` wrote; a fresh one from anything else."""
-        classes: dict[SloClass, Conformal] = {}
-        if isinstance(data, Mapping):
-            for slo_class in SloClass:
-                own = data.get(slo_class.value)
-                if isinstance(own, Mapping) and isinstance(own.get("scores"), list):
-                    scores = tuple(float(score) for score in own["scores"])[-WINDOW:]
-                    classes[slo_class] = Conformal(scores, float(own.get("level", LEVEL)))
-        return Calibration(classes)
+        given = data if isinstance(data, Mapping) else {}
+        return Calibration(_states(given.get("waits")), _states(given.get("ends")))
+
+
+_FRESH = Conformal()
+
+
+def _states(data: object) -> dict[SloClass, Conformal]:
+    states: dict[SloClass, Conformal] = {}
+    if isinstance(data, Mapping):
+        for slo_class in SloClass:
+            own = data.get(slo_class.value)
+            if isinstance(own, Mapping) and isinstance(own.get("scores"), list):
+                scores = tuple(float(score) for score in own["scores"])[-WINDOW:]
+                states[slo_class] = Conformal(scores, float(own.get("level", LEVEL)))
+    return states

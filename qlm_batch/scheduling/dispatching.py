@@ -140,10 +140,10 @@ def recalls(snapshot: Snapshot, plan: Plan, config: DispatchConfig | None = None
 def rescues(
     snapshot: Snapshot, plan: Plan, estimator: Estimator, config: DispatchConfig | None = None
 ) -> dict[str, str]:
-    """Instances to recall unclaimed work from, each with the group let go that this would save.
+    """Instances to recall unclaimed work from, each with the group that this would save.
 
-    A group is worth a recall when it was let go only because of work that nobody claimed yet, and
-    that work is not urgent beside it.
+    A group is worth a recall when it is let go or late only because of work that nobody claimed
+    yet, and that work is not urgent beside it.
     """
     settings = config or DispatchConfig()
     options = {
@@ -155,7 +155,7 @@ def rescues(
     found: dict[str, str] = {}
     if not options:
         return found
-    for placed in (p for queue in plan.queues for p in queue.groups if p.shed):
+    for placed in (p for queue in plan.queues for p in queue.groups if is_missed(p)):
         group, left_s = placed.group, placed.group.deadline - snapshot.now
         for i, waiting_s in options.items():
             name = snapshot.instances[i].name
@@ -171,6 +171,11 @@ def _interrupts(placed: PlannedGroup, view: InstanceView, now: float) -> bool:
     first = all(placed.group.deadline < own.deadline for own in view.assigned if own.requests)
     spare_s = placed.group.deadline - placed.finish_mean
     return first and not placed.shed and spare_s < placed.start - now
+
+
+def is_missed(placed: PlannedGroup) -> bool:
+    """Whether a group is not expected to be on time where it stands."""
+    return placed.shed or placed.finish_mean > placed.group.deadline
 
 
 def _presses(head: PlannedGroup, now: float) -> bool:

@@ -1,4 +1,4 @@
-"""Waits that were predicted, kept until they are over: what calibration learns from."""
+"""What was predicted, kept until it is over: what calibration learns from."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from qlm_batch.domain.jobs import SloClass
-from qlm_batch.domain.snapshot import Plan
+from qlm_batch.domain.snapshot import Plan, Snapshot
 
 LEAST_S = 1.0
-"""Waits predicted shorter than this are not scored: ticks and polls, not queues, decide them."""
+"""Shorter predictions are not scored: ticks and polls, not queues, decide what comes of them."""
 MOST = 10_000
+NEAR = 0.25
+"""A batch whose end was expected further off than this share of its whole did not end, but was
+taken away."""
 
-Outcome = tuple[str, SloClass, float, float]
+Outcome = tuple[str, SloClass, float, float, bool]
+"""Model, class, predicted and actual seconds, and whether it is a batch's end, not a wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,47 +24,90 @@ class _Forecast:
     model: str
     slo_class: SloClass
     made_at: float
-    wait_s: float
+    seconds: float
+    latest: float = 0.0
+    """For a batch: its end as expected last."""
 
 
 @dataclass(frozen=True, slots=True)
 class Forecasts:
-    """The first prediction for each group that still waits, and the outcomes not yet learned.
+    """First predictions of waiting groups and of batches under way; outcomes not yet learned."""
 
-    An outcome is (model, class, predicted seconds, actual seconds).
-    """
-
-    pending: Mapping[str, _Forecast] = field(default_factory=dict)
+    waits: Mapping[str, _Forecast] = field(default_factory=dict)
+    ends: Mapping[str, _Forecast] = field(default_factory=dict)
     outcomes: tuple[Outcome, ...] = ()
 
-    def planned(self, plan: Plan) -> Forecasts:
-        """After a plan: groups new in it are remembered, those gone from it forgotten.
+    def planned(self, plan: Plan, snapshot: Snapshot) -> Forecasts:
+        """After a plan: what is new in it is remembered, groups gone from it are forgotten.
 
-        What was let go is not scored: its wait is a decision, not a prediction.
+        What was let go is not scored: its wait is a decision, not a prediction. Batches are
+        remembered from their promise on, those of one model.
         """
-        pending: dict[str, _Forecast] = {}
+        waits: dict[str, _Forecast] = {}
         for queue in plan.queues:
             for placed in queue.groups:
-                if placed.shed or len(pending) >= MOST:
+                if placed.shed or len(waits) >= MOST:
                     continue
                 group = placed.group
-                pending[group.key] = self.pending.get(group.key) or _Forecast(
+                waits[group.key] = self.waits.get(group.key) or _Forecast(
                     group.model, group.slo_class, plan.made_at, placed.start - plan.made_at
                 )
-        return replace(self, pending=pending)
+        return replace(self, waits=waits, ends=self._ends(plan, snapshot))
+
+    def _ends(self, plan: Plan, snapshot: Snapshot) -> Mapping[str, _Forecast]:
+        ends = dict(self.ends)
+        fresh = snapshot.unpromised - ends.keys()
+        models: dict[str, set[str]] = {batch_id: set() for batch_id in fresh}
+        if fresh:
+            for run in snapshot.runs:
+                if run.batch_id in fresh:
+                    models[run.batch_id].add(run.model)
+        for batch_id, estimate in plan.estimates.items():
+            if estimate.p50 is None:
+                continue
+            known = ends.get(batch_id)
+            if known is not None:
+                ends[batch_id] = replace(known, latest=estimate.p50)
+            elif len(own := models.get(batch_id, set())) == 1 and len(ends) < MOST:
+                (model,) = own
+                seconds = estimate.p50 - plan.made_at
+                ends[batch_id] = _Forecast(
+                    model, SloClass.BATCH, plan.made_at, seconds, estimate.p50
+                )
+        return ends
 
     def started(self, keys: Iterable[str], now: float) -> Forecasts:
         """After the first slices of these groups were assigned."""
-        pending, outcomes = dict(self.pending), list(self.outcomes)
+        waits, outcomes = dict(self.waits), list(self.outcomes)
         for key in keys:
-            forecast = pending.get(key)
-            if forecast is not None and forecast.wait_s >= LEAST_S:
-                actual_s = now - forecast.made_at
-                outcomes.append((forecast.model, forecast.slo_class, forecast.wait_s, actual_s))
+            known = waits.get(key)
+            if known is not None and known.seconds >= LEAST_S:
+                outcomes.append(_scored(known, now, end=False))
                 # Kept, but unscored from now on: its rest is the same wait.
-                pending[key] = replace(forecast, wait_s=0.0)
-        return Forecasts(pending, tuple(outcomes))
+                waits[key] = replace(known, seconds=0.0)
+        return replace(self, waits=waits, outcomes=tuple(outcomes))
+
+    def seen(self, snapshot: Snapshot) -> Forecasts:
+        """After a look at the queue: batches with nothing left in it have ended."""
+        if not self.ends:
+            return self
+        left = {run.batch_id for run in snapshot.runs}
+        left |= {own.batch_id for view in snapshot.instances for own in view.assigned}
+        gone = [known for batch_id, known in self.ends.items() if batch_id not in left]
+        if not gone:
+            return self
+        ended = tuple(
+            _scored(known, snapshot.now, end=True)
+            for known in gone
+            if known.seconds >= LEAST_S and known.latest - snapshot.now <= NEAR * known.seconds
+        )
+        ends = {batch_id: known for batch_id, known in self.ends.items() if batch_id in left}
+        return replace(self, ends=ends, outcomes=(*self.outcomes, *ended))
 
     def told(self) -> Forecasts:
         """After the outcomes were learned."""
         return replace(self, outcomes=())
+
+
+def _scored(known: _Forecast, now: float, *, end: bool) -> Outcome:
+    return (known.model, known.slo_class, known.seconds, now - known.made_at, end)

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from qlm_batch.domain.jobs import SloClass
 from qlm_batch.domain.snapshot import Observation, Output, Profile
 from qlm_batch.scheduling.calibration import Calibration
 from qlm_batch.scheduling.fairness import Served
+from qlm_batch.scheduling.forecasts import Outcome
 from qlm_batch.scheduling.lengthbook import LengthBook
 from qlm_batch.scheduling.speed import Speed, prior_step_time
 
@@ -128,13 +128,13 @@ class Knowledge:
         served = self.served.after(observations)
         return replace(self, books=books, speeds=speeds, served=served, read=read)
 
-    def waited(self, outcomes: Iterable[tuple[str, SloClass, float, float]]) -> Knowledge:
-        """What is known after these waits: (model, class, predicted seconds, actual seconds)."""
+    def waited(self, outcomes: Iterable[Outcome]) -> Knowledge:
+        """What is known after these waits and ends."""
         calibrations, read = dict(self.calibrations), dict(self.read)
-        for model, slo_class, predicted_s, actual_s in outcomes:
+        for model, slo_class, predicted_s, actual_s, end in outcomes:
             read.pop((model, ANY_DEVICE), None)
             before = calibrations.get(model, Calibration())
-            calibrations[model] = before.after(slo_class, predicted_s, actual_s)
+            calibrations[model] = before.after(slo_class, predicted_s, actual_s, end=end)
         return replace(self, calibrations=calibrations, read=read)
 
 

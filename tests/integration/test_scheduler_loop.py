@@ -312,12 +312,11 @@ def test_unclaimed_work_is_taken_back_for_what_it_alone_would_make_late(stage: S
     stage.submit("slow", 64_000)
     stage.passes(2.0)
     stage.submit("urgent", 10, window_s=6.0)
-    tick = stage.loop.tick()
-    shed = [d for d in stage.store.decisions(TENANT, "urgent") if d.kind == "shed"]
-    assert shed and tick.recalled == ("gpu-0",)
+    assert stage.loop.tick().recalled == ("gpu-0",)
+    assert "recalled" in [d.kind for d in stage.store.decisions(TENANT, "slow")]
     stage.loop.tick()
-    kinds = [d.kind for d in stage.store.decisions(TENANT, "urgent")]
-    assert kinds[-1] == "restored"
+    estimate = stage.store.batch(TENANT, "urgent").estimate
+    assert estimate is not None and (estimate.miss_probability or 0.0) < 0.5
     claimed = stage.store.claim_slices("gpu-0", "boot-gpu-0", max_requests=10, lease_s=30.0)
     assert claimed[0].batch_id == "urgent"
 

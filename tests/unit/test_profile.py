@@ -183,7 +183,7 @@ def test_a_bound_is_never_infinite() -> None:
 
 
 def test_a_wait_changes_only_its_own_class() -> None:
-    known = Knowledge().waited([("m", SloClass.BATCH, 10.0, 12.0)] * 30)
+    known = Knowledge().waited([("m", SloClass.BATCH, 10.0, 12.0, False)] * 30)
     assert known.calibration("m").factor(SloClass.BATCH) == pytest.approx(1.2)
     assert known.calibration("m").factor(SloClass.INTERACTIVE) is None
     assert Knowledge.of(known.profiles()).calibration("m") == known.calibration("m")
