@@ -22,7 +22,7 @@ class ExpectedLengths:
         self._capped: dict[tuple[str, EngineKind, str, int], LengthDistribution] = {}
         self._left: dict[tuple[str, int], tuple[Floats, Floats]] = {}
         self._answers: dict[tuple[str, str], Answers] = {}
-        self._factors: dict[tuple[Shape, int], tuple[PromptMix, float]] = {}
+        self._factors: dict[tuple[str, str, int], tuple[PromptMix, float]] = {}
 
     def of(self, model: str, kind: EngineKind, tenant: str) -> LengthDistribution:
         """Of a tenant's work; of anybody's where `tenant` is empty."""
@@ -48,19 +48,18 @@ class ExpectedLengths:
         """How many usual requests of its shape one with these prompts is."""
         if not prompts:
             return 1.0
+        model, kind, tenant, _, cap = shape
         # By identity, which is told faster than equality; kept here, an object keeps its own.
-        found = self._factors.get((shape, id(prompts)))
+        key = (model, tenant, id(prompts))
+        found = self._factors.get(key)
         if found is None:
-            model, kind, tenant, _, cap = shape
             answers = self._answers.get((model, tenant))
             if answers is None:
                 answers = self._knowledge.book(model).answers(tenant)
                 self._answers[model, tenant] = answers
-            usual = max(1.0, self.capped(model, kind, tenant, cap).mean)
-            most = max(1.0, from_grid(cap) / usual)
-            found = (prompts, min(most, answers.factor(prompts)))
-            self._factors[shape, id(prompts)] = found
-        return found[1]
+            found = self._factors[key] = (prompts, answers.factor(prompts))
+        usual = max(1.0, self.capped(model, kind, tenant, cap).mean)
+        return min(max(1.0, from_grid(cap) / usual), found[1])
 
     def still(self, model: str, shape: Shape) -> tuple[Floats, Floats]:
         """By instance, the tokens its running requests of the model still have before them.

@@ -143,14 +143,15 @@ class LengthBook:
         """How a tenant's work with given prompts differs from what `distribution` expects."""
         overall = self.overall
         if not overall.lengths:
-            return Answers({}, 1.0)
+            return Answers(np.ones(0), 1.0)
         weights = _weights(len(overall.lengths))
         total = float(weights.sum())
         usual = max(1e-9, float(weights @ np.array(overall.lengths, dtype=np.float64)) / total)
-        relative = {
-            bucket: (own.tokens + LEAN_ON_ALL * usual) / ((own.weight + LEAN_ON_ALL) * usual)
-            for bucket, own in self.by_prompt.items()
-        }
+        relative = np.ones(1 + max(self.by_prompt, default=0))
+        for bucket, own in self.by_prompt.items():
+            relative[bucket] = (own.tokens + LEAN_ON_ALL * usual) / (
+                (own.weight + LEAN_ON_ALL) * usual
+            )
         typical = _mean_of(relative, overall.prompts)
         history = self.tenants.get(tenant or "")
         if history is not None and history.lengths:
@@ -187,30 +188,32 @@ class LengthBook:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Answers:
     """Mean answers by bucket of prompt, `relative` to all; `typical` is the mean of the history."""
 
-    relative: Mapping[int, float]
+    relative: Floats
     typical: float
 
     def factor(self, prompts: PromptMix) -> float:
         """What to multiply the expected length by for work with these prompts; 1 where unknown."""
-        requests = sum(count for _, count in prompts)
-        if not requests or not self.relative:
+        requests, tokens = 0, 0.0
+        known = self.relative.size
+        for bucket, count in prompts:
+            requests += count
+            tokens += count * (self.relative.item(bucket) if bucket < known else 1.0)
+        if not requests or not known:
             return 1.0
-        mean = sum(count * self.relative.get(bucket, 1.0) for bucket, count in prompts) / requests
-        return min(MOST_FACTOR, max(1.0 / MOST_FACTOR, mean / self.typical))
+        return min(MOST_FACTOR, max(1.0 / MOST_FACTOR, tokens / requests / self.typical))
 
 
 _NONE = Seen()
 
 
-def _mean_of(relative: Mapping[int, float], prompts: Sequence[int]) -> float:
+def _mean_of(relative: Floats, prompts: Sequence[int]) -> float:
     """The mean of what these prompts bring, the newest weighing most."""
     weights = _weights(len(prompts))
-    own = np.array([relative.get(bucket, 1.0) for bucket in prompts])
-    return float(weights @ own) / float(weights.sum())
+    return float(weights @ relative[np.array(prompts)]) / float(weights.sum())
 
 
 @lru_cache(maxsize=HISTORY)
