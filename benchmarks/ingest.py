@@ -45,6 +45,7 @@ def main() -> None:
             trust_env=False,
         ) as client:
             wait_until(lambda: _answers(client), "the API", 60)
+            site.settle()
             say(f"uploading {path.stat().st_size / 1e6:,.0f} MB ({load()})")
             before = site.cpu_s()
             began = time.monotonic()

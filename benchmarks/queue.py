@@ -51,6 +51,7 @@ def main() -> None:
             site.start(name)
         say("warming up")
         _run(site, _submit(site, 2_000, options.line_bytes))
+        site.settle()
         say(f"queueing {options.requests:,} requests ({load()})")
         before = site.cpu_s()
         batch = _run(site, _submit(site, options.requests, options.line_bytes))

@@ -36,6 +36,9 @@ TENANT = "bench"
 CHAT = "/v1/chat/completions"
 MODEL = "bench-model"
 
+_CALM_S = 0.25
+"""A process that takes less of a second than this has nothing to do."""
+
 
 def say(text: str) -> None:
     """Progress, on standard error: the last line of standard output is the result."""
@@ -95,6 +98,19 @@ class Stand:
         backends = psutil.Process(self.postgres_pid).children()
         spent["postgres"] = sum(map(_cpu_s, backends))
         return {name: round(seconds, 2) for name, seconds in spent.items()}
+
+    def settle(self, seconds: float = 120.0) -> None:
+        """Wait until the processes have done what they do once after their start."""
+        before: dict[str, float] = {}
+
+        def calm() -> bool:
+            nonlocal before
+            now = self.cpu_s()
+            busiest = max(cpu - before.get(name, 0.0) for name, cpu in now.items())
+            before = now
+            return busiest < _CALM_S
+
+        wait_until(calm, "the processes to settle", seconds, every_s=1.0)
 
     def query(self, statement: str) -> tuple[Any, ...]:
         """The one row of a query."""
