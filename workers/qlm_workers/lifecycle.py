@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from importlib.util import find_spec
 from types import FrameType
 
 import structlog
@@ -36,7 +37,7 @@ class EngineThread:
     def __init__(self, runner: Runner, on_end: Callable[[Exit], None] = lambda _: None) -> None:
         self._runner = runner
         self._on_end = on_end
-        self._loop = asyncio.new_event_loop()
+        self._loop = _new_loop()
         self._thread = threading.Thread(target=self._run, name="engines", daemon=True)
         self.verdict: Exit | None = None
         self.told_to_end = False
@@ -90,6 +91,16 @@ class EngineThread:
             self.verdict = verdict
             log.info("engines ended", verdict=verdict.name)
             self._on_end(verdict)
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    """An event loop: uvloop's, whose hops cost less, where it is installed."""
+    if find_spec("uvloop") is None:
+        return asyncio.new_event_loop()
+    import uvloop
+
+    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
+    return loop
 
 
 def end_on_signals(engines: EngineThread) -> None:
