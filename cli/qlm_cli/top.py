@@ -110,6 +110,8 @@ def _model(model: Json) -> str:
     if model["residency"] == "awake":
         swaps = f" ({model['swaps']} swaps)" if model["swaps"] else ""
         return f"{model['name']}{swaps}"
+    if model["residency"] == "failed":
+        return f"{model['name']} (failed: {_short(model['fault'] or '')})"
     wake = "" if model["wake_s"] is None else f", {ago(model['wake_s'])} to wake"
     return f"{model['name']} ({model['residency']}{wake})"
 

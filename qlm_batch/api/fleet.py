@@ -27,7 +27,7 @@ class HostedModel(BaseModel):
     """A model on an instance; `wake_s` is what waking it takes, null where not measured.
 
     `swaps` counts how often it was made awake since the boot, `swap_s` the seconds that took;
-    `parent` is the base model of an adapter.
+    `parent` is the base model of an adapter, `fault` why loading failed last.
     """
 
     name: str
@@ -37,6 +37,7 @@ class HostedModel(BaseModel):
     swaps: int
     swap_s: float
     parent: str | None
+    fault: str | None
 
 
 class QueuedGroup(BaseModel):
@@ -147,6 +148,7 @@ def _instance(view: InstanceView, queue: Sequence[QueueEntry]) -> InstanceObject
                 swaps=model.swaps,
                 swap_s=model.swap_s,
                 parent=model.parent or None,
+                fault=model.fault or None,
             )
             for model in view.models
         ],

@@ -90,6 +90,7 @@ class ModelView:
     counts how often it was made awake since the boot, `swap_s` the seconds that took in all.
     `stay_s` is how long the awake one would keep its place against an interactive request for this
     one. `parent` is the model whose engine serves it where it is an adapter, empty otherwise.
+    `fault` says why a failed one is.
     """
 
     name: str
@@ -101,6 +102,7 @@ class ModelView:
     swap_s: float = 0.0
     stay_s: float = 0.0
     parent: str = ""
+    fault: str = ""
 
     @property
     def root(self) -> str:

@@ -193,6 +193,7 @@ def _to_models(hosted: Sequence[dict[str, Any]]) -> tuple[ModelView, ...]:
             swap_s=model.get("swap_s", 0.0),
             stay_s=model.get("stay_s", 0.0),
             parent=model.get("parent", ""),
+            fault=model.get("fault", ""),
         )
         for model in hosted
     )

@@ -29,6 +29,7 @@ from qlm_batch.scheduling.agent import INTERACTIVE_PRIORITY, engine_priority
 from qlm_batch.settings import Settings
 from qlm_workers.engines import make_engine
 from qlm_workers.simulated_engine import SimulatedEngine
+from qlm_workers.vllm_engine import VllmEngine
 from tests.contract.openai_server import Server, serving
 from tests.contract.waiting import until
 
@@ -456,6 +457,31 @@ async def test_an_engine_that_slept_answers_as_before(rig: Rig) -> None:
     after = await rig.engine.answer(rig.request(CHAT, question))
     said = [json.loads(answer.body)["choices"][0]["message"] for answer in (before, after)]
     assert said[0] == said[1]
+
+
+async def test_what_is_inside_goes_on_after_vllms_own_sleep(rig: Rig) -> None:
+    """A host's processor has no memory to free, but goes through the same motions."""
+    if not isinstance(rig.engine, VllmEngine):
+        pytest.skip("only vLLM sleeps so")
+    rig.engine.sleeps = True
+    question: dict[str, object] = {
+        "messages": [{"role": "user", "content": "Count from 1 to 60."}],
+        "temperature": 0,
+        "max_tokens": 300,
+        "ignore_eos": True,
+    }
+    undisturbed = await rig.engine.answer(rig.request(CHAT, question))
+    asked = rig.submit(rig.request(CHAT, question))
+    await until(lambda: any(many > 5 for many in rig.engine.stats().generated), "tokens")
+    assert await rig.engine.sleep() is Residency.ASLEEP
+    made = rig.engine.stats().generated_tokens
+    assert not asked.done()
+    await rig.engine.wake()
+    answer = await asked
+    assert rig.engine.stats().generated_tokens > made
+    said = [json.loads(each.body)["choices"][0]["message"] for each in (undisturbed, answer)]
+    assert said[0] == said[1]
+    rig.engine.sleeps = False
 
 
 async def test_stopping_ends_what_is_inside_and_stays_stopped(rig: Rig) -> None:

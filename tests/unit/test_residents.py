@@ -137,6 +137,7 @@ async def test_a_model_that_never_wakes_is_marked_and_its_work_goes_elsewhere() 
     async with working(store, first, second, models_awake=1):
         await until(lambda: store.released)
         await until(lambda: seen(store, "other")[-1].residency is Residency.FAILED)
+        assert seen(store, "other")[-1].fault == "never"
         store.put(make_slice(2, 2))
         await until(lambda: store.completed == {2})
         store.put(make_slice(3, 2, model="other"))

@@ -100,6 +100,8 @@ class Host:
         self.inside = 0
         self.interactive = 0
         self.parked = 0
+        self.fault = ""
+        """Why it could not be made awake, where that is so."""
         self.cap = 0
         self._waiting: list[tuple[int, int, Lease, ClaimedRequest]] = []
         self._order = count()
@@ -118,6 +120,7 @@ class Host:
             self.times.woke(self.residency, took_s)
         if self.residency is not Residency.ASLEEP:
             self.totals.restarted()
+        self.fault = ""
         self.info = info
         self.residency = Residency.AWAKE
         self.cap = agent.concurrency_cap(info.slots)
@@ -186,6 +189,7 @@ class Host:
             swaps=self.swaps,
             swap_s=round(self.swapped_s, 3),
             stay_s=stay_s,
+            fault=self.fault,
         )
         adapters = [
             replace(own, name=name, parent=self.model, swaps=0, swap_s=0.0)

@@ -225,6 +225,7 @@ class Residents:
                 )
                 await self._end(coming)
                 coming.left(Residency.COLD)
+                coming.fault = str(fault) or type(fault).__name__
                 delay = swapping.retry_delay(attempts)
                 if delay is None:
                     return False

@@ -79,7 +79,8 @@ class VllmEngine:
         self._log: StepLog | None = None
         self._inside = 0
         self._api: Any = None
-        self._sleeps = False
+        self.sleeps = False
+        """Whether the engine sleeps by vLLM's sleep mode rather than by being ended."""
         self._abandoned: asyncio.Future[None] | None = None
 
     async def start(self) -> EngineInfo:
@@ -236,7 +237,7 @@ class VllmEngine:
 
     async def sleep(self) -> Residency:
         """Free the device: in vLLM's sleep mode, or where there is none by ending the engine."""
-        if not self._sleeps:
+        if not self.sleeps:
             await self.stop()
             return Residency.COLD
         self._running()
@@ -299,7 +300,7 @@ class VllmEngine:
         arguments = self._arguments(vllm_api.on_cpu()) | further
         if vllm_api.on_cpu():
             self._check_memory(arguments)
-        self._sleeps = bool(arguments.get("enable_sleep_mode"))
+        self.sleeps = bool(arguments.get("enable_sleep_mode"))
         try:
             self._engine = vllm_api.build(arguments, self._log)
         except Exception as error:
@@ -404,7 +405,7 @@ class VllmEngine:
             slots=slots,
             kv_tokens=self._log.kv_tokens if self._log else 0,
             supports=frozenset(supports),
-            keeps_asleep=self._sleeps and self._api.keeps_asleep(self._engine),
+            keeps_asleep=self.sleeps and self._api.keeps_asleep(self._engine),
         )
 
 
