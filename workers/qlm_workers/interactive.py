@@ -50,6 +50,8 @@ class _Job:
     written: int = 0
     end: End | None = None
     end_written: bool = False
+    waited_s: float = 0.0
+    """For its model to be awake."""
     first_token_s: float | None = None
     usage: Usage = field(default_factory=Usage)
     given_up: bool = False
@@ -145,6 +147,7 @@ class InteractiveDesk:
             self._ended(job)
             return
         job.host.interactive += 1
+        job.waited_s = time.monotonic() - job.began
         try:
             await self._run(job)
         except EngineDead as death:
@@ -198,7 +201,8 @@ class InteractiveDesk:
 
     def _answered(self, job: _Job, answer: EngineAnswer) -> None:
         job.usage = answer.usage
-        job.first_token_s = answer.first_token_s
+        if answer.first_token_s is not None:
+            job.first_token_s = job.waited_s + answer.first_token_s
         # Line ends stand between JSON's tokens only, and separate events where they are stored.
         job.end = End(answer.status_code, answer.body.replace("\n", " "))
 
