@@ -22,7 +22,8 @@ from qlm_batch.domain.jobs import EngineKind
 from qlm_batch.logs import configure_logging
 from qlm_batch.settings import Settings, load_settings
 from qlm_workers import app
-from qlm_workers.simulated_engine import Faults, SimulatedEngine
+from qlm_workers.simulated_engine import SimulatedEngine
+from qlm_workers.simulated_parts import Faults
 from tests.chaos.answers import FLAKY, LIVE, POISON
 
 NOTE = struct.Struct("<Qdd")

@@ -15,7 +15,8 @@ from qlm_batch.domain.jobs import CHAT, EngineKind
 from qlm_batch.domain.snapshot import Residency
 from qlm_batch.settings import Settings
 from qlm_workers.engines import make_engine
-from qlm_workers.simulated_engine import Faults, SimulatedEngine, SwapTimes
+from qlm_workers.simulated_engine import SimulatedEngine
+from qlm_workers.simulated_parts import Faults, SwapTimes
 from tests.contract.openai_server import Server, serving
 from tests.contract.waiting import until
 

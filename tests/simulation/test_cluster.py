@@ -10,6 +10,7 @@ import pytest
 
 from qlm_batch.domain.jobs import BatchState, OnMiss
 from qlm_batch.scheduling.policies import OraclePolicy, policy
+from qlm_batch.scheduling.swapping import STAY_SWAPS
 from qlm_batch.simulation.cluster import START, Cluster, SimulationConfig
 from qlm_batch.simulation.results import summary
 from qlm_batch.simulation.workload import Outage, Workload
@@ -152,6 +153,21 @@ def test_an_interactive_request_for_a_sleeping_model_makes_its_instance_swap() -
     assert 2.0 < waited < 2.5
     assert np.isfinite(requests.end).all()
     assert next(iter(outcome.tallies.values())).swaps == 2
+
+
+def test_calls_for_one_model_and_batch_work_of_another_take_turns_without_thrash() -> None:
+    # 8 slots, 2 s each: 480 lines of m take 120 s, while somebody asks n something every second.
+    arrivals = [arrival(0.0, 2, lines=480, output=100)]
+    arrivals += [arrival(5.0 + n, 0, model="n", output=10) for n in range(240)]
+    on = fleet(1, ("m", "n"), weights_gb=15.0)
+    _, outcome = run(on, workload(CLASSES, arrivals, 245.0))
+    requests, (tallies,) = outcome.requests, outcome.tallies.values()
+    assert np.isfinite(requests.end).all()
+    # A swap takes 2 s, a stay of batch work at least four of that, one of calls at most twelve.
+    span = outcome.ended_at - START
+    assert tallies.swap_s <= span / 3
+    waits = (requests.first - requests.arrival)[requests.interactive]
+    assert waits.max() < (STAY_SWAPS + 3) * 2.0 + 2.0
 
 
 def test_a_swap_that_fails_takes_the_time_of_loading_as_well() -> None:

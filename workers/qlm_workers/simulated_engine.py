@@ -8,15 +8,14 @@ import itertools
 import time
 import zlib
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Self
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Self
 
 import orjson
 
 from qlm_batch.domain.engine import EngineAnswer, EngineInfo, EngineRequest, EngineStats, Lso
 from qlm_batch.domain.errors import ConfigurationError, EngineDead
-from qlm_batch.domain.jobs import EngineKind, Usage
+from qlm_batch.domain.jobs import EngineKind
 from qlm_batch.domain.snapshot import Residency
 from qlm_batch.scheduling.eviction import (
     Favour,
@@ -38,94 +37,9 @@ from qlm_workers.simulated_answers import (
     sizes,
     usage_chunk,
 )
+from qlm_workers.simulated_parts import AT_ONCE, NO_FAULTS, Faults, Inside, Job, SwapTimes
 from qlm_workers.step_times import DEFAULT_DEVICE, DEVICES, StepTimes
 from qlm_workers.streams import Stream, opened
-
-
-def _never(_: EngineRequest) -> bool:
-    return False
-
-
-@dataclass(frozen=True, slots=True)
-class Faults:
-    """What goes wrong, for tests: requests that kill the engine, fail with 500, or never end."""
-
-    poison: Callable[[EngineRequest], bool] = _never
-    fails: Callable[[EngineRequest], bool] = _never
-    hangs: Callable[[EngineRequest], bool] = _never
-    wakes: Iterator[bool] = field(default_factory=lambda: itertools.repeat(True))
-    """Whether each wake works, one after the other."""
-    error_rate: float = 0.0
-    """Share of requests in [0, 1] that fail with 500, chosen by the seed."""
-
-
-NO_FAULTS = Faults()
-
-
-@dataclass(frozen=True, slots=True)
-class SwapTimes:
-    """Modelled seconds to load, to sleep and to wake.
-
-    An engine that does not keep is ended by sleep and loaded again, as one on a host's processor.
-    """
-
-    load_s: float = 0.0
-    sleep_s: float = 0.0
-    wake_s: float = 0.0
-    keeps: bool = True
-
-
-@dataclass(slots=True)
-class _Sequence:
-    request_id: str
-    priority: int
-    arrival: int
-    prompt_tokens: int
-    output_tokens: int
-    done: asyncio.Future[float]
-    hangs: bool
-    prefilled: int = 0
-    generated: int = 0
-    resumed: int = 0
-    """Tokens generated before it gave way last: they are read again like a prompt."""
-    first_token_at: float | None = None
-    moved: asyncio.Event | None = None
-    """Set with every token where someone reads along."""
-
-    @property
-    def to_prefill(self) -> int:
-        return self.prompt_tokens + self.resumed - self.prefilled
-
-    @property
-    def kv(self) -> int:
-        return self.prefilled + self.generated - self.resumed
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """A request the engine takes, with what its seed draws for it."""
-
-    request: EngineRequest
-    body: Mapping[str, Any]
-    key: int
-    prompt_tokens: int
-    output_tokens: int
-    limit: int
-    hangs: bool
-
-    @property
-    def usage(self) -> Usage:
-        return Usage(
-            input_tokens=self.prompt_tokens, output_tokens=self.output_tokens * self.choices
-        )
-
-    @property
-    def choices(self) -> int:
-        return self.body.get("n") or 1
-
-    @property
-    def stopped(self) -> bool:
-        return self.output_tokens < self.limit
 
 
 class SimulatedEngine:
@@ -152,7 +66,7 @@ class SimulatedEngine:
         faults: Faults = NO_FAULTS,
         max_n: int = 16,
         favour: Favour = "balanced",
-        swap_times: SwapTimes = SwapTimes(),
+        swap_times: SwapTimes = AT_ONCE,
         adapters: Sequence[str] = (),
     ) -> None:
         self._swap_times = swap_times
@@ -180,10 +94,10 @@ class SimulatedEngine:
         self._alive = False
         self._loop: asyncio.Task[None] | None = None
         self._work = asyncio.Event()
-        self._waiting: list[tuple[int, int, _Sequence]] = []
+        self._waiting: list[tuple[int, int, Inside]] = []
         self._arrivals = itertools.count()
-        self._running: list[_Sequence] = []
-        self._hanging: list[_Sequence] = []
+        self._running: list[Inside] = []
+        self._hanging: list[Inside] = []
         self._steps = 0
         self._generated = 0
         self._rows: deque[tuple[int, int, int, float]] = deque(maxlen=4096)
@@ -294,7 +208,7 @@ class SimulatedEngine:
         job = self._admit(request, streamed=True)
         return job if isinstance(job, EngineAnswer) else await opened(self._events(job))
 
-    async def _events(self, job: _Job) -> AsyncGenerator[str, None]:
+    async def _events(self, job: Job) -> AsyncGenerator[str, None]:
         chunks = iter(chunk_bodies(job.request, job.body, job.key, job.output_tokens, job.stopped))
         if job.hangs or self._time_scale > 0:
             moved = asyncio.Event()
@@ -322,7 +236,7 @@ class SimulatedEngine:
         if isinstance(options, Mapping) and options.get("include_usage"):
             yield usage_chunk(job.request, job.body, job.usage)
 
-    def _admit(self, request: EngineRequest, *, streamed: bool = False) -> _Job | EngineAnswer:
+    def _admit(self, request: EngineRequest, *, streamed: bool = False) -> Job | EngineAnswer:
         if not self._alive or self._asleep:
             raise EngineDead(f"The simulated engine of '{self._info.model}' is not running.")
         body = self._door.read(request, streamed=streamed)
@@ -343,7 +257,7 @@ class SimulatedEngine:
                 return error_answer(500, "Simulated failure.", type_="server_error")
             hangs = self._faults.hangs(request)
         output_tokens = output_length(key, limit, body.get("ignore_eos") is True)
-        return _Job(request, body, key, prompt_tokens, output_tokens, limit, hangs)
+        return Job(request, body, key, prompt_tokens, output_tokens, limit, hangs)
 
     def stats(self) -> EngineStats:
         """What the engine is doing now. Raises EngineDead when it stopped."""
@@ -382,16 +296,16 @@ class SimulatedEngine:
         self._waiting.clear()
         self._hanging.clear()
 
-    async def _serve(self, job: _Job) -> float:
+    async def _serve(self, job: Job) -> float:
         sequence = self._enter(job)
         try:
             return await sequence.done
         finally:
             self._leave(sequence)
 
-    def _enter(self, job: _Job, moved: asyncio.Event | None = None) -> _Sequence:
+    def _enter(self, job: Job, moved: asyncio.Event | None = None) -> Inside:
         done: asyncio.Future[float] = asyncio.get_running_loop().create_future()
-        sequence = _Sequence(
+        sequence = Inside(
             job.request.request_id,
             job.request.priority,
             next(self._arrivals),
@@ -408,10 +322,10 @@ class SimulatedEngine:
             self._hanging.append(sequence)
         return sequence
 
-    def _wait(self, sequence: _Sequence) -> None:
+    def _wait(self, sequence: Inside) -> None:
         heapq.heappush(self._waiting, (sequence.priority, sequence.arrival, sequence))
 
-    def _leave(self, sequence: _Sequence) -> None:
+    def _leave(self, sequence: Inside) -> None:
         self._evictions.pop(sequence.request_id, None)
         self._hanging = [other for other in self._hanging if other is not sequence]
         if sequence.done.cancelled():
@@ -460,7 +374,7 @@ class SimulatedEngine:
         self._rows.append((*load, self._step_times.seconds(*load)))
         return load
 
-    def _evict(self, urgent: list[_Sequence]) -> None:
+    def _evict(self, urgent: list[Inside]) -> None:
         chosen = victims(
             [Waiting(sequence.request_id, sequence.prompt_tokens) for sequence in urgent],
             [
