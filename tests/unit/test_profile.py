@@ -64,6 +64,20 @@ def test_what_was_never_excited_stays_at_the_prior() -> None:
     assert Speed(start).after_steps(rows).step_time().per_prefill == start.per_prefill
 
 
+def test_short_prompts_and_small_batches_are_learned_too() -> None:
+    true = StepTime(12e-3, 1.2e-3, 1e-6, 9e-4)
+    rng = np.random.default_rng(4)
+    rows = [
+        (n, 60 * n, p, true.seconds(n, 60 * n, p) * float(rng.uniform(0.95, 1.05)))
+        for n, p in zip(
+            rng.integers(1, 17, 500).tolist(), rng.choice([0, 0, 30, 60], 500).tolist(), strict=True
+        )
+    ]
+    found = Speed(prior_step_time("compute", "cpu")).after_steps(rows).step_time()
+    assert found.per_prefill == pytest.approx(true.per_prefill, rel=0.1)
+    assert found.seconds(8, 480, 30) == pytest.approx(true.seconds(8, 480, 30), rel=0.03)
+
+
 def test_one_compilation_does_not_bend_the_fit() -> None:
     speed = Speed(TRUE).after_steps(steps(1000)).after_steps([(32, 8000, 0, 60.0)])
     assert speed.step_time().seconds(32, 8000, 0) < 2 * TRUE.seconds(32, 8000, 0)
