@@ -27,8 +27,8 @@ MIN_BUSY_S = 1.0
 
 _SCALE: Final[Floats] = np.array([1.0, 32.0, 16_384.0, 512.0])
 _PRIOR_ROWS = 0.01
-"""What the prior weighs, in steps of full scale. Prompts of a few dozen tokens make steps of a small
-part of it, and have to outweigh the prior all the same."""
+"""What the prior weighs, in steps of full scale. Prompts of a few dozen tokens make steps of a
+small part of it, and have to outweigh the prior all the same."""
 _OUTLIER = 5.0
 
 
