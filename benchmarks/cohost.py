@@ -41,7 +41,7 @@ from benchmarks.vllm_server import vllm_server
 
 ARMS = ("idle", "service", "fcfs", "priority")
 RATE = 3.0
-BURST_EVERY_S = 20.0 / 3
+BURST_EVERY_S = 6.0
 SETTLE_S = 3.0
 """Between a change of the load and the measurement of its rates."""
 KV_BYTES = 512 * 1024**2
@@ -90,7 +90,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="qlm-cohost-") as folder:
         plan = Plan(
-            window_s=7.0 if options.quick else 20.0,
+            window_s=7.0 if options.quick else 18.0,
             rounds=1 if options.quick else 3,
             bodies=32 if options.quick else 96,
             slots=32 // options.instances,

@@ -132,7 +132,11 @@ def test_ctrl_c_leaves_the_engine_to_its_worker_which_stops_it_without_a_trace(
             stderr=told,
             text=True,
             start_new_session=True,
-            env={**os.environ, "VLLM_LOGGING_LEVEL": "WARNING"},
+            env={
+                **os.environ,
+                "VLLM_LOGGING_LEVEL": "WARNING",
+                "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+            },
         )
         assert worker.stdin is not None
         assert worker.stdout is not None
