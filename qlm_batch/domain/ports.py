@@ -39,6 +39,7 @@ from qlm_batch.domain.snapshot import (
     Decision,
     InstanceState,
     InstanceView,
+    Latency,
     ModelView,
     Observation,
     Plan,
@@ -125,6 +126,7 @@ class Heartbeat:
     recomputed_tokens: int = 0
     output_tokens: int = 0
     kv_usage: float = 0.0
+    latencies: tuple[Latency, ...] = ()
     generated: tuple[int, ...] = ()
     tokens_per_s: float = 0.0
     interactive_share: float = 0.0

@@ -111,6 +111,33 @@ class ModelView:
 
 
 @dataclass(frozen=True, slots=True)
+class Latency:
+    """What answered requests of one class took in an instance's engines, summed since its boot.
+
+    `requests` had their first tokens after `first_s` seconds in all; `tokens` more came within
+    `tokens_s`. Requests whose engine tells no times are left out.
+    """
+
+    slo_class: SloClass
+    requests: int = 0
+    first_s: float = 0.0
+    tokens: int = 0
+    tokens_s: float = 0.0
+
+    def after(self, first_s: float | None, duration_s: float | None, tokens: int) -> Latency:
+        """With one more request, of `tokens` in all."""
+        if first_s is None or duration_s is None:
+            return self
+        return Latency(
+            self.slo_class,
+            self.requests + 1,
+            self.first_s + first_s,
+            self.tokens + max(0, tokens - 1),
+            self.tokens_s + (duration_s - first_s if tokens > 1 else 0.0),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class InstanceView:
     """A worker and what it can run at once.
 
@@ -140,6 +167,7 @@ class InstanceView:
     recomputed_tokens: int = 0
     output_tokens: int = 0
     kv_usage: float = 0.0
+    latencies: tuple[Latency, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ instance = sa.Table(
     count("recomputed_tokens"),
     count("output_tokens"),
     sa.Column("kv_usage", sa.Double, nullable=False, server_default="0"),
+    sa.Column("latencies", JSONB, nullable=False, server_default="[]"),
     sa.Column("generated", ARRAY(sa.Integer), nullable=False),
     sa.Column("tokens_per_s", sa.Double, nullable=False),
     sa.Column("interactive_share", sa.Double, nullable=False, server_default="0"),

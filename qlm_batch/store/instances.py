@@ -10,12 +10,13 @@ from typing import Any
 from sqlalchemy.engine import Connection
 
 from qlm_batch.domain.buckets import PromptMix
-from qlm_batch.domain.jobs import EngineKind
+from qlm_batch.domain.jobs import EngineKind, SloClass
 from qlm_batch.domain.ports import Heartbeat
 from qlm_batch.domain.snapshot import (
     AssignedView,
     InstanceState,
     InstanceView,
+    Latency,
     ModelView,
     Residency,
 )
@@ -35,11 +36,12 @@ _SAVE = sql(
     """
     INSERT INTO instance (name, boot_id, past_boots, device, state, models, slots, kv_tokens,
         running, interactive_running, batch_cap, evictions, recomputed_tokens, output_tokens,
-        kv_usage, generated, tokens_per_s, interactive_share, phase, beat_at)
+        kv_usage, latencies, generated, tokens_per_s, interactive_share, phase, beat_at)
     VALUES (:name, :boot_id, CAST(:past_boots AS text[]), :device, :state,
         CAST(:models AS jsonb), :slots, :kv_tokens, :running, :interactive_running,
         :batch_cap, :evictions, :recomputed_tokens, :output_tokens, :kv_usage,
-        CAST(:generated AS integer[]), :tokens_per_s, :interactive_share, :phase, {now})
+        CAST(:latencies AS jsonb), CAST(:generated AS integer[]), :tokens_per_s,
+        :interactive_share, :phase, {now})
     ON CONFLICT (name) DO UPDATE
     SET boot_id = excluded.boot_id, past_boots = excluded.past_boots, device = excluded.device,
         state = excluded.state, models = excluded.models, slots = excluded.slots,
@@ -47,7 +49,7 @@ _SAVE = sql(
         interactive_running = excluded.interactive_running, batch_cap = excluded.batch_cap,
         evictions = excluded.evictions, recomputed_tokens = excluded.recomputed_tokens,
         output_tokens = excluded.output_tokens, kv_usage = excluded.kv_usage,
-        generated = excluded.generated,
+        latencies = excluded.latencies, generated = excluded.generated,
         tokens_per_s = excluded.tokens_per_s, interactive_share = excluded.interactive_share,
         phase = excluded.phase, beat_at = excluded.beat_at,
         retired_at = NULL
@@ -95,6 +97,7 @@ def heartbeat(connection: Connection, beat: Heartbeat) -> bool:
             "recomputed_tokens": beat.recomputed_tokens,
             "output_tokens": beat.output_tokens,
             "kv_usage": beat.kv_usage,
+            "latencies": json.dumps([asdict(latency) for latency in beat.latencies]),
             "generated": list(beat.generated),
             "tokens_per_s": beat.tokens_per_s,
             "interactive_share": beat.interactive_share,
@@ -217,6 +220,9 @@ def _to_view(
         recomputed_tokens=row.recomputed_tokens,
         output_tokens=row.output_tokens,
         kv_usage=row.kv_usage,
+        latencies=tuple(
+            Latency(**told | {"slo_class": SloClass(told["slo_class"])}) for told in row.latencies
+        ),
         generated=tuple(row.generated),
         assigned=tuple(
             AssignedView(

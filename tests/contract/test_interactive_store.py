@@ -8,7 +8,8 @@ import pytest
 
 from qlm_batch.domain.errors import NotFound
 from qlm_batch.domain.interactive import InteractiveMark, InteractiveState, NewInteractive
-from qlm_batch.domain.jobs import CHAT, Usage
+from qlm_batch.domain.jobs import CHAT, SloClass, Usage
+from qlm_batch.domain.snapshot import Latency
 from qlm_batch.store.interactive import UNSENT_GRACES
 from tests.contract.harness import MODEL, TENANT, Bench
 
@@ -157,6 +158,7 @@ def test_a_request_that_nobody_sends_ends_although_its_boot_is_there(bench: Benc
 
 
 def test_an_instance_tells_what_it_does_to_batch_work(bench: Bench) -> None:
+    told = Latency(SloClass.INTERACTIVE).after(0.25, 1.25, 5)
     bench.beat(
         interactive_running=2,
         batch_cap=30,
@@ -164,11 +166,13 @@ def test_an_instance_tells_what_it_does_to_batch_work(bench: Bench) -> None:
         recomputed_tokens=70,
         output_tokens=900,
         kv_usage=0.5,
+        latencies=(told,),
     )
     (view,) = bench.store.instances()
     assert (view.interactive_running, view.batch_cap) == (2, 30)
     assert (view.evictions, view.recomputed_tokens) == (5, 70)
     assert (view.output_tokens, view.kv_usage) == (900, 0.5)
+    assert view.latencies == (told,)
 
 
 def test_how_requests_fared_is_told_of_those_answered_lately(bench: Bench) -> None:

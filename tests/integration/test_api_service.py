@@ -15,9 +15,9 @@ from fastapi.testclient import TestClient
 
 from qlm_batch.api.server import api_server
 from qlm_batch.domain.errors import Unavailable
-from qlm_batch.domain.jobs import EngineKind
+from qlm_batch.domain.jobs import EngineKind, SloClass
 from qlm_batch.domain.ports import Heartbeat
-from qlm_batch.domain.snapshot import InstanceState, ModelView, Residency
+from qlm_batch.domain.snapshot import InstanceState, Latency, ModelView, Residency
 from tests.api_support import MODEL, Site, input_file, make_site, submit, upload, wait_until
 
 
@@ -93,6 +93,7 @@ def test_metrics_tell_what_an_instance_does(site: Site, client: TestClient) -> N
             recomputed_tokens=90,
             output_tokens=1234,
             kv_usage=0.25,
+            latencies=(Latency(SloClass.BATCH).after(0.5, 2.5, 11),),
         )
     )
     text = client.get("/metrics").text
@@ -107,6 +108,10 @@ def test_metrics_tell_what_an_instance_does(site: Site, client: TestClient) -> N
     ):
         name, value = told.split()
         assert f'qlm_instance_{name}{{instance="gpu-0"}} {value}' in text
+    where = '{instance="gpu-0",slo_class="batch"}'
+    assert f"qlm_instance_first_token_seconds_sum{where} 0.5" in text
+    assert f"qlm_instance_seconds_per_token_count{where} 10.0" in text
+    assert f"qlm_instance_seconds_per_token_sum{where} 2.0" in text
 
 
 @pytest.mark.usefixtures("no_database")

@@ -10,8 +10,8 @@ from statistics import fmean
 
 from qlm_batch.domain.engine import Engine, EngineInfo, EngineStats
 from qlm_batch.domain.errors import Unavailable
-from qlm_batch.domain.jobs import ClaimedRequest, EngineKind
-from qlm_batch.domain.snapshot import ModelView, Residency
+from qlm_batch.domain.jobs import ClaimedRequest, EngineKind, SloClass
+from qlm_batch.domain.snapshot import Latency, ModelView, Residency
 from qlm_batch.scheduling import agent
 from qlm_workers.leases import Lease
 from qlm_workers.meter import Meter
@@ -111,6 +111,7 @@ class Host:
         self._interactive_at = float("-inf")
         self.stats: EngineStats | None = None
         self.totals = Totals()
+        self.latencies = {each: Latency(each) for each in SloClass}
 
     # Residency
 
@@ -177,6 +178,17 @@ class Host:
         else:
             adapter.finished(tenant, output_tokens, prompt_tokens)
             self.meter.of_adapter(output_tokens)
+
+    def timed(
+        self,
+        slo_class: SloClass,
+        first_token_s: float | None,
+        duration_s: float | None,
+        tokens: int,
+    ) -> None:
+        """A request was answered after these times, with so many tokens."""
+        before = self.latencies[slo_class]
+        self.latencies[slo_class] = before.after(first_token_s, duration_s, tokens)
 
     def views(self, wake_s: float | None = None, stay_s: float = 0.0) -> tuple[ModelView, ...]:
         """The model and its adapters as the scheduler sees them."""

@@ -16,7 +16,7 @@ from qlm_batch.dispatch.streams import READER_S, Address, End, News, Reader, Tok
 from qlm_batch.domain.engine import EngineAnswer, EngineRequest, EventStream
 from qlm_batch.domain.errors import EngineDead, QlmError, Unavailable
 from qlm_batch.domain.interactive import InteractiveMark, InteractiveState
-from qlm_batch.domain.jobs import Usage
+from qlm_batch.domain.jobs import SloClass, Usage
 from qlm_batch.domain.messages import Interactive
 from qlm_batch.domain.ports import InteractiveStore
 from qlm_batch.domain.snapshot import Residency
@@ -232,6 +232,13 @@ class InteractiveDesk:
         else:
             ok = 200 <= end.status < 300
             self._mark(job, InteractiveState.DONE if ok else InteractiveState.FAILED)
+            if ok:
+                job.host.timed(
+                    SloClass.INTERACTIVE,
+                    job.first_token_s,
+                    time.monotonic() - job.began,
+                    job.usage.output_tokens,
+                )
         self._unwritten.set()
 
     def _drop(self, job: _Job) -> None:

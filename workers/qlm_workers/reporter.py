@@ -6,8 +6,9 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
+from qlm_batch.domain.jobs import SloClass
 from qlm_batch.domain.ports import Heartbeat
-from qlm_batch.domain.snapshot import InstanceState, Observation, Residency
+from qlm_batch.domain.snapshot import InstanceState, Latency, Observation, Residency
 from qlm_batch.scheduling import agent
 from qlm_workers.hosts import Host
 from qlm_workers.link import Link
@@ -89,12 +90,25 @@ class Reporter:
             recomputed_tokens=sum(host.totals.recomputed_tokens for host in self._hosts),
             output_tokens=sum(host.totals.generated_tokens for host in self._hosts),
             kv_usage=_kv_usage(awake),
+            latencies=tuple(_latency(self._hosts, each) for each in SloClass),
             generated=tuple(n for s in stats for n in s.generated)[:MOST_GENERATED],
             tokens_per_s=sum(host.meter.tokens_per_s for host in self._hosts),
             interactive_share=self._share,
             phase=phase,
             observations=reports,
         )
+
+
+def _latency(hosts: Sequence[Host], slo_class: SloClass) -> Latency:
+    """One class over all engines."""
+    own = [host.latencies[slo_class] for host in hosts]
+    return Latency(
+        slo_class,
+        sum(each.requests for each in own),
+        sum(each.first_s for each in own),
+        sum(each.tokens for each in own),
+        sum(each.tokens_s for each in own),
+    )
 
 
 def _kv_usage(hosts: Sequence[Host]) -> float:

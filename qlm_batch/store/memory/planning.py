@@ -240,6 +240,7 @@ def instance_views(state: State) -> tuple[InstanceView, ...]:
             recomputed_tokens=beat.recomputed_tokens,
             output_tokens=beat.output_tokens,
             kv_usage=beat.kv_usage,
+            latencies=beat.latencies,
             generated=beat.generated,
             assigned=tuple(_assigned_views(state, tallies, limits)),
             suspect_slices=sum(tally.suspects for tally in tallies.values()),
