@@ -87,7 +87,8 @@ class Grouper:
         self, snapshot: Snapshot, capacity: Mapping[str, ModelCapacity]
     ) -> tuple[RequestGroup, ...]:
         """See `form_groups`."""
-        runs = sorted((_entry(run) for run in snapshot.runs if run.slices > 0), key=_order)
+        # A run's id and generation tell entries apart before the run itself would be compared.
+        runs = sorted([_entry(run) for run in snapshot.runs if run.slices > 0])
         families = [
             (key, tuple(entry[-1] for entry in members))
             for key, members in groupby(runs, key=itemgetter(0))
@@ -144,9 +145,6 @@ def _entry(run: RunView) -> _Entry:
     return (key, run.deadline, run.created_at, run.run_id, run.generation, run)
 
 
-_order = itemgetter(0, 1, 2, 3, 4)
-
-
 def _run_of(name: str) -> str:
     """The part of a group's name that names its run."""
     return name.rpartition(".")[0]
@@ -155,7 +153,12 @@ def _run_of(name: str) -> str:
 def _formed(
     runs: tuple[RunView, ...], limit: float, per_size: int, known: frozenset[str]
 ) -> _Formed:
-    pieces = [piece for run in runs for piece in _cut(run, limit, per_size)]
+    pieces: list[_Piece] = []
+    for run in runs:
+        if run.slices == 1:
+            pieces.append(_whole(run))
+        else:
+            pieces += _cut(run, limit, per_size)
     names = frozenset(f"{run.run_id}.{run.generation}" for run in runs)
     groups = tuple(_group(name, own) for name, own in _pack(pieces, limit, known))
     return _Formed(runs, per_size, names, groups)
@@ -182,7 +185,7 @@ def _cut(run: RunView, limit: float, per_size: int) -> Iterator[_Piece]:
         base *= 2
     whole = run.slices
     if base >= whole:
-        yield _Piece(run, _label(run, 0), whole, run.requests, run.prompt_tokens, run.max_tokens)
+        yield _whole(run)
         return
     position, size, made = whole, base, 0
     bounds = [whole]
@@ -202,6 +205,11 @@ def _cut(run: RunView, limit: float, per_size: int) -> Iterator[_Piece]:
             run.prompt_tokens * end // whole - run.prompt_tokens * start // whole,
             run.max_tokens * end // whole - run.max_tokens * start // whole,
         )
+
+
+def _whole(run: RunView) -> _Piece:
+    label = f"{run.run_id}.{run.generation}.0"
+    return _Piece(run, label, run.slices, run.requests, run.prompt_tokens, run.max_tokens)
 
 
 def _label(run: RunView, behind: int) -> str:
