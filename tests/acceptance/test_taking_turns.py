@@ -1,4 +1,4 @@
-"""Two models and an adapter on one worker that holds one model at a time, as a user runs it."""
+"""Two models and two adapters on one worker that holds one model at a time, as a user runs it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .conftest import CHECKOUT, free_port, user_environment
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
-FIRST, SECOND, ADAPTER = "tiny-a", "tiny-b", "tiny-a-tuned"
+FIRST, SECOND, ADAPTER, WILD = "tiny-a", "tiny-b", "tiny-a-tuned", "tiny-a-wild"
 
 
 @dataclass
@@ -99,13 +99,17 @@ def until(reached: Callable[[], object], what: str, seconds: float = 150.0) -> N
 
 @pytest.fixture(scope="module")
 def turns(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Turns]:
-    """`qlm up` with two copies of the shipped model, an adapter, and room for one model."""
+    """`qlm up` with two copies of the shipped model, room for one, and two adapters of the first.
+
+    One adapter changes nothing, the other drowns what the model learnt.
+    """
     home = tmp_path_factory.mktemp("turns")
     models = home / "models"
     for name in (FIRST, SECOND):
         shutil.copytree(tiny_model_path(), models / name)
-    adapter = write_adapter(home / "adapter", scale=0.0)
-    command = ["up", "--json", "--models-awake", "1", "--lora", f"{ADAPTER}={adapter}"]
+    command = ["up", "--json", "--models-awake", "1"]
+    for name, scale in ((ADAPTER, 0.0), (WILD, 1.0)):
+        command += ["--lora", f"{name}={write_adapter(home / name, scale=scale)}"]
     for name in (FIRST, SECOND):
         command += ["--model", str(models / name)]
     limits = {"QLM_KV_CACHE_BYTES": str(64 * 1024**2), "QLM_MAX_MODEL_LEN": "1024"}
@@ -152,15 +156,15 @@ def right(rows: Sequence[dict[str, Any]], lines: Sequence[tuple[str, Prompt]]) -
 
 def test_models_are_listed_wherever_they_are_and_adapters_with_their_base(turns: Turns) -> None:
     listed = {model["id"]: model["parent"] for model in turns.http.get("/v1/models").json()["data"]}
-    assert listed == {FIRST: None, SECOND: None, ADAPTER: FIRST}
-    assert turns.residency == {FIRST: "awake", SECOND: "cold", ADAPTER: "awake"}
+    assert listed == {FIRST: None, SECOND: None, ADAPTER: FIRST, WILD: FIRST}
+    assert turns.residency == dict.fromkeys((FIRST, ADAPTER, WILD), "awake") | {SECOND: "cold"}
 
 
 def test_a_file_for_all_of_them_is_answered_although_loading_fails_at_first(turns: Turns) -> None:
     config = turns.models / SECOND / "config.json"
     hidden = config.rename(config.with_name("hidden.json"))
     prompts = mixed(16, seed=3)
-    lines = [(model, prompt) for model in (FIRST, SECOND, ADAPTER) for prompt in prompts]
+    lines = [(model, prompt) for model in (FIRST, SECOND, ADAPTER, WILD) for prompt in prompts]
     batch_id = turns.submit(lines)
     until(lambda: turns.logged("engine did not wake"), "a failure")
     hidden.rename(config)
@@ -168,7 +172,9 @@ def test_a_file_for_all_of_them_is_answered_although_loading_fails_at_first(turn
     assert Counter(row["custom_id"] for row in rows) == Counter(map(str, range(len(lines))))
     found = right(rows, lines)
     assert found[FIRST] == found[SECOND] == found[ADAPTER] >= 14
-    assert turns.residency == {FIRST: "cold", SECOND: "awake", ADAPTER: "cold"}
+    assert found[WILD] < 4
+    assert turns.residency[SECOND] == "awake"
+    assert turns.residency[FIRST] == turns.residency[ADAPTER] == "cold"
     decisions = turns.http.get(f"/v1/batches/{batch_id}/decisions").json()["data"]
     assert any("was made awake in" in str(made["detail"].get("reason")) for made in decisions)
     metrics = turns.http.get("/metrics").text

@@ -224,3 +224,32 @@ async def test_what_an_engine_kept_goes_back_where_it_does_not_wake(
         first.respond = lambda _: good()
         store.put(make_slice(3, 4))
         await until(lambda: store.completed == {2, 3})
+
+
+async def test_a_swap_that_takes_too_long_is_given_up() -> None:
+    store = FakeStore(make_slice(1, 2, model="other"))
+    first, second = FakeEngine(), FakeEngine()
+    second.may_wake.clear()
+    async with working(store, first, second, models_awake=1, swap_timeout_s=0.05):
+        await until(lambda: store.released == {1: ReleaseReason.PREEMPTED})
+        assert second.stopped
+        store.put(make_slice(2, 2))
+        await until(lambda: store.completed == {2})
+    assert seen(store, "other")[-1].residency is Residency.FAILED
+
+
+async def test_a_draining_worker_swaps_no_more() -> None:
+    store = FakeStore(make_slice(1, 2))
+    first, second = FakeEngine(), FakeEngine()
+    gate = asyncio.Event()
+    hold_until(gate, first)
+    async with working(store, first, second, models_awake=1) as rig:
+        await until(lambda: store.claims)
+        store.put(make_slice(2, 2, model="other"))
+        await until(lambda: not store.waiting)
+        rig.runner.drain(30.0)
+        await until(lambda: 2 in store.released)
+        gate.set()
+        assert await rig.ended() is Exit.OK
+    assert store.completed == {1}
+    assert not second.requests

@@ -78,6 +78,11 @@ class FakeStore:
         with self._lock:
             self._waiting.extend(slices)
 
+    @property
+    def waiting(self) -> int:
+        """Slices not handed out yet."""
+        return len(self._waiting)
+
     def positions(self, *, ok: bool = True) -> set[int]:
         """Positions with a stored success, or error."""
         return {row.position for row in self.rows if row.ok is ok}
