@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -152,6 +153,23 @@ class Site:
         finally:
             os.kill(scheduler, signal.SIGCONT)
         return batch_ids
+
+    def planned_swaps(self, batch_ids: Sequence[str], awake: str) -> int:
+        """Swaps in the first plan that holds all these batches, starting with the awake model."""
+        statement = (
+            "SELECT coalesce(json_agg(json_build_array(r.batch_id, r.model) ORDER BY q.position),"
+            " '[]') FROM virtual_queue q JOIN run r"
+            " ON r.id = split_part(q.group_key, '.', 1)::bigint"
+        )
+        order: list[tuple[str, str]] = []
+
+        def planned() -> bool:
+            order[:] = self.stand.query(statement)[0]
+            return {batch_id for batch_id, _ in order} >= set(batch_ids)
+
+        wait_until(planned, "a plan", 60, every_s=0.02)
+        models = [awake, *(model for _, model in order)]
+        return sum(a != b for a, b in pairwise(models))
 
     def wait(self, batch_ids: Sequence[str], seconds: float = 3600) -> None:
         """Until all of them have ended."""
@@ -305,6 +323,7 @@ def _case(
     can, planned = _simulated(machine, options, jobs, awake[0])
     before = site.swaps()
     batch_ids = site.submit_together(jobs)
+    first_plan = site.planned_swaps(batch_ids, awake[0])
     site.wait(batch_ids)
     time.sleep(site.stand.settings.heartbeat_s + 0.5)
     swaps = site.swaps() - before
@@ -327,6 +346,7 @@ def _case(
         "simulator_met": sum(can),
         "met_where_it_can_be": all(a or not b for a, b in zip(met, can, strict=True)),
         "swaps": swaps,
+        "planned_swaps": first_plan,
         "simulator_swaps": planned,
         "margins_s": margins,
         "lost": lost,
