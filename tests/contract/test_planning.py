@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from qlm_batch.domain.buckets import prompt_mix
 from qlm_batch.domain.errors import NotFound, NotLeader, Unauthenticated
 from qlm_batch.domain.jobs import ApiKey, BatchState, EngineKind, Estimate, SliceState, SloClass
 from qlm_batch.domain.snapshot import (
@@ -249,3 +250,14 @@ def test_the_story_of_a_request_that_is_not_there_is_not_found(bench: Bench) -> 
         bench.store.request_story(TENANT, batch.id, "nobody")
     with pytest.raises(NotFound):
         bench.store.request_story("another", batch.id, lines_of(2)[0].custom_id)
+
+
+def test_what_estimates_are_made_from_reaches_the_snapshot(bench: Bench) -> None:
+    bench.batch(lines=5, slice_requests=2)
+    bench.beat(interactive_share=0.25)
+    seen = bench.store.snapshot()
+    mix = prompt_mix([10] * 5)
+    assert seen.instances[0].interactive_share == 0.25
+    assert seen.runs[0].prompts == mix
+    bench.assign()
+    assert bench.store.snapshot().instances[0].assigned[0].prompts == mix
