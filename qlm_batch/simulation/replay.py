@@ -25,6 +25,9 @@ from qlm_batch.simulation.workload import Arrival, Ints, WorkClass, Workload
 
 _UNKNOWN_OUTPUT = 128
 
+_Sizes = tuple[int, int]
+"""Prompt and output tokens of a request."""
+
 
 @dataclass(frozen=True, slots=True)
 class Replay:
@@ -46,15 +49,15 @@ def replay(path: Path) -> Replay:
     plans = same = skipped = 0
     different: float | None = None
     runs: dict[tuple[int, int], RunView] = {}
-    lengths: dict[tuple[str, str], deque[int]] = defaultdict(deque)
+    lengths: dict[tuple[str, str], deque[_Sizes]] = defaultdict(deque)
     for entry in _entries(path):
         match entry:
             case ArrivalEntry(run):
                 # A new leader sees for the first time what an old one wrote down already.
                 runs.setdefault((run.run_id, run.generation), run)
             case LengthsEntry(_, model, outputs):
-                for tenant, tokens, _ in outputs:
-                    lengths[model, tenant].append(max(1, tokens))
+                for tenant, tokens, prompt in outputs:
+                    lengths[model, tenant].append((max(1, prompt), max(1, tokens)))
             case PlanEntry():
                 policy = POLICIES.get(entry.policy)
                 if policy is None:
@@ -81,7 +84,7 @@ def _entries(path: Path) -> list[Entry]:
 
 
 def _history(
-    name: str, runs: list[RunView], lengths: dict[tuple[str, str], deque[int]]
+    name: str, runs: list[RunView], lengths: dict[tuple[str, str], deque[_Sizes]]
 ) -> Workload:
     """The runs as they came, with the lengths their requests had, in the order they finished.
 
@@ -92,14 +95,16 @@ def _history(
     arrivals = []
     for run in sorted(runs, key=lambda run: (run.created_at, run.run_id, run.generation)):
         prompt = max(1, round(run.prompt_tokens / max(1, run.requests)))
+        known = lengths[run.model, run.tenant]
+        prompts, outputs = _taken(known, run.requests, (prompt, _UNKNOWN_OUTPUT))
         arrivals.append(
             Arrival(
                 run.created_at - zero,
                 windows.index(_window(run)),
                 run.model,
                 run.tenant,
-                np.full(run.requests, prompt, dtype=np.int64),
-                _taken(lengths[run.model, run.tenant], run.requests),
+                prompts,
+                outputs,
             )
         )
     classes = tuple(WorkClass(f"{w:.0f}s", SloClass.BATCH, w) for w in windows)
@@ -112,11 +117,12 @@ def _window(run: RunView) -> float:
     return max(1.0, float(round(run.deadline - run.created_at)))
 
 
-def _taken(known: deque[int], count: int) -> Ints:
-    """The next lengths, each put back behind the others: a history too short begins again."""
+def _taken(known: deque[_Sizes], count: int, usual: _Sizes) -> tuple[Ints, Ints]:
+    """The next prompts and outputs, put back behind the others: a short history begins again."""
     taken = []
     for _ in range(count):
-        length = known.popleft() if known else _UNKNOWN_OUTPUT
-        taken.append(length)
-        known.append(length)
-    return np.array(taken, dtype=np.int64)
+        sizes = known.popleft() if known else usual
+        taken.append(sizes)
+        known.append(sizes)
+    columns = np.array(taken, dtype=np.int64).reshape(-1, 2)
+    return columns[:, 0].copy(), columns[:, 1].copy()

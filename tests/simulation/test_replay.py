@@ -53,6 +53,8 @@ def test_the_history_holds_what_was_asked_and_the_lengths_it_had(tmp_path: Path)
     assert [c.target_s for c in history.classes] == [20.0, 90.0]
     outputs = np.concatenate([a.outputs for a in history.arrivals])
     assert set(outputs.tolist()) <= set(range(20, 32))
+    prompts = np.concatenate([a.prompts for a in history.arrivals])
+    assert set(prompts.tolist()) == {100}
     outcome = Cluster(fleet(3, MODELS), history, policy("edf-shed"), SimulationConfig()).run()
     assert outcome.requests.on_time.mean() > 0.9
 
