@@ -235,7 +235,31 @@ def build(chosen: Scenario, fleet: Fleet, load: float, duration: float, seed: in
     ConfigurationError when the fleet serves none of its work.
     """
     streams = chosen.streams(fleet)
-    room = min(spec.kv_tokens for spec in fleet.instances) - 64
+    room = _room(fleet)
+    most = capacity_of(chosen, fleet, seed)
+    arrivals: list[Arrival] = []
+    for number, stream in enumerate(streams):
+        rng = np.random.default_rng((seed, 1, number))
+        arrivals += _arrivals(rng, stream, load * most, duration, room)
+    arrivals.sort(key=lambda arrival: arrival.at)
+    outages = tuple(
+        Outage(o.at * duration, o.instance % len(fleet.instances), o.seconds * duration)
+        for o in chosen.outages
+    )
+    return Workload(
+        chosen.name,
+        chosen.classes,
+        tuple(arrivals),
+        duration,
+        MAX_TOKENS,
+        outages,
+        chosen.swap_failures,
+    )
+
+
+def capacity_of(chosen: Scenario, fleet: Fleet, seed: int) -> float:
+    """Requests per second of the scenario at load 1. ConfigurationError when nothing is served."""
+    streams, room = chosen.streams(fleet), _room(fleet)
     lengths = np.random.default_rng((seed, 0))
     sample = _lengths(lengths, np.linspace(0.0, 1.0, _SAMPLE), streams[0], room)
     most = capacity(
@@ -255,24 +279,11 @@ def build(chosen: Scenario, fleet: Fleet, load: float, duration: float, seed: in
     )
     if most <= 0.0:
         raise ConfigurationError(f"No instance of the fleet serves the models of {chosen.name}.")
-    arrivals: list[Arrival] = []
-    for number, stream in enumerate(streams):
-        rng = np.random.default_rng((seed, 1, number))
-        arrivals += _arrivals(rng, stream, load * most, duration, room)
-    arrivals.sort(key=lambda arrival: arrival.at)
-    outages = tuple(
-        Outage(o.at * duration, o.instance % len(fleet.instances), o.seconds * duration)
-        for o in chosen.outages
-    )
-    return Workload(
-        chosen.name,
-        chosen.classes,
-        tuple(arrivals),
-        duration,
-        MAX_TOKENS,
-        outages,
-        chosen.swap_failures,
-    )
+    return most
+
+
+def _room(fleet: Fleet) -> int:
+    return min(spec.kv_tokens for spec in fleet.instances) - 64
 
 
 def _arrivals(

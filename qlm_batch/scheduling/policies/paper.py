@@ -23,9 +23,9 @@ from qlm_batch.scheduling.policies.base import to_plan
 from qlm_batch.scheduling.policies.listing import by_deadline, list_schedule
 from qlm_batch.scheduling.problem import START, Durations, Problem, Queues
 
-MOST_BINARIES = 400
+MOST_BINARIES = 240
 """Placements beyond which the program is not tried: the solver would take minutes."""
-NODES = 200
+NODES = 50
 """Search nodes of one solution: a count, so that equal snapshots give equal plans."""
 _GAP = 0.05
 
