@@ -140,7 +140,8 @@ class Problem:
         fastest = self.table.mean.min(axis=1, initial=math.inf)
         self.least: list[float] = (fastest[self.table.kind] * self.table.count).tolist()
         self.z = NormalDist().inv_cdf(estimator.config.quantile)
-        self.inflation = 1.0 + self.z * estimator.config.model_error
+        self.model_error = estimator.config.model_error
+        self.inflation = 1.0 + self.z * self.model_error
         self._machines(estimator)
         self._worth(estimator.served)
         known = {entry.group_key: entry.instance for entry in snapshot.queues}

@@ -7,7 +7,8 @@ Where that happens and tenants compete, those that had less are inserted first.
 
 The search then empties a stretch of a few queues and puts the groups back together with some that
 were let go, keeping what is worth at least as much. At last, what cannot be on time as a whole is
-put where a part of it is, if that makes nothing else late. The loops are in `kernels`.
+put where a part of it is, if that makes nothing else late, and what could fit if all goes well is
+kept too. The loops are in `kernels`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 
 from qlm_batch.domain.snapshot import Plan, RequestGroup, Snapshot
 from qlm_batch.scheduling.fairness import entitled
-from qlm_batch.scheduling.kernels import Ints, loops
+from qlm_batch.scheduling.kernels import Columns, Ints, loops
 from qlm_batch.scheduling.policies.base import to_plan
 from qlm_batch.scheduling.policies.listing import by_deadline, list_schedule
 from qlm_batch.scheduling.problem import SWAP_PRICE, Durations, Problem, Queues
@@ -31,6 +32,10 @@ STAY_S: Final = 1.0
 """How much sooner a queue must end to take a group from the queue it stood in before."""
 LEAST_SHARE: Final = 0.1
 """Work of which less than this would be on time stays let go."""
+HOPE: Final = 3.0
+"""By how many of the model's standard errors things may go better than estimated."""
+_LEAST_HOPE: Final = 0.5
+_NO_SWAP: Final = 100.0
 _TRIES = 200_000
 """Places looked at for work that is late in part, so that a plan's time is bounded."""
 _ROOM = 64
@@ -93,11 +98,28 @@ def improved(problem: Problem, schedule: Schedule, moves: int, seed: int) -> Sch
 def with_late(problem: Problem, schedule: Schedule) -> Schedule:
     """The schedule with what was let go put where a part of it is on time, most worthy first.
 
-    Nothing of the schedule becomes late by it.
+    Nothing of the schedule becomes late by it. Then, by deadline, what would fit if all went well:
+    to let work go is final and an estimate is not. That costs no swap, and nothing where the
+    estimates are exact.
     """
+    cautious = problem.columns
+    order = tail_order(problem, schedule[1])
+    schedule = _put_late(problem, schedule, order, cautious, problem.price(1.0))
+    hope = 1.0 - HOPE * problem.model_error
+    if hope >= 1.0 or not schedule[1]:
+        return schedule
+    hopeful = cautious._replace(z=0.0, inflation=max(_LEAST_HOPE, hope))
+    order = sorted(schedule[1], key=problem.rank.__getitem__)
+    return _put_late(problem, schedule, order, hopeful, _NO_SWAP * problem.price(1.0))
+
+
+def _put_late(
+    problem: Problem, schedule: Schedule, asked: Sequence[int], columns: Columns, price: float
+) -> Schedule:
+    """One pass of `insert_late` by these columns; runs of one model are by deadline afterwards."""
     queues, let_go = schedule
-    order = np.array(tail_order(problem, let_go), dtype=np.int64)
-    order = order[problem.columns.due[order] > 0.0]
+    order = np.array(asked, dtype=np.int64)
+    order = order[columns.due[order] > 0.0]
     if not order.size or not queues:
         return schedule
     room = min(len(problem.groups), max(len(queue) for queue in queues) + order.size)
@@ -105,22 +127,27 @@ def with_late(problem: Problem, schedule: Schedule) -> Schedule:
     for i, queue in enumerate(queues):
         place[i, : len(queue)] = queue
     size = np.array([len(queue) for queue in queues], dtype=np.int64)
-    due = problem.columns.due
-    movable = problem.columns._replace(due=due.copy())
+    movable = columns._replace(due=columns.due.copy())
     placed = loops().insert_late(
         movable,
-        due,
+        columns.due,
         problem.lines,
         problem.table.excess,
         place,
         size,
         order,
         LEAST_SHARE,
-        problem.price(1.0),
+        price,
         _TRIES,
     )
     chosen = set(order[placed].tolist())
-    return _queues(place, size), [g for g in let_go if g not in chosen]
+    if not chosen:
+        return schedule
+    tidy = [
+        _by_deadline_in_runs(problem, movable, i, queue)
+        for i, queue in enumerate(_queues(place, size))
+    ]
+    return tidy, [g for g in let_go if g not in chosen]
 
 
 def _fairly(problem: Problem, schedule: Schedule) -> Schedule:
@@ -138,7 +165,9 @@ def _fairly(problem: Problem, schedule: Schedule) -> Schedule:
     return fair if fair_worth > worth else schedule
 
 
-def _by_deadline_in_runs(problem: Problem, instance: int, queue: list[int]) -> list[int]:
+def _by_deadline_in_runs(
+    problem: Problem, columns: Columns, instance: int, queue: list[int]
+) -> list[int]:
     """The queue with each run of one model by deadline, unless that made something late.
 
     The search is indifferent to order as long as all is on time; what happens later is not.
@@ -151,7 +180,7 @@ def _by_deadline_in_runs(problem: Problem, instance: int, queue: list[int]) -> l
     order = np.array(tidy, dtype=np.int64)
     slack = np.empty(order.size + 1)
     scratch = np.empty((2, order.size))
-    loops().walk(problem.columns, instance, order, order.size, scratch[0], scratch[1], slack)
+    loops().walk(columns, instance, order, order.size, scratch[0], scratch[1], slack)
     return tidy if slack[0] >= 0.0 else queue
 
 
@@ -186,7 +215,8 @@ class QlmPolicy:
         score = problem.score(found[0])
         if score.on_time < floor.on_time or score.objective < floor.objective:
             return with_late(problem, plain)
-        tidy = [_by_deadline_in_runs(problem, i, q) for i, q in enumerate(found[0])]
+        columns = problem.columns
+        tidy = [_by_deadline_in_runs(problem, columns, i, q) for i, q in enumerate(found[0])]
         return with_late(problem, (tidy, found[1]))
 
 
