@@ -253,3 +253,17 @@ async def test_a_draining_worker_swaps_no_more() -> None:
         assert await rig.ended() is Exit.OK
     assert store.completed == {1}
     assert not second.requests
+
+
+async def test_counters_go_on_where_an_engine_is_started_anew() -> None:
+    store = FakeStore(make_slice(1, 4))
+    first, second = FakeEngine(), FakeEngine()
+    async with working(store, first, second, models_awake=1):
+        await until(lambda: store.beats and store.beats[-1].output_tokens == 12)
+        store.put(make_slice(2, 4, model="other"))
+        await until(lambda: store.beats[-1].output_tokens == 24)
+        first.step = 0
+        store.put(make_slice(3, 4))
+        await until(lambda: store.beats[-1].output_tokens == 36)
+    totals = [beat.output_tokens for beat in store.beats]
+    assert totals == sorted(totals)
