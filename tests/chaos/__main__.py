@@ -10,9 +10,11 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 from tests.chaos.driver import MOST_FAULTS, Order, run
@@ -40,7 +42,7 @@ def main() -> int:
         real_kills=given.real_kills,
     )
     try:
-        outcome = run(order, folder)
+        outcome = run(order, folder, _enough())
         for name, evidence in outcome.broken.items():
             complain(f"BROKEN {name}: {len(evidence)} times")
             for each in evidence[:SHOWN]:
@@ -54,6 +56,19 @@ def main() -> int:
     finally:
         if not given.keep:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _enough() -> threading.Event:
+    """Set by the first Ctrl-C; a second one ends the run at once."""
+    enough = threading.Event()
+
+    def handle(*_: object) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        complain("enough is broken; Ctrl-C again to leave at once")
+        enough.set()
+
+    signal.signal(signal.SIGINT, handle)
+    return enough
 
 
 def _arguments() -> argparse.Namespace:

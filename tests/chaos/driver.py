@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import statistics
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,15 +48,18 @@ class Outcome:
     broken: dict[str, list[str]] = field(default_factory=dict)
 
 
-def run(order: Order, folder: Path) -> Outcome:
-    """Carry out one run in an empty folder; everything it started has ended afterwards."""
+def run(order: Order, folder: Path, enough: threading.Event) -> Outcome:
+    """Carry out one run in an empty folder; everything it started has ended afterwards.
+
+    Set `enough` to break nothing more and come to the checks.
+    """
     shared_before = invariants.shared_memory()
     receivers = Receivers()
     receivers.start()
     site = Site(folder, smtp_url=receivers.smtp_url)
     try:
         site.start()
-        found, real_figures = _work(order, site, receivers)
+        found, real_figures = _work(order, site, receivers, enough)
         complain("checking")
         broken = invariants.check(found)
         figures = _figures(found, real_figures)
@@ -75,7 +79,7 @@ def run(order: Order, folder: Path) -> Outcome:
 
 
 def _work(
-    order: Order, site: Site, receivers: Receivers
+    order: Order, site: Site, receivers: Receivers, enough: threading.Event
 ) -> tuple[invariants.Findings, dict[str, int]]:
     from tests.chaos.watch import Watch
 
@@ -92,7 +96,7 @@ def _work(
     load.start(order.lanes)
     callers.start()
     until(lambda: watch.progress > 3, 60)
-    _break(order, faults)
+    _break(order, faults, enough)
     if not load.close(SETTLE_S):
         tally.faults.append(f"batches did not end within {SETTLE_S:.0f} s")
     callers.close()
@@ -119,10 +123,10 @@ def _sweep(site: Site) -> None:
     time.sleep(5)
 
 
-def _break(order: Order, faults: Faults) -> None:
+def _break(order: Order, faults: Faults, enough: threading.Event) -> None:
     end = time.monotonic() + order.seconds
     for fault in _endless(order.seed):
-        if time.monotonic() > end:
+        if time.monotonic() > end or enough.is_set():
             return
         faults.carry_out(fault)
 
