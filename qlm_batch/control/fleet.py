@@ -13,8 +13,6 @@ FRESH_S = 1.0
 """An older view is refreshed by whoever looks, who does not wait for that."""
 STALE_S = 5.0
 """An older view is not shown."""
-RESTART_S = 120.0
-"""A model whose last instance left so long ago may come back."""
 
 
 class Fleet:
@@ -25,7 +23,6 @@ class Fleet:
         self._threads = threads
         self._views: Sequence[InstanceView] = ()
         self._at = float("-inf")
-        self._served: dict[str, float] = {}
         self._asking: asyncio.Task[None] | None = None
 
     async def views(self, most_s: float = STALE_S) -> Sequence[InstanceView]:
@@ -38,14 +35,7 @@ class Fleet:
                 await asyncio.shield(self._asking)
         return self._views
 
-    def served_lately(self, model: str) -> bool:
-        """Whether an instance had `model` within the last RESTART_S."""
-        return time.monotonic() - self._served.get(model, float("-inf")) < RESTART_S
-
     async def _refresh(self) -> None:
         loop = asyncio.get_running_loop()
         self._views = await loop.run_in_executor(self._threads, self._ask)
         self._at = time.monotonic()
-        for view in self._views:
-            for hosted in view.models:
-                self._served[hosted.name] = self._at

@@ -46,6 +46,8 @@ POLL_S = 0.2
 MOST_POLL_S = 1.0
 MOST_DEATHS = 1
 """After how many engines that died with it inside a request is sent no further."""
+RESTART_S = 120.0
+"""A model whose last instance left so long ago may come back."""
 AWAY_S = 30.0
 """How long a call waits for a database that went away under it."""
 _SMOOTHING = 0.1
@@ -219,7 +221,7 @@ class Calls:
                 code="queue_full",
                 retry_after_s=found.retry_after_s,
             )
-        if self._fleet.served_lately(model):
+        if await self._run(self._store.served_lately, model, RESTART_S):
             raise Unavailable(
                 f"No instance is ready to serve '{model[:100]}' now; try again.",
                 retry_after_s=ASK_S,

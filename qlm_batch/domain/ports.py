@@ -401,6 +401,10 @@ class InstanceStore(Protocol):
         """All instances seen lately, lost ones included."""
         ...
 
+    def served_lately(self, model: str, within_s: float) -> bool:
+        """Whether an instance with `model` was seen within `within_s`, though it may have left."""
+        ...
+
 
 class InteractiveStore(Protocol):
     """Interactive requests; one is leased to the instance it was routed to, fenced by its epoch."""

@@ -163,6 +163,20 @@ def instances(connection: Connection, silent_s: float) -> Sequence[InstanceView]
     return [_to_view(row, models[row.name], held.get(row.name, []), limits) for row in rows]
 
 
+_SERVED = sql(
+    """
+    SELECT EXISTS (SELECT FROM instance i
+                   WHERE i.beat_at > {now} - :within_s
+                     AND i.models @> jsonb_build_array(jsonb_build_object('name', CAST(:model AS text))))
+    """
+)
+
+
+def served_lately(connection: Connection, model: str, within_s: float) -> bool:
+    """Whether an instance with this model, retired or not, reported within `within_s`."""
+    return bool(connection.scalar(_SERVED, {"model": model, "within_s": within_s}))
+
+
 def lengths(models: Sequence[ModelView]) -> dict[str, int]:
     """The longest context of each model that has told it."""
     known: dict[str, int] = {}

@@ -284,6 +284,9 @@ class PostgresStore:
     def instances(self) -> Sequence[InstanceView]:
         return self._database.read(instances.instances, self._silent_s)
 
+    def served_lately(self, model: str, within_s: float) -> bool:
+        return self._run(instances.served_lately, model, within_s)
+
     # Interactive
 
     def add_interactive(self, new: NewInteractive) -> float:

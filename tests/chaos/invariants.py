@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import psycopg
 
 from tests.chaos.batches import Tally
@@ -310,7 +313,8 @@ def nothing_is_left_behind(
     broken = [f"{name} ended with {status}" for name, status in statuses.items() if status]
     broken += [f"process {told}" for told in site.left_over()]
     broken += [f"temporary file {path}" for path in half_written(site)]
-    broken += [f"shared memory {name}" for name in shared_memory() - shared_before]
+    ours = shared_memory() - shared_before - _in_use()
+    broken += [f"shared memory {name}" for name in ours]
     broken += [
         f"a secret in {path.name}"
         for path in (site.folder / "logs").glob("*.log")
@@ -329,6 +333,17 @@ def shared_memory() -> frozenset[str]:
     """Named segments of shared memory on this machine."""
     folder = Path("/dev/shm")
     return frozenset(path.name for path in folder.iterdir()) if folder.is_dir() else frozenset()
+
+
+def _in_use() -> frozenset[str]:
+    """Segments that living processes, none of this run any more, have mapped or open."""
+    used: set[str] = set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            mapped = Path(f"/proc/{process.pid}/maps").read_text()
+            used |= set(re.findall(r"/dev/shm/(\S+)", mapped))
+            used |= {Path(opened.path).name for opened in process.open_files()}
+    return frozenset(used)
 
 
 def check(found: Findings) -> dict[str, list[str]]:

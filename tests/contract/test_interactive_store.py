@@ -194,6 +194,16 @@ def test_how_requests_fared_is_told_of_those_answered_lately(bench: Bench) -> No
     assert bench.store.timeliness(60).requests == 0
 
 
+def test_a_model_counts_as_served_for_a_while_after_its_instance_has_left(bench: Bench) -> None:
+    assert not bench.store.served_lately(MODEL, 100)
+    bench.beat(boot="boot-1")
+    bench.store.retire("gpu-0", "boot-1")
+    assert bench.store.served_lately(MODEL, 100)
+    assert not bench.store.served_lately("another", 100)
+    bench.harness.advance(101)
+    assert not bench.store.served_lately(MODEL, 100)
+
+
 def test_bodies_are_emptied_first_and_rows_dropped_later(bench: Bench) -> None:
     bench.store.add_interactive(NEW)
     bench.store.add_interactive(replace(NEW, id="req_open"))

@@ -283,6 +283,13 @@ async def test_a_model_whose_instance_restarts_is_worth_another_try() -> None:
                 await asyncio.sleep(0.005)
 
 
+async def test_an_api_process_that_has_just_started_knows_who_has_just_left() -> None:
+    async with at_work() as rig:
+        rig.store.retire("gpu-0", "boot")
+        with pytest.raises(Unavailable):
+            await rig.open()
+
+
 async def test_full_queues_say_when_to_come_back() -> None:
     async with at_work() as rig:
         rig.beat(interactive_running=4 * SLOTS + 3)

@@ -54,3 +54,12 @@ class MemoryInstances(Facet):
     def instances(self) -> Sequence[InstanceView]:
         """All instances seen lately, lost ones included."""
         return instance_views(self.state)
+
+    @locked
+    def served_lately(self, model: str, within_s: float) -> bool:
+        """Whether an instance with `model` was seen within `within_s`, though it may have left."""
+        since = self.state.clock() - within_s
+        return any(
+            known.at > since and any(hosted.name == model for hosted in known.beat.models)
+            for known in self.state.instances.values()
+        )
