@@ -167,14 +167,15 @@ _SERVED = sql(
     """
     SELECT EXISTS (SELECT FROM instance i
                    WHERE i.beat_at > {now} - :within_s
-                     AND i.models @> jsonb_build_array(jsonb_build_object('name', CAST(:model AS text))))
+                     AND i.models @> CAST(:hosts AS jsonb))
     """
 )
 
 
 def served_lately(connection: Connection, model: str, within_s: float) -> bool:
     """Whether an instance with this model, retired or not, reported within `within_s`."""
-    return bool(connection.scalar(_SERVED, {"model": model, "within_s": within_s}))
+    hosts = json.dumps([{"name": model}])
+    return bool(connection.scalar(_SERVED, {"hosts": hosts, "within_s": within_s}))
 
 
 def lengths(models: Sequence[ModelView]) -> dict[str, int]:
