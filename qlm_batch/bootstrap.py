@@ -27,7 +27,7 @@ from qlm_batch.dispatch.streams import TokenReader
 from qlm_batch.domain.errors import ConfigurationError
 from qlm_batch.domain.ports import BlobStore, Dispatcher
 from qlm_batch.intake.blobs import make_blobs
-from qlm_batch.scheduling.kernels import compile_all, hold_compiling
+from qlm_batch.scheduling.loops import compile_all, hold_compiling
 from qlm_batch.scheduling.policies import policy
 from qlm_batch.settings import Settings
 from qlm_batch.store.postgres import PostgresStore

@@ -23,7 +23,7 @@ from qlm_batch.scheduling.dispatching import DispatchConfig, is_missed, recalls,
 from qlm_batch.scheduling.estimator import Estimator, EstimatorConfig
 from qlm_batch.scheduling.forecasts import Forecasts
 from qlm_batch.scheduling.grouping import Grouper
-from qlm_batch.scheduling.kernels import COMPILED, loops
+from qlm_batch.scheduling.loops import COMPILED, loops
 from qlm_batch.scheduling.pacing import Pace
 from qlm_batch.scheduling.policies import Policy
 from qlm_batch.scheduling.profile import Knowledge

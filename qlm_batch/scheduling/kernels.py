@@ -4,20 +4,19 @@ Written in the subset that compiles. Queues are rows of `place` (instance, posit
 `size`. What a group takes at instance i is `mean[kind, i] · amount`; its tail, beyond that,
 `tails[tail_kind, i]`.
 `setup[i, a, b]` is the time lost between work of models a and b, a = -1 standing for the start.
+
+What is compiled is kept until its own file changes, so loops that call each other share this one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qlm_batch.scheduling.compiled import AVAILABLE, compiled, plain
-from qlm_batch.scheduling.survival import survival
+from qlm_batch.scheduling.compiled import compiled
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -555,69 +554,3 @@ def search(
             let_go[gone] = left[r]
             gone += 1
     return gone
-
-
-class Loops(NamedTuple):
-    """The loops above, all compiled or all as written; they give equal results."""
-
-    in_order: Callable[[Columns, Ints, bool], Ints]
-    walk: Callable[[Columns, int, Ints, int, Floats, Floats, Floats], float]
-    walk_all: Callable[[Columns, Ints, Ints], tuple[Floats, Floats, Floats, Floats, Floats]]
-    behind: Callable[[Columns, Ints, Floats, Ints], Ints]
-    insert_one: Callable[[Columns, Ints, Ints, int, float], tuple[int, int]]
-    insert_late: Callable[
-        [Columns, Floats, Floats, Floats, Ints, Ints, Ints, float, float, int], Flags
-    ]
-    by_insertion: Callable[[Columns, Ints, Ints, Ints, float, float], Ints]
-    search: Callable[[Columns, Floats, Ints, Ints, Ints, int, int, int, float, float], int]
-    survival: Callable[[Floats, Floats, Floats, float, float], tuple[Floats, Floats]]
-
-
-COMPILED = Loops(
-    in_order, walk, walk_all, behind, insert_one, insert_late, by_insertion, search, survival
-)
-WRITTEN = Loops(**plain(globals(), Loops._fields))
-
-
-@dataclass(slots=True)
-class _Choice:
-    compiled: bool = AVAILABLE
-
-
-_choice = _Choice()
-
-
-def loops() -> Loops:
-    """The loops to use now: compiled at their first call, unless `hold_compiling` was called."""
-    return COMPILED if _choice.compiled else WRITTEN
-
-
-def hold_compiling() -> None:
-    """Use the loops as written until `compile_all` has ended, in a thread of the caller's."""
-    _choice.compiled = False
-
-
-def compile_all() -> None:
-    """Compile every loop, or load what was compiled before: seconds, at most a minute once."""
-    if not AVAILABLE:
-        return
-    one, none = np.ones(1), np.zeros(1, dtype=np.int64)
-    table, yes = np.ones((1, 1)), np.ones((1, 1), dtype=np.bool_)
-    columns = Columns(
-        model=none, due=10.0 * one, weight=one, kind=none, amount=one, mean=table, var=table,
-        tail_kind=none, tails=table, before=none, serves=yes, awake=yes, ready=one, ready_var=one,
-        setup=np.zeros((1, 2, 1)), z=0.5, inflation=1.0,
-    )  # fmt: skip
-    place, size, many = np.zeros((1, 2), dtype=np.int64), np.zeros(1, dtype=np.int64), np.ones(3)
-    COMPILED.in_order(columns, none, True)
-    COMPILED.by_insertion(columns, none, place, size, 1.0, 0.5)
-    COMPILED.walk(columns, 0, place[0], 1, many, many.copy(), many.copy())
-    COMPILED.walk_all(columns, none, np.array([0, 1]))
-    COMPILED.behind(columns, none, one.copy(), np.full(1, -1, dtype=np.int64))
-    COMPILED.insert_one(columns, place, size, 0, 0.5)
-    COMPILED.insert_late(
-        columns, one.copy(), one, np.zeros((1, 1, 8)), place, size, none, 0.5, 0.5, 1
-    )
-    COMPILED.search(columns, one, place, size, none.copy(), 0, 1, 0, 0.5, 0.5)
-    COMPILED.survival(one, one, one, 1.0, 0.5)
-    _choice.compiled = True

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlm_batch.domain.jobs import EngineKind
-from qlm_batch.scheduling.kernels import loops
+from qlm_batch.scheduling.loops import loops
 
 Floats = NDArray[np.float64]
 

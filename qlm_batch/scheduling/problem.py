@@ -25,7 +25,8 @@ from qlm_batch.domain.jobs import SloClass
 from qlm_batch.domain.snapshot import InstanceView, RequestGroup, Snapshot
 from qlm_batch.scheduling.estimator import EstimatorConfig, Ready
 from qlm_batch.scheduling.fairness import Served, aged, fair_factors, on_floor, virtual_times
-from qlm_batch.scheduling.kernels import Columns, Ints, loops
+from qlm_batch.scheduling.kernels import Columns, Ints
+from qlm_batch.scheduling.loops import loops
 from qlm_batch.scheduling.worktable import WorkTable
 
 Floats = NDArray[np.float64]

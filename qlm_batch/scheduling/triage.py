@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from qlm_batch.scheduling.kernels import loops
+from qlm_batch.scheduling.loops import loops
 from qlm_batch.scheduling.problem import CLASS_RANK, START, Problem, Queues
 
 _HOPELESS_S = 1e-9

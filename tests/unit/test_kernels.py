@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 from hypothesis import given, settings
 
-from qlm_batch.scheduling import kernels
+from qlm_batch.scheduling import loops
 from qlm_batch.scheduling.compiled import AVAILABLE
 from qlm_batch.scheduling.policies import policy
 from qlm_batch.scheduling.policies.base import standing, to_plan
@@ -20,13 +20,13 @@ pytestmark = pytest.mark.skipif(not AVAILABLE, reason="numba is not installed")
 @contextmanager
 def as_written() -> Iterator[None]:
     """All planning inside uses the loops as they are written."""
-    kernels.hold_compiling()
-    assert kernels.loops() is kernels.WRITTEN
+    loops.hold_compiling()
+    assert loops.loops() is loops.WRITTEN
     try:
         yield
     finally:
-        kernels.compile_all()
-    assert kernels.loops() is kernels.COMPILED
+        loops.compile_all()
+    assert loops.loops() is loops.COMPILED
 
 
 @pytest.mark.parametrize("name", ["edf", "llf-shed", "shepherd", "qlm"])
@@ -60,9 +60,9 @@ def test_arrivals_are_put_in_the_same_places(asked: Case) -> None:
 
 
 def test_compiling_ahead_covers_the_calls_of_a_plan() -> None:
-    kernels.compile_all()
-    loops = kernels.COMPILED
-    known = [len(loop.signatures) for loop in loops]  # type: ignore[attr-defined]
+    loops.compile_all()
+    compiled = loops.COMPILED
+    known = [len(loop.signatures) for loop in compiled]  # type: ignore[attr-defined]
     asked = case(
         [[10.0]] * 6,
         [25.0 + n for n in range(6)],
@@ -74,4 +74,4 @@ def test_compiling_ahead_covers_the_calls_of_a_plan() -> None:
     kept = standing(asked.problem, plan)
     assert kept is not None
     kept.insert(asked.problem)
-    assert [len(loop.signatures) for loop in loops] == known  # type: ignore[attr-defined]
+    assert [len(loop.signatures) for loop in compiled] == known  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ from qlm_batch.domain.snapshot import (
     Snapshot,
     VirtualQueue,
 )
-from qlm_batch.scheduling.kernels import loops
+from qlm_batch.scheduling.loops import loops
 from qlm_batch.scheduling.problem import START, SWAP_PRICE, Durations, Problem, Queues
 from qlm_batch.scheduling.triage import append_tail, why_shed
 

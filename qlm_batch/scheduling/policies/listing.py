@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from qlm_batch.domain.snapshot import Plan, RequestGroup, Snapshot
-from qlm_batch.scheduling.kernels import loops
+from qlm_batch.scheduling.loops import loops
 from qlm_batch.scheduling.policies.base import to_plan
 from qlm_batch.scheduling.problem import CLASS_RANK, Durations, Problem, Queues
 

@@ -22,7 +22,8 @@ import numpy as np
 
 from qlm_batch.domain.snapshot import Plan, RequestGroup, Snapshot
 from qlm_batch.scheduling.fairness import entitled
-from qlm_batch.scheduling.kernels import Columns, Ints, loops
+from qlm_batch.scheduling.kernels import Columns, Ints
+from qlm_batch.scheduling.loops import loops
 from qlm_batch.scheduling.policies.base import to_plan
 from qlm_batch.scheduling.policies.listing import by_deadline, list_schedule
 from qlm_batch.scheduling.problem import SWAP_PRICE, Durations, Problem, Queues

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qlm_batch.domain.snapshot import Plan, RequestGroup, Snapshot
-from qlm_batch.scheduling.kernels import loops
+from qlm_batch.scheduling.loops import loops
 from qlm_batch.scheduling.policies.base import to_plan
 from qlm_batch.scheduling.problem import Durations, Problem
 
