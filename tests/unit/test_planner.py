@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlm_batch.domain.snapshot import Plan, RequestGroup, Snapshot
-from qlm_batch.scheduling.estimator import Estimator
+from qlm_batch.scheduling.estimator import Estimator, EstimatorConfig
 from qlm_batch.scheduling.policies import POLICIES, policy
 from qlm_batch.scheduling.policies.listing import by_deadline, list_schedule
 from qlm_batch.scheduling.policies.qlm import QLM, insert_all
@@ -245,6 +246,46 @@ def test_on_small_cases_no_schedule_beats_trying_them_all(asked: Case) -> None:
                     queues[i].append(g)
             best = max(best, problem.score(queues).on_time)
     assert problem.score(QLM.schedule(problem, 50, 0)[0]).on_time <= best + 1e-9
+
+
+def best_of_all(problem: Problem) -> float:
+    """The most weight on time of all orders on all instances, groups left out included."""
+    best, machines = 0.0, len(problem.instances)
+    for order in permutations(range(len(problem.groups))):
+        for code in range((machines + 1) ** len(order)):
+            queues = problem.empty
+            for g in order:
+                code, i = divmod(code, machines + 1)
+                if i < machines and problem.serves[i, problem.model[g]]:
+                    queues[i].append(g)
+            best = max(best, problem.score(queues).on_time)
+    return best
+
+
+def test_on_small_cases_the_search_is_within_a_fiftieth_of_the_best() -> None:
+    rng = np.random.default_rng(7)
+    both, found, best = frozenset({"a", "b"}), 0.0, 0.0
+    for _ in range(12):
+        asked = case(
+            rng.uniform(5.0, 40.0, (4, 2)).tolist(),
+            rng.uniform(10.0, 70.0, 4).tolist(),
+            rng.choice(["a", "b"], 4).tolist(),
+            [both, both],
+            awake=[frozenset({"a"}), frozenset({"b"})],
+            swap=3.0,
+            requests=rng.integers(1, 50, 4).tolist(),
+        )
+        problem = asked.problem
+        found += problem.score(QLM.schedule(problem, 200, 0)[0]).on_time
+        best += best_of_all(problem)
+    assert 0.98 * best <= found <= best + 1e-6
+
+
+def test_what_fits_only_if_all_goes_well_is_not_let_go() -> None:
+    asked = case([[19.0], [90.0]], [20.0, 102.0], ["a"] * 2, [frozenset({"a"})])
+    asked.durations.config = EstimatorConfig(quantile=0.8, model_error=0.1)
+    queue = planned(asked, "qlm").queues[0].groups
+    assert [(entry.group.key, entry.shed) for entry in queue] == [("g0", False), ("g1", False)]
 
 
 def test_groups_of_one_model_run_together_rather_than_swap() -> None:
