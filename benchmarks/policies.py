@@ -45,16 +45,18 @@ BASELINES = tuple(name for name in POLICIES if name != OURS)
 class Setting:
     """How long arrivals come, the longest batch window, and the time between passes; seconds.
 
-    `slots` bounds the running batch of every instance, 0 for what the device holds.
+    `slots` bounds the running batch of every instance, 0 for what the device holds; `plan_ms` the
+    search of one plan.
     """
 
     duration: float = 900.0
     window: float = 300.0
     tick: float = 0.5
     slots: int = 0
+    plan_ms: float = 100.0
 
 
-QUICK = Setting(duration=90.0, window=90.0, tick=1.0)
+QUICK = Setting(duration=75.0, window=120.0, tick=1.0, plan_ms=20.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,7 @@ def run(job: Job) -> tuple[Job, Json, float]:
         most = bounds(requests_of(work, START), fleet, START, work.duration)
         return job, {"bound": most.blind, "clairvoyant": most.clairvoyant}, 0.0
     how = OraclePolicy if job.policy == "oracle" else policy(job.policy)
-    config = SimulationConfig(seed=job.seed, tick_s=setting.tick)
+    config = SimulationConfig(seed=job.seed, tick_s=setting.tick, plan_ms=setting.plan_ms)
     told = summary(Cluster(fleet, work, how, config).run(), fleet)
     return job, told, time.process_time() - began
 
