@@ -174,6 +174,9 @@ _SERVED = sql(
 
 def served_lately(connection: Connection, model: str, within_s: float) -> bool:
     """Whether an instance with this model, retired or not, reported within `within_s`."""
+    if "\0" in model:
+        # No name in the database can hold one, nor can a question about it.
+        return False
     hosts = json.dumps([{"name": model}])
     return bool(connection.scalar(_SERVED, {"hosts": hosts, "within_s": within_s}))
 
