@@ -42,7 +42,7 @@ from qlm_batch.simulation.workload import WorkClass, Workload
 from qlm_batch.simulation.workloads import BATCH_1, INTERACTIVE, build, capacity_of, scenario
 
 HOUR = WorkClass("batch-2", SloClass.BATCH, 3600.0)
-SECONDS = 90.0
+SECONDS = 45.0
 """How long requests come."""
 MODELS = tuple(f"mistral-7b@{letter}" for letter in "abcdef")
 A10_SHARES = (0, 1, 2, 4, 5)
