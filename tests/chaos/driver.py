@@ -100,6 +100,7 @@ def _work(
     if not load.close(SETTLE_S):
         tally.faults.append(f"batches did not end within {SETTLE_S:.0f} s")
     callers.close()
+    complain(f"interactive calls: {dict(callers.outcomes)}")
     real_figures = {"requests": 0, "kills": 0}
     if order.real_requests:
         real_figures = real.round(
