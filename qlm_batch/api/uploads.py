@@ -135,13 +135,13 @@ def _keep(services: ApiServices, tenant: str, upload: MultipartUpload, spool: Sp
     try:
         services.store.add_file(record)
     except BaseException:
-        if _is_unknown(services, record):
+        if _is_absent(services, record):
             services.blobs.delete(record.blob_key)
         raise
     return record
 
 
-def _is_unknown(services: ApiServices, record: FileRecord) -> bool:
+def _is_absent(services: ApiServices, record: FileRecord) -> bool:
     """Whether the record is certainly not there: a commit may have lost no more than its answer."""
     try:
         services.store.file(record.tenant, record.id)
