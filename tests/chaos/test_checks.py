@@ -11,11 +11,14 @@ import pytest
 
 from qlm_batch.domain.engine import EngineRequest
 from qlm_batch.domain.jobs import CHAT, EngineKind
+from qlm_batch.settings import Settings
+from qlm_batch.store.memory import MemoryStore
+from qlm_workers import app
 from qlm_workers.simulated_engine import SimulatedEngine
 from tests.chaos.answers import body_of, expected, said
 from tests.chaos.batches import Line, Sent, Tally
 from tests.chaos.invariants import recomputed
-from tests.chaos.worker import NOTE
+from tests.chaos.worker import NOTE, MisbehavingEngine
 
 
 def row(custom_id: str, text: str = "yes", error: str | None = None) -> dict[str, Any]:
@@ -83,3 +86,13 @@ async def test_the_answer_expected_is_the_one_the_engine_gives() -> None:
     answer = await engine.answer(request)
     assert said(orjson.loads(answer.body)) == expected(body)
     await engine.stop()
+
+
+async def test_the_workers_of_the_rig_have_the_engine_that_misbehaves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(app, "make_engine", MisbehavingEngine.from_settings)
+    settings = Settings(engine="simulated", models=("sim",), redis_url="redis://127.0.0.1:1/0")
+    runner = app.make_runner(settings, MemoryStore(lambda: 0.0))
+    (host,) = runner._hosts.values()
+    assert isinstance(host.engine, MisbehavingEngine)
