@@ -401,6 +401,24 @@ async def test_leases_are_renewed_while_the_engine_works() -> None:
         await until(lambda: store.renewals.get(1, 0) >= 3)
 
 
+async def test_leases_are_renewed_while_the_store_has_no_room_for_rows() -> None:
+    store = FakeStore(make_slice(1, 5))
+    flush, full = store.flush, True
+
+    def without_room(instance: str, rows: Sequence[ResultRow], *args: Any, **kwargs: Any) -> Any:
+        if rows and full:
+            raise Unavailable("the disk is full")
+        return flush(instance, rows, *args, **kwargs)
+
+    store.flush = without_room  # type: ignore[method-assign]
+    async with working(store, FakeEngine(), lease_s=0.08):
+        await until(lambda: store.renewals.get(1, 0) >= 3)
+        assert not store.rows
+        full = False
+        await until(lambda: store.completed == {1})
+    assert len(store.positions()) == 5
+
+
 async def test_a_hung_engine_ends_the_worker_and_its_leases_are_left_to_run_out() -> None:
     store = FakeStore(make_slice(1))
     engine = FakeEngine(hang)

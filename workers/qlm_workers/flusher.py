@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -73,6 +74,7 @@ class Flusher:
             except Exception as error:  # noqa: BLE001 - no fault of the store may end the work
                 failures += 1
                 self._link.failed("flush", error, failures)
+                await self._renew()
                 self._dirty.set()
                 if self._most_rows >= most_rows:
                     await pause(over, backoff(failures))
@@ -115,6 +117,19 @@ class Flusher:
             lease.cancel()
         if outcome.rejected:
             log.info("rows the store had no use for", rejected=outcome.rejected)
+
+    async def _renew(self) -> None:
+        """Renew what is due without any rows: a database whose disk is full takes that alone.
+
+        Otherwise all leases would have run out by the time there is room, and what is finished
+        would be computed again.
+        """
+        now = time.monotonic()
+        due = self._due(now, False)
+        if not due:
+            return
+        with contextlib.suppress(Exception):
+            await self._send(Parcel((), (), due, frozenset(), 0), now, renew=True)
 
     async def _isolate(self, refused: Parcel) -> None:
         """Narrow down which row the store cannot take; once it stands alone, tell that instead.
