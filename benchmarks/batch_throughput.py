@@ -1,21 +1,22 @@
 """Requests a second of real vLLM through the service, through run-batch, and through LLM.chat.
 
-All three take the same files, model, type, slots and token budget, in turn, several rounds over. In
-each round an engine is started, warmed up, and given a small and a large file; the rate is the
-marginal one, from the two times. Every output is parsed and its tokens are counted.
+All three have the same model, type, slots and token budget and take their turns, several rounds
+over; while one runs the others are stopped. In its turn each gets a file to warm up, a small one
+and a large one; the rate is the marginal one, from the two times. Every output is parsed and its
+tokens are counted.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
+import contextlib
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,11 +25,13 @@ ROOT = Path(__file__).parents[1]
 sys.path[0] = str(ROOT)
 
 import orjson
+import psutil
 
-from benchmarks.contenders import Task
+from benchmarks.contenders import Contender
 from benchmarks.support import CHAT, TENANT, Stand, finish, load, require, say, stand, wait_until
 from qlm_batch.bootstrap import open_blobs
 from qlm_batch.domain.jobs import BatchSpec, FilePurpose, FileRecord
+from qlm_batch.domain.snapshot import InstanceState
 from qlm_batch.ids import BATCH, FILE, new_id
 from qlm_batch.models import tiny_model_path
 
@@ -56,13 +59,13 @@ class Setup:
         """Lines of each file a contender is given: to warm up, and the two that count."""
         return (WARM_UP, *self.sizes)
 
-    def write(self, path: Path, lines: int) -> None:
-        """The input file: prompts that share nothing, answers of equal length."""
+    def write(self, path: Path, lines: int, first: int) -> None:
+        """An input file of prompts that no other `first` has, with answers of equal length."""
         with path.open("wb") as file:
             for number in range(lines):
-                file.write(orjson.dumps(self._line(number)) + b"\n")
+                file.write(orjson.dumps(self._line(number, first + number)) + b"\n")
 
-    def _line(self, number: int) -> dict[str, object]:
+    def _line(self, custom_id: int, number: int) -> dict[str, object]:
         words = " ".join(WORDS[(number * 7 + n * n) % len(WORDS)] for n in range(16))
         body = {
             "model": self.name,
@@ -71,7 +74,7 @@ class Setup:
             "temperature": 0,
             "ignore_eos": True,
         }
-        return {"custom_id": str(number), "method": "POST", "url": CHAT, "body": body}
+        return {"custom_id": str(custom_id), "method": "POST", "url": CHAT, "body": body}
 
     def engine_args(self) -> dict[str, object]:
         """vLLM's arguments, for run-batch and LLM alike."""
@@ -105,33 +108,72 @@ def main() -> None:
 
 def _setup(name: str, folder: Path, sizes: list[int] | None) -> Setup:
     if name == "tiny":
-        return Setup("tiny", str(tiny_model_path()), tuple(sizes or (500, 3_000)))  # type: ignore[arg-type]
+        return Setup("tiny", str(tiny_model_path()), tuple(sizes or (200, 1_700)))  # type: ignore[arg-type]
     path = folder / "compute"
     make = [sys.executable, str(ROOT / "tools/tiny_model/compute_bound.py"), str(path)]
     subprocess.run([*make, "--layers", "8", "--hidden", "512"], check=True, stdout=sys.stderr)
-    return Setup("compute", str(path), tuple(sizes or (64, 384)))  # type: ignore[arg-type]
+    return Setup("compute", str(path), tuple(sizes or (48, 208)))  # type: ignore[arg-type]
 
 
 def _compare(setup: Setup, folder: Path, rounds: int) -> Mapping[str, float]:
-    contenders: dict[str, Callable[[Setup, Path], list[float]]] = {
-        "service": _service,
-        "run_batch": lambda setup, folder: _contender("run_batch", setup, folder),
-        "llm_chat": lambda setup, folder: _contender("llm_chat", setup, folder),
-    }
-    small, large = setup.sizes
-    rates: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(rounds):
-        # Each round begins with another one, so that a drift of the machine favours nobody.
-        order = list(contenders)[number % 3 :] + list(contenders)[: number % 3]
-        for name in order:
-            _, short_s, long_s = contenders[name](setup, folder)
-            rate = (large - small) / (long_s - short_s)
-            rates[name].append(rate)
-            say(f"{setup.name} round {number + 1}: {name} {rate:.1f} requests/s ({load()})")
+    with contextlib.ExitStack() as running:
+        site = running.enter_context(_service(setup, folder))
+        runs: dict[str, Callable[[Path, Path], float]] = {
+            "service": lambda source, target: _one_batch(site, source, target)
+        }
+        owners = {"service": [p.pid for p in site.processes.values() if p.pid is not None]}
+        for name in ("run_batch", "llm_chat"):
+            log = folder / f"{setup.name}-{name}.log"
+            made = Contender(name, setup.engine_args(), setup.max_tokens, log)
+            running.callback(made.stop)
+            runs[name], owners[name] = made.run, [made.pid]
+        rates = _rounds(setup, folder, rounds, runs, owners)
     return {name: round(statistics.median(found), 1) for name, found in rates.items()}
 
 
-def _service(setup: Setup, folder: Path) -> list[float]:
+def _rounds(
+    setup: Setup,
+    folder: Path,
+    rounds: int,
+    runs: Mapping[str, Callable[[Path, Path], float]],
+    owners: Mapping[str, Sequence[int]],
+) -> Mapping[str, Sequence[float]]:
+    small, large = setup.sizes
+    rates: dict[str, list[float]] = {name: [] for name in runs}
+    first = 0
+    for number in range(rounds):
+        # Each round begins with another one, so that a drift of the machine favours nobody.
+        turn = number % len(runs)
+        for name in [*runs][turn:] + [*runs][:turn]:
+            with _others_stopped(pid for other in owners if other != name for pid in owners[other]):
+                times = []
+                for lines in setup.files:
+                    source, target = folder / "in.jsonl", folder / "out.jsonl"
+                    setup.write(source, lines, first)
+                    first += lines
+                    times.append(runs[name](source, target))
+                    _check(target.read_bytes(), lines, setup)
+            rates[name].append((large - small) / (times[2] - times[1]))
+            say(f"{setup.name} round {number + 1}: {name} {rates[name][-1]:.1f}/s ({load()})")
+    return rates
+
+
+@contextlib.contextmanager
+def _others_stopped(pids: Iterable[int]) -> Iterator[None]:
+    """These processes and all they started take no time during the block."""
+    family = [psutil.Process(pid) for pid in pids]
+    family += [child for process in list(family) for child in process.children(recursive=True)]
+    for process in family:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in family:
+            process.resume()
+
+
+@contextlib.contextmanager
+def _service(setup: Setup, folder: Path) -> Iterator[Stand]:
     with stand(
         engine="vllm",
         models=(_as_folder_name(setup, folder),),
@@ -144,7 +186,12 @@ def _service(setup: Setup, folder: Path) -> list[float]:
     ) as site:
         for name in ("scheduler", "files", "worker"):
             site.start(name)
-        return [_one_batch(site, setup, lines) for lines in setup.files]
+        wait_until(lambda: _ready(site), "the worker", 300, every_s=0.5)
+        yield site
+
+
+def _ready(site: Stand) -> bool:
+    return any(view.state is InstanceState.READY for view in site.store.instances())
 
 
 def _as_folder_name(setup: Setup, folder: Path) -> str:
@@ -158,22 +205,23 @@ def _as_folder_name(setup: Setup, folder: Path) -> str:
     return str(link)
 
 
-def _one_batch(site: Stand, setup: Setup, lines: int) -> float:
+def _one_batch(site: Stand, source: Path, target: Path) -> float:
     """Seconds from the file's submission until its output is written."""
-    path = site.settings.data_dir / f"{lines}.jsonl"
-    setup.write(path, lines)
+    file_id = new_id(FILE)
+    spool = site.settings.data_dir / file_id
+    shutil.copyfile(source, spool)
     record = FileRecord(
-        id=new_id(FILE),
+        id=file_id,
         tenant=TENANT,
         purpose=FilePurpose.BATCH,
-        filename=path.name,
-        bytes=path.stat().st_size,
+        filename=source.name,
+        bytes=spool.stat().st_size,
         sha256="",
-        blob_key=f"files/{path.name}",
+        blob_key=f"files/{file_id}",
         created_at=site.store.now(),
     )
     blobs = open_blobs(site.settings)
-    blobs.adopt(record.blob_key, str(path))
+    blobs.adopt(record.blob_key, str(spool))
     site.store.add_file(record)
     batch_id = new_id(BATCH)
     spec = BatchSpec(
@@ -195,26 +243,8 @@ def _one_batch(site: Stand, setup: Setup, lines: int) -> float:
     require(batch.output_file_id is not None, f"{batch.state}: {batch.errors}")
     output = site.store.file(TENANT, str(batch.output_file_id))
     with blobs.open(output.blob_key) as file:
-        _check(file.read(), lines, setup)
+        target.write_bytes(file.read())
     return seconds
-
-
-def _contender(name: str, setup: Setup, folder: Path) -> list[float]:
-    files = []
-    for lines in setup.files:
-        source, target = folder / f"{lines}.jsonl", folder / f"{lines}.out.jsonl"
-        target.unlink(missing_ok=True)
-        setup.write(source, lines)
-        files.append((str(source), str(target)))
-    command = Task(setup.engine_args(), setup.max_tokens, files).command(name)
-    done = subprocess.run(
-        command, env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}, capture_output=True, check=False
-    )
-    require(done.returncode == 0, done.stderr.decode()[-2000:])
-    for lines, (_, written) in zip(setup.files, files, strict=True):
-        _check(Path(written).read_bytes(), lines, setup)
-    times: list[float] = json.loads(done.stdout.splitlines()[-1])
-    return times
 
 
 def _check(output: bytes, lines: int, setup: Setup) -> None:

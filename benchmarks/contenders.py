@@ -1,76 +1,112 @@
 """vLLM's own ways to run a file, each in a process of its own: run-batch and LLM.chat.
 
-`python benchmarks/contenders.py NAME SETUP` starts one engine, runs each file of the setup in turn
-and prints the seconds each took, without the start, as one line of JSON.
+`python benchmarks/contenders.py NAME ENGINE_ARGUMENTS TOKENS` starts one engine. Then it runs each
+file named on standard input, `[input, output]` in JSON, and prints the seconds that took.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
+import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).parents[1]
 # Not this folder first: its queue.py would hide the standard library's.
 sys.path[0] = str(ROOT)
 
 import orjson
+import psutil
+
+READY, SECONDS = "ready", "seconds "
 
 
-@dataclass(frozen=True)
-class Task:
-    """vLLM's engine arguments, and the files to run: pairs of input and output."""
+class Contender:
+    """A process that runs files one way; its engine starts with it."""
 
-    engine: dict[str, object]
-    max_tokens: int
-    files: Sequence[tuple[str, str]] = field(default_factory=tuple)
+    def __init__(self, name: str, engine: dict[str, object], max_tokens: int, log: Path) -> None:
+        self._log = log
+        with log.open("w") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, __file__, name, json.dumps(engine), str(max_tokens)],
+                env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+        self._said(READY)
 
-    def command(self, name: str) -> list[str]:
-        """What runs this task with the contender `name`."""
-        return [sys.executable, __file__, name, json.dumps(asdict(self))]
+    @property
+    def pid(self) -> int:
+        """The process's id."""
+        return self._process.pid
+
+    def run(self, source: Path, target: Path) -> float:
+        """Seconds that the file `source` took."""
+        assert self._process.stdin is not None
+        print(json.dumps([str(source), str(target)]), file=self._process.stdin, flush=True)
+        return float(self._said(SECONDS))
+
+    def stop(self) -> None:
+        """End it and its engine."""
+        process = psutil.Process(self.pid)
+        for each in (*process.children(recursive=True), process):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+        self._process.wait()
+
+    def _said(self, word: str) -> str:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith(word):
+                return line.removeprefix(word)
+        raise SystemExit(f"a contender ended:\n{self._log.read_text()[-2000:]}")
 
 
-def run_batch(task: Task) -> list[float]:
-    """The seconds of `vllm run-batch` on each file, its engine started once."""
+def run_batch(engine: dict[str, object], given: IO[str]) -> None:
+    """`vllm run-batch`, its engine started once."""
     from vllm.entrypoints.launchers import run_batch as launcher
     from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
     from vllm.usage.usage_lib import UsageContext
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    given = []
-    for name, value in task.engine.items():
+    flags = ["-i", "-", "-o", "-"]
+    for name, value in engine.items():
         flag = f"--{name.replace('_', '-')}"
-        given += [flag] if value is True else [flag, str(value)]
-    parser = launcher.make_arg_parser(FlexibleArgumentParser())
-    args = parser.parse_args(["-i", task.files[0][0], "-o", task.files[0][1], *given])
-    launcher.validate_run_batch_args(args)
+        flags += [flag] if value is True else [flag, str(value)]
+    args = launcher.make_arg_parser(FlexibleArgumentParser()).parse_args(flags)
 
-    async def main() -> list[float]:
-        times = []
+    async def main() -> None:
         async with build_async_engine_client(
             args, usage_context=UsageContext.OPENAI_BATCH_RUNNER
         ) as client:
-            for args.input_file, args.output_file in task.files:
+            print(READY, flush=True)
+            while line := await asyncio.to_thread(given.readline):
+                args.input_file, args.output_file = json.loads(line)
+                launcher.validate_run_batch_args(args)
                 began = time.monotonic()
                 await launcher.run_batch(client, args)
-                times.append(time.monotonic() - began)
-        return times
+                print(f"\n{SECONDS}{time.monotonic() - began}", flush=True)
 
-    return asyncio.run(main())
+    asyncio.run(main())
 
 
-def llm_chat(task: Task) -> list[float]:
-    """The seconds of one call of `LLM.chat` with all prompts of each file."""
+def llm_chat(engine: dict[str, object], max_tokens: int, given: Iterator[str]) -> None:
+    """One call of `LLM.chat` with all prompts of a file."""
     from vllm import LLM, SamplingParams
 
-    llm = LLM(**task.engine)
-    sampling = SamplingParams(temperature=0, max_tokens=task.max_tokens, ignore_eos=True)
-    times = []
-    for source, target in task.files:
+    llm = LLM(**engine)
+    sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+    print(READY, flush=True)
+    for named in given:
+        source, target = json.loads(named)
         began = time.monotonic()
         lines = [orjson.loads(line) for line in Path(source).read_bytes().splitlines()]
         answers = llm.chat([line["body"]["messages"] for line in lines], sampling, use_tqdm=False)
@@ -81,21 +117,19 @@ def llm_chat(task: Task) -> list[float]:
                     "choices": [{"message": {"content": made.text}}],
                     "usage": {"completion_tokens": len(made.token_ids)},
                 }
-                row = {
-                    "custom_id": line["custom_id"],
-                    "response": {"status_code": 200, "body": body},
-                }
+                response = {"status_code": 200, "body": body}
+                row = {"custom_id": line["custom_id"], "response": response}
                 file.write(orjson.dumps(row) + b"\n")
-        times.append(time.monotonic() - began)
-    return times
+        print(f"\n{SECONDS}{time.monotonic() - began}", flush=True)
 
 
 def main() -> None:
     """Run the named contender in this process."""
-    name, given = sys.argv[1:]
-    task = Task(**json.loads(given))
-    times = {"run_batch": run_batch, "llm_chat": llm_chat}[name](task)
-    print(json.dumps(times), flush=True)
+    name, arguments, max_tokens = sys.argv[1:]
+    if name == "run_batch":
+        run_batch(json.loads(arguments), sys.stdin)
+    else:
+        llm_chat(json.loads(arguments), int(max_tokens), sys.stdin)
 
 
 if __name__ == "__main__":

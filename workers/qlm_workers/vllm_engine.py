@@ -288,6 +288,8 @@ class VllmEngine:
 
     def _load(self) -> dict[str, object]:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        # As many as vLLM itself takes where it binds them: one more spins in the way of the rest.
+        os.environ.setdefault("OMP_NUM_THREADS", str(_cores()))
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         # A worker process may hang at its end, and what it holds is worth no wait.
@@ -407,6 +409,12 @@ class VllmEngine:
             supports=frozenset(supports),
             keeps_asleep=self.sleeps and self._api.keeps_asleep(self._engine),
         )
+
+
+def _cores() -> int:
+    """Threads for a model's steps: the physical cores but one, which schedules and serves."""
+    usable = len(os.sched_getaffinity(0))
+    return max(1, min(usable, psutil.cpu_count(logical=False) or usable) - 1)
 
 
 def _gib(count: float) -> str:
