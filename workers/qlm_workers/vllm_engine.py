@@ -288,8 +288,6 @@ class VllmEngine:
 
     def _load(self) -> dict[str, object]:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        # As many as vLLM itself takes where it binds them: one more spins in the way of the rest.
-        os.environ.setdefault("OMP_NUM_THREADS", str(_cores()))
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         # A worker process may hang at its end, and what it holds is worth no wait.
@@ -301,6 +299,8 @@ class VllmEngine:
         further, frontend = vllm_api.split_args(self._settings.engine_args)
         arguments = self._arguments(vllm_api.on_cpu()) | further
         if vllm_api.on_cpu():
+            # As many as vLLM takes where it binds them: one more spins in the way of the rest.
+            os.environ.setdefault("OMP_NUM_THREADS", str(_step_threads()))
             self._check_memory(arguments)
         self.sleeps = bool(arguments.get("enable_sleep_mode"))
         try:
@@ -411,7 +411,7 @@ class VllmEngine:
         )
 
 
-def _cores() -> int:
+def _step_threads() -> int:
     """Threads for a model's steps: the physical cores but one, which schedules and serves."""
     usable = len(os.sched_getaffinity(0))
     return max(1, min(usable, psutil.cpu_count(logical=False) or usable) - 1)
