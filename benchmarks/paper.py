@@ -1,9 +1,10 @@
 """The QLM paper's experiments (SoCC 2024) in our simulator, beside the figures it published.
 
 Its fleet of 30 A10 and 50 A100 becomes one of 1 and 2, or 3 and 5; rates shrink with what the fleet
-can do. Lengths are like ShareGPT's. Its SLOs are on the time to the first token; ours on that for
-interactive requests, but on the last token of batch requests, which is harder. Its traces, models
-and warm-up are not known in detail, so its figures say where it stood against its own baselines.
+can do; a trace has 3,500 requests, as there, of lengths like ShareGPT's. Its SLOs are on the time
+to the first token; ours on that for interactive requests, but on the last token of batch requests,
+which is harder. Its traces, models and warm-up are not known in detail, so its figures say where it
+stood against its own baselines.
 
     python benchmarks/paper.py [--quick] [--seeds 3] [--plots docs/paper]
 """
@@ -39,11 +40,18 @@ from qlm_batch.simulation.devices import DeviceProfile
 from qlm_batch.simulation.fleet import Fleet, InstanceSpec, instances
 from qlm_batch.simulation.results import mean_interval, summary
 from qlm_batch.simulation.workload import WorkClass, Workload
-from qlm_batch.simulation.workloads import BATCH_1, INTERACTIVE, build, capacity_of, scenario
+from qlm_batch.simulation.workloads import (
+    BATCH_1,
+    INTERACTIVE,
+    Scenario,
+    build,
+    capacity_of,
+    scenario,
+)
 
 HOUR = WorkClass("batch-2", SloClass.BATCH, 3600.0)
-SECONDS = 45.0
-"""How long requests come."""
+REQUESTS = 3500
+"""In a trace, about, as in the paper."""
 MODELS = tuple(f"mistral-7b@{letter}" for letter in "abcdef")
 A10_SHARES = (0, 1, 2, 4, 5)
 """How many of five instances are A10."""
@@ -119,13 +127,18 @@ def at_rate(name: str, on: Fleet, thousands: float, seed: int) -> Workload:
     classes = (INTERACTIVE, BATCH_1, HOUR) if name == "W1" else (BATCH_1, HOUR)
     chosen = replace(scenario(name), classes=classes)
     load = 1000.0 * thousands / capacity_of(chosen, fleet(on.models, 30, 50), seed)
-    return build(chosen, on, load, SECONDS, seed)
+    return _trace(chosen, on, load, seed)
 
 
 def at_load(name: str, on: Fleet, load: float, seed: int) -> Workload:
     """The same at a load of this fleet."""
     chosen = replace(scenario(name), classes=(INTERACTIVE, BATCH_1, HOUR))
-    return build(chosen, on, load, SECONDS, seed)
+    return _trace(chosen, on, load, seed)
+
+
+def _trace(chosen: Scenario, on: Fleet, load: float, seed: int) -> Workload:
+    seconds = REQUESTS / (load * capacity_of(chosen, on, seed))
+    return build(chosen, on, load, seconds, seed)
 
 
 def at_once(on: Fleet, requests: int, seed: int) -> Workload:
