@@ -252,11 +252,15 @@ def run(job: Job) -> tuple[Job, dict[str, float]]:
     return job, {"met": met, "tokens_per_s": told["output_tokens_per_s"]}
 
 
-def jobs(seeds: int, experiments: Sequence[str]) -> Iterator[Job]:
-    """All runs; the ablation is of ours only."""
-    for experiment, points in cases().items():
-        for label in points if experiment in experiments else ():
-            for name in (FULL,) if experiment == "ablation" else POLICIES:
+def jobs(
+    seeds: int, experiments: Sequence[str], names: Sequence[str], points: Sequence[str]
+) -> Iterator[Job]:
+    """All runs of these policies, at these points where any are named; the ablation is of ours."""
+    for experiment in experiments:
+        for label in cases()[experiment]:
+            if points and label not in points:
+                continue
+            for name in (FULL,) if experiment == "ablation" else names:
                 for seed in range(seeds):
                     yield experiment, label, name, seed
 
@@ -371,12 +375,15 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one seed")
     parser.add_argument("--seeds", type=int, default=None, help="default: 3")
     parser.add_argument("--experiments", default=",".join(ABOUT))
+    parser.add_argument("--policies", default=",".join(POLICIES))
+    parser.add_argument("--points", default="", help="labels on the axis; default: all")
     parser.add_argument("--plots", type=Path, default=None, help="folder for pictures")
     parser.add_argument("--journal", type=Path, default=None, help="keeps finished runs")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
     asked = parser.parse_args()
     seeds = asked.seeds or (1 if asked.quick else 3)
-    wanted = list(jobs(seeds, asked.experiments.split(",")))
+    lists = (asked.experiments, asked.policies, asked.points)
+    wanted = list(jobs(seeds, *([x for x in text.split(",") if x] for text in lists)))
     found: dict[Job, dict[str, float]] = {}
     if asked.journal is not None and asked.journal.exists():
         for line in asked.journal.read_text().splitlines():
