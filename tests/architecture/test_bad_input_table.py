@@ -15,7 +15,7 @@ ROWS = sorted(set(re.findall(r"`([\w/]+\.py)::(\w+)`", TABLE)))
 def test_every_row_names_a_test() -> None:
     rows = [line for line in TABLE.splitlines() if line.startswith("| ")]
     headers = sum(line.endswith("| test |") for line in rows)
-    assert headers == 5
+    assert headers == TABLE.count("\n## ")
     assert len(re.findall(r"`[\w/]+\.py::\w+` \|$", TABLE, re.M)) == len(rows) - headers > 40
 
 
