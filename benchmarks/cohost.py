@@ -34,7 +34,7 @@ from benchmarks.cohost_batch import TOKENS as LINE_TOKENS
 from benchmarks.cohost_batch import Likeness, Service, answers, compare, file_of, keep_full
 from benchmarks.cohost_batch import body as line_body
 from benchmarks.cohost_forecast import Sizes, fitted
-from benchmarks.interactive_load import Counter, Seen, arrivals, metric, play, summary
+from benchmarks.interactive_load import Counter, Seen, arrivals, play, samples, summary
 from benchmarks.interactive_load import body as request_body
 from benchmarks.support import CHAT, Stand, finish, load, require, say, stand
 from benchmarks.vllm_server import vllm_server
@@ -237,7 +237,7 @@ async def _beside_a_batch(
     windows = 2 * plan.rounds + 1
     lines = int(windows * (plan.window_s + SETTLE_S) * 40)
     batch_id = await api.submit(file_of(plan.name, lines, plan.bodies))
-    counter = Counter(session, f"{url}/metrics", _output_tokens)
+    counter = Counter(session, f"{url}/metrics", "qlm_instance_output_tokens_total")
     watching = asyncio.create_task(counter.watch(0.25))
     rates: list[tuple[bool, float]] = []
     seen: list[Seen] = []
@@ -319,13 +319,9 @@ async def _kill_in(seconds: float, site: Stand, name: str) -> None:
     await asyncio.to_thread(process.wait, 10)
 
 
-def _output_tokens(text: str) -> float:
-    return metric(text, "qlm_instance_output_tokens_total")
-
-
 async def _metric(session: aiohttp.ClientSession, url: str, name: str) -> float:
     async with session.get(f"{url}/metrics") as answer:
-        return metric(await answer.text(), name)
+        return sum(samples(await answer.text(), name).values())
 
 
 # vLLM's own server
@@ -358,9 +354,7 @@ async def _vllm_arm(plan: Plan, url: str, policy: str) -> dict[str, object]:
             keep_full(session, f"{url}{CHAT}", plan.name, plan.bodies, in_flight, due)
         )
         await asyncio.sleep(2 * SETTLE_S)
-        counter = Counter(
-            session, f"{url}/metrics", lambda text: metric(text, "vllm:generation_tokens_total")
-        )
+        counter = Counter(session, f"{url}/metrics", "vllm:generation_tokens_total")
         watching = asyncio.create_task(counter.watch(0.5))
         preempted = await _metric(session, url, "vllm:num_preemptions_total")
         since = time.perf_counter()

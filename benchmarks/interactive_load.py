@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import aiohttp
@@ -122,22 +122,29 @@ def summary(seen: Sequence[Seen]) -> dict[str, float]:
 
 
 class Counter:
-    """Watches a growing number of a server's metrics, dating each change when it is seen."""
+    """Watches a counter in a server's metrics, dating each change when it is seen.
 
-    def __init__(
-        self, session: aiohttp.ClientSession, url: str, read: Callable[[str], float]
-    ) -> None:
-        self._session, self._url, self._read = session, url, read
+    A label that disappears keeps what it had; one that starts again counts on.
+    """
+
+    def __init__(self, session: aiohttp.ClientSession, url: str, name: str) -> None:
+        self._session, self._url, self._name = session, url, name
+        self._last: dict[str, float] = {}
+        self._total = 0.0
         self._rows: list[tuple[float, float]] = []
 
     async def watch(self, every_s: float = 0.1) -> None:
         """Look for ever; run it as a task."""
         while True:
             async with self._session.get(self._url) as answer:
-                value = self._read(await answer.text())
+                found = samples(await answer.text(), self._name)
             now = time.perf_counter()
-            if not self._rows or value != self._rows[-1][1]:
-                self._rows.append((now, value))
+            for label, value in found.items():
+                before = self._last.get(label, 0.0)
+                self._total += value - before if value >= before else value
+            self._last |= found
+            if not self._rows or self._total != self._rows[-1][1]:
+                self._rows.append((now, self._total))
             await asyncio.sleep(every_s)
 
     def rate(self, since: float, until: float) -> float:
@@ -150,13 +157,10 @@ class Counter:
         return (v1 - v0) / (t1 - t0) if t1 > t0 else 0.0
 
 
-def metric(text: str, name: str) -> float:
-    """The sum of a metric over its labels in Prometheus' text format."""
-    return sum(
-        float(line.rsplit(" ", 1)[1])
-        for line in text.splitlines()
-        if line.startswith((name + "{", name + " "))
-    )
+def samples(text: str, name: str) -> dict[str, float]:
+    """A metric's values by its labels, in Prometheus' text format."""
+    found = (line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    return {key: float(value) for key, value in found if key.split("{")[0] == name}
 
 
 def body(model: str, number: int) -> dict[str, object]:
