@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -341,13 +340,26 @@ def shared_memory() -> frozenset[str]:
 
 
 def _in_use() -> frozenset[str]:
-    """Segments that living processes, none of this run any more, have mapped or open."""
-    used: set[str] = set()
+    """Segments that living processes, none of this run any more, have mapped or open.
+
+    Told by their inodes: a semaphore is mapped under another name than it has.
+    """
+    inodes: set[int] = set()
     for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            mapped = Path(f"/proc/{process.pid}/maps").read_text()
-            used |= set(re.findall(r"/dev/shm/(\S+)", mapped))
-            used |= {Path(opened.path).name for opened in process.open_files()}
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines():
+                if "/dev/shm/" in line:
+                    inodes.add(int(line.split()[4]))
+        with contextlib.suppress(OSError):
+            for opened in Path(f"/proc/{process.pid}/fd").iterdir():
+                with contextlib.suppress(OSError):
+                    if str(opened.readlink()).startswith("/dev/shm/"):
+                        inodes.add(opened.stat().st_ino)
+    used = set()
+    for name in shared_memory():
+        with contextlib.suppress(OSError):
+            if (Path("/dev/shm") / name).stat().st_ino in inodes:
+                used.add(name)
     return frozenset(used)
 
 

@@ -24,6 +24,8 @@ from tests.chaos.site import Site
 
 NAME = "gpu-real"
 BATCH_LINES = 250
+SPARED = ("guardian", "resource_tracker")
+"""Of a worker's processes, those that clear up after the others."""
 LEAST_RIGHT = 0.9
 """The share of right answers below which something other than the model is to blame."""
 
@@ -106,7 +108,7 @@ def _kill_after(site: Site, stored: int, draw: random.Random, tally: Tally) -> N
         complain(f"{stored} stored: killing the real engine's processes")
         with contextlib.suppress(psutil.Error):
             for child in psutil.Process(pid).children():
-                if "guardian" not in " ".join(child.cmdline()):
+                if not any(name in " ".join(child.cmdline()) for name in SPARED):
                     child.kill()
         site.kills += 1
         until(lambda: site.pid(NAME) != pid, 60)
