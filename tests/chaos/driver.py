@@ -120,8 +120,6 @@ def _sweep(site: Site) -> None:
     site.signal("files", signal.SIGTERM)
     until(lambda: site.pid("files") not in (None, pid), 30)
     until(lambda: not invariants.half_written(site), 30)
-    # A process that is told to end before it listens to signals does not end in order.
-    time.sleep(5)
 
 
 def _break(order: Order, faults: Faults, enough: threading.Event) -> None:

@@ -36,6 +36,8 @@ TERM_S = 3.0
 SILENT_S = 5.0
 STALL_S = 5.0
 RESTART_S = 0.2
+READY_S = 20.0
+"""Before it has lived so long a process may not listen to signals yet, and end by them."""
 RUN = "CHAOS_RUN"
 """The variable by which every process of a run is told from all others."""
 DISK_BYTES = 8 * 1024**3
@@ -54,6 +56,7 @@ class Member:
     """The failpoint of its next start."""
     restart_at: float = 0.0
     starts: int = 0
+    began: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +214,7 @@ class Site:
         member.process = ManagedProcess(member.spec)
         member.process.start()
         member.starts += 1
+        member.began = time.monotonic()
         member.restart_at = 0.0
 
     def pid(self, name: str) -> int | None:
@@ -303,12 +307,14 @@ class Site:
         for member in self.members.values():
             member.process.signal(signal.SIGCONT)
             member.process.signal(signal.SIGTERM)
-        statuses = {}
+        statuses, told_at = {}, time.monotonic()
         for name, member in self.members.items():
             if not member.process.wait(60):
                 member.process.signal(signal.SIGKILL)
                 member.process.wait(10)
-            statuses[name] = member.process.poll() or 0
+            status = member.process.poll() or 0
+            unready = status == -signal.SIGTERM and told_at - member.began < READY_S
+            statuses[name] = 0 if unready else status
         self._stop.set()
         return statuses
 
