@@ -1,8 +1,8 @@
 """Promises of a running service against what came: Postgres, Celery, scheduler, worker.
 
-Batches of different sizes, prompts and limits come at random for a while, at about nine tenths of
-what the simulated engine does, so that a queue builds up and drains; lengths grow by half on the
-way. Every batch is promised a p95 when it is accepted, and ends before it or after.
+Batches of different sizes, prompts and limits come, some at once and then at random for a while, at
+about nine tenths of what the service does; lengths grow by half on the way. Every batch is promised
+a p95 when it is accepted, and ends before it or after.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ from qlm_batch.ids import BATCH, FILE, new_id
 from qlm_batch.scheduling.receipts import Receipt, receipt, reliability
 
 SLOTS: Final = 32
-LINES: Final = (16, 96)
+LINES: Final = (8, 64)
 LOAD: Final = 0.9
+BACKLOG: Final = 20
+"""Batches that come at once in the beginning, so that there is something to wait for."""
 TEMPLATES: Final = ((8, 64), (60, 192), (200, 96))
 """Words of a prompt, and the most tokens of its answer."""
 
@@ -80,7 +82,7 @@ def _requests_per_s(site: Stand, rng: np.random.Generator) -> float:
 
 
 def _submit_all(site: Stand, rng: np.random.Generator, rate: float, seconds: float) -> list[str]:
-    ids = []
+    ids = [_submit(site, rng, 0.0, int(rng.integers(*LINES))) for _ in range(BACKLOG)]
     began = time.monotonic()
     due = 0.0
     while due < seconds:
