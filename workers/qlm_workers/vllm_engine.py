@@ -40,7 +40,6 @@ MOST_ADAPTERS_AT_ONCE = 8
 """Adapters that requests of one step may use; each takes its share of the device's memory."""
 
 _EVICTING = "qlm_workers.evicting_scheduler.EvictingScheduler"
-_QUICK_EXIT = "qlm_workers.quick_exit.QuickExit"
 
 _ANSWER_IDS = {CHAT: "chatcmpl-{}", COMPLETIONS: "cmpl-{}-0"}
 """How vLLM's layer names a request inside the engine."""
@@ -292,7 +291,7 @@ class VllmEngine:
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         # A worker process may hang at its end, and what it holds is worth no wait.
         os.environ.setdefault("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "1")
-        from qlm_workers import quick_exit, vllm_api  # noqa: F401
+        from qlm_workers import vllm_api
 
         self._api = vllm_api
         self._log = vllm_api.StepLog()
@@ -331,7 +330,6 @@ class VllmEngine:
             "enable_log_requests": False,
             "use_tqdm_on_load": False,
             "disable_log_stats": True,
-            "worker_extension_cls": _QUICK_EXIT,
             "runner": "pooling" if self._kind is EngineKind.EMBED else "generate",
         }
         if kv_bytes is not None:
