@@ -336,10 +336,13 @@ class VllmEngine:
             arguments["kv_cache_memory_bytes"] = kv_bytes
         if self._adapters:
             ranks = [adapter.rank for adapter in self._adapters]
+            # On a processor vLLM applies the last slot's adapter to requests without one, so that
+            # slot has to stay empty.
+            slots = len(ranks) + 1 if cpu else min(MOST_ADAPTERS_AT_ONCE, len(ranks))
             arguments |= {
                 "enable_lora": True,
-                "max_loras": min(MOST_ADAPTERS_AT_ONCE, len(ranks)),
-                "max_cpu_loras": len(ranks),
+                "max_loras": slots,
+                "max_cpu_loras": max(slots, len(ranks)),
                 "max_lora_rank": self._api.lora_rank(max(ranks)),
             }
         if settings.swaps and not cpu:
