@@ -110,7 +110,7 @@ class Site:
                     "custom_id": str(n),
                     "method": "POST",
                     "url": CHAT,
-                    "body": chat_body(prompt, model=job.model, max_tokens=MAX_TOKENS),
+                    "body": self._body(job.model, prompt),
                 }
             )
             for n, prompt in enumerate(job.prompts)
@@ -134,6 +134,13 @@ class Site:
         window = f"{max(10, round(job.window_s))}s"
         store.create_batch(batch_id, BatchSpec(TENANT, CHAT, record.id, window, job.window_s))
         return batch_id
+
+    def _body(self, model: str, prompt: Prompt) -> dict[str, object]:
+        if self.stand.settings.engine == "vllm":
+            return chat_body(prompt, model=model, max_tokens=MAX_TOKENS)
+        # Without a model the answer's length has to be asked for.
+        exact = {"ignore_eos": True}
+        return chat_body(prompt, model=model, max_tokens=prompt.output_tokens) | exact
 
     def submit_together(self, jobs: Sequence[Job]) -> list[str]:
         """Hand batches in so that the scheduler sees them all at once, as the simulator's does."""
