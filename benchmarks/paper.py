@@ -300,7 +300,7 @@ def draw(made: Table, folder: Path) -> None:
     from matplotlib import pyplot as plt
 
     folder.mkdir(parents=True, exist_ok=True)
-    mpl.rcParams["svg.hashsalt"] = "qlm"
+    mpl.rcParams |= {"svg.hashsalt": "qlm", "svg.fonttype": "none"}
     for name, experiments in PICTURES.items():
         known = [e for e in experiments if e in made]
         if not known:
@@ -312,8 +312,12 @@ def draw(made: Table, folder: Path) -> None:
         for axis in axes[0]:
             lines, names = axis.get_legend_handles_labels()
             handles |= dict(zip(names, lines, strict=True))
-        figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=5, frameon=False)
-        figure.tight_layout(rect=(0.0, 0.16, 1.0, 1.0))
+        columns = 2 * len(known)
+        below = 0.07 * -(-len(handles) // columns)
+        figure.legend(
+            handles.values(), handles.keys(), loc="lower center", ncols=columns, frameon=False
+        )
+        figure.tight_layout(rect=(0.0, below, 1.0, 1.0))
         figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
         figure.savefig(folder / f"{name}.png", dpi=80)
         plt.close(figure)
