@@ -37,7 +37,7 @@ HOPE: Final = 3.0
 """By how many of the model's standard errors things may go better than estimated."""
 _LEAST_HOPE: Final = 0.5
 _NO_SWAP: Final = 100.0
-_TRIES = 200_000
+_TRIES = 50_000
 """Places looked at for work that is late in part, so that a plan's time is bounded."""
 _ROOM = 64
 """Places beyond the longest queue into which the search may grow one."""
