@@ -17,6 +17,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
+import qlm_workers.quick_exit  # noqa: F401 - this runs in the engine's core process
 from qlm_batch.scheduling.eviction import (
     QUIET_S,
     RETRY_STEPS,
