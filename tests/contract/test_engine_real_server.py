@@ -93,6 +93,13 @@ def chat(number: int, priority: int, tokens: int) -> EngineRequest:
     return EngineRequest(f"r{number}", CHAT, json.dumps(body), priority, "tenant-a")
 
 
+def told(url: str, name: str) -> float:
+    """What the server's metrics say of `name`; the loop waits meanwhile, as the test does."""
+    metrics = httpx.get(f"{url}/metrics").text
+    (value,) = re.findall(rf"^vllm:{name}{{.*}} (\S+)$", metrics, re.MULTILINE)
+    return float(value)
+
+
 async def test_a_running_vllm_is_probed_and_keeps_priorities(server_url: str) -> None:
     engine = OpenAIEngine(server_url, MODEL, slots=8, start_timeout_s=200)
     info = await engine.start()
@@ -128,14 +135,13 @@ async def test_a_servers_owner_makes_it_evict_by_one_flag() -> None:
         engine = OpenAIEngine(url, MODEL, slots=8, start_timeout_s=200)
         await engine.start()
         hogs = [asyncio.create_task(engine.answer(chat(i, due + i, 900))) for i in range(2)]
-        await until(lambda: engine.stats().running == 2, "both slots of the server taken")
+        await until(
+            lambda: told(url, "num_requests_running") == 2, "both slots of the server taken"
+        )
         urgent = await engine.answer(chat(20, 0, 4))
         assert urgent.status_code == 200
         assert not any(hog.done() for hog in hogs)
-        async with httpx.AsyncClient() as client:
-            metrics = (await client.get(f"{url}/metrics")).text
-        (counted,) = re.findall(r"^vllm:num_preemptions_total{.*} (\S+)$", metrics, re.MULTILINE)
-        assert float(counted) >= 1
+        assert told(url, "num_preemptions_total") >= 1
         answers = await asyncio.gather(*hogs)
         assert [answer.usage.output_tokens for answer in answers] == [900, 900]
         await engine.stop()
