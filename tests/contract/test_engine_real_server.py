@@ -59,9 +59,9 @@ def starting_server(**further: str) -> Iterator[str]:
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    yield f"http://127.0.0.1:{port}"
-    server.terminate()
     try:
+        yield f"http://127.0.0.1:{port}"
+        server.terminate()
         server.wait(20)
     finally:
         with_group_gone(server)
