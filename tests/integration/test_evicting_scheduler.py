@@ -227,6 +227,18 @@ async def test_what_victims_answer_is_what_they_answer_undisturbed(rig: Rig) -> 
         same(one, other)
 
 
+async def test_a_seeded_prompt_computed_in_parts_is_answered_as_one_computed_at_once(
+    rig: Rig,
+) -> None:
+    """Beside interactive requests a step takes part of a batch prompt; later it is cached."""
+    await rig.interactive()
+    seeded = {"max_tokens": 30, "temperature": 1, "seed": 7, "ignore_eos": True}
+    prompt = "What is 3 plus 4? " * 150
+    answers = [await rig.engine.answer(chat(prompt, DUE, "parts", **seeded)) for _ in range(2)]
+    assert answers[0].usage.input_tokens > 2 * (pace("balanced", SLOTS).batch_prefill or 0)
+    same(*answers)
+
+
 async def test_victims_do_not_come_back_to_push_out_who_pushed_them(rig: Rig) -> None:
     before = rig.evictions
     running = await rig.filled(120)

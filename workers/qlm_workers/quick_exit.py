@@ -18,10 +18,6 @@ from typing import NoReturn
 _status = 0
 
 
-class QuickExit:
-    """Named as vLLM's `worker_extension_cls`, brings the above into its worker processes."""
-
-
 def _exit(status: object = None) -> NoReturn:
     """sys.exit, which every spawned process ends with, remembering the status."""
     global _status

@@ -40,7 +40,7 @@ MOST_ADAPTERS_AT_ONCE = 8
 """Adapters that requests of one step may use; each takes its share of the device's memory."""
 
 _EVICTING = "qlm_workers.evicting_scheduler.EvictingScheduler"
-_QUICK_EXIT = "qlm_workers.quick_exit.QuickExit"
+_EXTENSION = "qlm_workers.vllm_worker.Extension"
 
 _ANSWER_IDS = {CHAT: "chatcmpl-{}", COMPLETIONS: "cmpl-{}-0"}
 """How vLLM's layer names a request inside the engine."""
@@ -331,7 +331,7 @@ class VllmEngine:
             "enable_log_requests": False,
             "use_tqdm_on_load": False,
             "disable_log_stats": True,
-            "worker_extension_cls": _QUICK_EXIT,
+            "worker_extension_cls": _EXTENSION,
             "runner": "pooling" if self._kind is EngineKind.EMBED else "generate",
         }
         if kv_bytes is not None:
