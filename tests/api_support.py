@@ -43,6 +43,18 @@ Json = dict[str, Any]
 Answers = Callable[[ClaimedRequest], tuple[int, Json]]
 
 
+AT_WORK: Mapping[str, float] = {
+    "running": 7,
+    "interactive_running": 2,
+    "batch_cap": 6,
+    "evictions": 4,
+    "recomputed_tokens": 90,
+    "output_tokens": 1234,
+    "kv_usage": 0.25,
+}
+"""What is seen of an instance in the middle of things."""
+
+
 @dataclass
 class Clock:
     """Time that moves only when told."""
@@ -130,10 +142,13 @@ class Site:
         self.store.load_lines(task.batch.id, "intake", lines, slice_requests=2)
         return task.batch.id
 
-    def heartbeat(self, state: InstanceState = InstanceState.READY) -> None:
-        """One instance reports that it hosts MODEL."""
+    def heartbeat(
+        self, state: InstanceState = InstanceState.READY, *others: ModelView, **seen: Any
+    ) -> None:
+        """One instance reports that it hosts MODEL and `others`, and what was `seen` of it."""
         model = ModelView(MODEL, EngineKind.GENERATE, Residency.AWAKE, 2048)
-        self.store.heartbeat(Heartbeat("gpu-0", "boot", "cpu", state, (model,), 8, 8192))
+        models = (model, *others)
+        self.store.heartbeat(Heartbeat("gpu-0", "boot", "cpu", state, models, 8, 8192, **seen))
 
     def run(self, answers: Answers = says_yes, *, most: int = 1_000) -> None:
         """Place, claim and answer about `most` queued requests."""

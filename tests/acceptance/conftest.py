@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,15 +58,16 @@ def user_environment(home: Path, port: int) -> dict[str, str]:
     return {**kept, "HOME": str(home), "PATH": programs, "QLM_PORT": str(port)}
 
 
-@pytest.fixture(scope="session")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
-    """`qlm up` with a real vLLM engine and the shipped model, stopped by a Ctrl-C."""
-    home = tmp_path_factory.mktemp("home")
+@contextmanager
+def running_service(
+    home: Path, *options: str, settings: Mapping[str, str]
+) -> Iterator[RunningService]:
+    """`qlm up` of a user whose home is `home`, stopped by a Ctrl-C; its log is `up.log` there."""
     port = free_port()
-    environment = user_environment(home, port) | {"QLM_RECORD": str(home / "log.jsonl.gz")}
+    environment = {**user_environment(home, port), **settings}
     with (home / "up.log").open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "qlm_cli", "up", "--json"],
+            [sys.executable, "-m", "qlm_cli", "up", "--json", *options],
             env=environment,
             cwd=CHECKOUT,
             stdout=subprocess.PIPE,
@@ -88,3 +90,12 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService
     process.send_signal(signal.SIGINT)
     assert process.wait(90) == 0
     process.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
+    """`qlm up` with a real vLLM engine and the shipped model."""
+    home = tmp_path_factory.mktemp("home")
+    record = {"QLM_RECORD": str(home / "log.jsonl.gz")}
+    with running_service(home, settings=record) as running:
+        yield running

@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +22,7 @@ from qlm_batch.models import tiny_model_path
 from qlm_batch.models.prompts import Prompt, chat_body, is_right, mixed
 from tests.adapter_support import write_adapter
 
-from .conftest import CHECKOUT, free_port, user_environment
+from .conftest import running_service
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -107,40 +105,18 @@ def turns(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Turns]:
     models = home / "models"
     for name in (FIRST, SECOND):
         shutil.copytree(tiny_model_path(), models / name)
-    command = ["up", "--json", "--models-awake", "1"]
+    options = ["--models-awake", "1"]
     for name, scale in ((ADAPTER, 0.0), (WILD, 1.0)):
-        command += ["--lora", f"{name}={write_adapter(home / name, scale=scale)}"]
+        options += ["--lora", f"{name}={write_adapter(home / name, scale=scale)}"]
     for name in (FIRST, SECOND):
-        command += ["--model", str(models / name)]
+        options += ["--model", str(models / name)]
     limits = {"QLM_KV_CACHE_BYTES": str(64 * 1024**2), "QLM_MAX_MODEL_LEN": "1024"}
-    with (home / "up.log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "qlm_cli", *command],
-            env=user_environment(home, free_port()) | limits,
-            cwd=CHECKOUT,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-        )
-    assert process.stdout is not None
-    first = process.stdout.readline()
-    if not first:
-        process.wait()
-        pytest.fail(f"qlm up ended: {(home / 'up.log').read_text()}")
-    ready = json.loads(first)
-    key = Path(ready["key_file"]).read_text().strip()
-    base = ready["url"].removesuffix("/v1")
-    headers = {"Authorization": f"Bearer {key}"}
-    with httpx.Client(base_url=base, headers=headers, timeout=30, trust_env=False) as http:
-        yield Turns(
-            OpenAI(base_url=ready["url"], api_key=key, max_retries=0, timeout=200),
-            http,
-            models,
-            home,
-        )
-    process.send_signal(signal.SIGINT)
-    assert process.wait(90) == 0
-    process.stdout.close()
+    with running_service(home, *options, settings=limits) as running:
+        base = running.url.removesuffix("/v1")
+        headers = {"Authorization": f"Bearer {running.key}"}
+        with httpx.Client(base_url=base, headers=headers, timeout=30, trust_env=False) as http:
+            client = OpenAI(base_url=running.url, api_key=running.key, max_retries=0, timeout=200)
+            yield Turns(client, http, models, home)
 
 
 def right(rows: Sequence[dict[str, Any]], lines: Sequence[tuple[str, Prompt]]) -> Counter[str]:

@@ -13,11 +13,10 @@ from fastapi.testclient import TestClient
 from qlm_batch.control.scheduler_loop import SchedulerConfig, SchedulerLoop
 from qlm_batch.domain.interactive import InteractiveMark, InteractiveState, NewInteractive
 from qlm_batch.domain.jobs import EngineKind, Usage
-from qlm_batch.domain.ports import Heartbeat
 from qlm_batch.domain.snapshot import InstanceState, ModelView, Residency
 from qlm_batch.scheduling.policies import policy
 from qlm_cli.main import cli
-from tests.api_support import CHAT, MODEL, Site, error_of, input_file, make_site, submit
+from tests.api_support import AT_WORK, CHAT, MODEL, Site, error_of, input_file, make_site, submit
 
 
 @pytest.fixture
@@ -35,27 +34,8 @@ def busy(site: Site, client: TestClient) -> str:
     """An instance in the middle of things, a planned batch, and an answered interactive call."""
     batch = submit(client, input_file("a", "b", "c"))
     site.read_in()
-    awake = ModelView(MODEL, EngineKind.GENERATE, Residency.AWAKE, 2048)
     asleep = ModelView("test/other", EngineKind.GENERATE, Residency.ASLEEP, 2048, wake_s=3.0)
-    site.store.heartbeat(
-        Heartbeat(
-            "gpu-0",
-            "boot",
-            "cpu",
-            InstanceState.READY,
-            (awake, asleep),
-            slots=8,
-            kv_tokens=8192,
-            running=7,
-            interactive_running=2,
-            batch_cap=6,
-            evictions=4,
-            recomputed_tokens=90,
-            output_tokens=1234,
-            kv_usage=0.25,
-            tokens_per_s=55.0,
-        )
-    )
+    site.heartbeat(InstanceState.READY, asleep, **AT_WORK, tokens_per_s=55.0)
     loop = SchedulerLoop(site.store, Nobody(), policy("qlm"), SchedulerConfig("test"))
     loop.tick()
     loop.close()

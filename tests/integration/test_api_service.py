@@ -15,10 +15,18 @@ from fastapi.testclient import TestClient
 
 from qlm_batch.api.server import api_server
 from qlm_batch.domain.errors import Unavailable
-from qlm_batch.domain.jobs import EngineKind, SloClass
-from qlm_batch.domain.ports import Heartbeat
-from qlm_batch.domain.snapshot import InstanceState, Latency, ModelView, Residency
-from tests.api_support import MODEL, Site, input_file, make_site, submit, upload, wait_until
+from qlm_batch.domain.jobs import SloClass
+from qlm_batch.domain.snapshot import InstanceState, Latency
+from tests.api_support import (
+    AT_WORK,
+    MODEL,
+    Site,
+    input_file,
+    make_site,
+    submit,
+    upload,
+    wait_until,
+)
 
 
 @pytest.fixture
@@ -82,20 +90,7 @@ def test_metrics_count_how_batch_deadlines_held(site: Site, client: TestClient) 
 
 
 def test_metrics_tell_what_an_instance_does(site: Site, client: TestClient) -> None:
-    model = ModelView(MODEL, EngineKind.GENERATE, Residency.AWAKE, 2048)
-    site.store.heartbeat(
-        Heartbeat(
-            *("gpu-0", "boot", "cpu", InstanceState.READY, (model,), 8, 8192),
-            running=7,
-            interactive_running=2,
-            batch_cap=6,
-            evictions=4,
-            recomputed_tokens=90,
-            output_tokens=1234,
-            kv_usage=0.25,
-            latencies=(Latency(SloClass.BATCH).after(0.5, 2.5, 11),),
-        )
-    )
+    site.heartbeat(**AT_WORK, latencies=(Latency(SloClass.BATCH).after(0.5, 2.5, 11),))
     text = client.get("/metrics").text
     for told in (
         "interactive_running 2.0",
