@@ -42,6 +42,18 @@ MOST_ADAPTERS_AT_ONCE = 8
 _EVICTING = "qlm_workers.evicting_scheduler.EvictingScheduler"
 _EXTENSION = "qlm_workers.vllm_worker.Extension"
 
+_ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+"""Runs the model in the process that schedules. vLLM takes two on a processor; there the one spins
+through each step of the other, on a core the step could use."""
+_PARALLEL = {
+    "distributed_executor_backend",
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "data_parallel_size",
+    "prefill_context_parallel_size",
+}
+"""Settings under which several processes run a model."""
+
 _ANSWER_IDS = {CHAT: "chatcmpl-{}", COMPLETIONS: "cmpl-{}-0"}
 """How vLLM's layer names a request inside the engine."""
 
@@ -299,8 +311,9 @@ class VllmEngine:
         further, frontend = vllm_api.split_args(self._settings.engine_args)
         arguments = self._arguments(vllm_api.on_cpu()) | further
         if vllm_api.on_cpu():
-            # As many as vLLM takes where it binds them: one more spins in the way of the rest.
-            os.environ.setdefault("OMP_NUM_THREADS", str(_step_threads()))
+            _prepare_processor(eager=bool(arguments["enforce_eager"]))
+            if _PARALLEL.isdisjoint(further):
+                arguments["distributed_executor_backend"] = _ONE_PROCESS
             self._check_memory(arguments)
         self.sleeps = bool(arguments.get("enable_sleep_mode"))
         try:
@@ -414,10 +427,17 @@ class VllmEngine:
         )
 
 
-def _step_threads() -> int:
-    """Threads for a model's steps: the physical cores but one, which schedules and serves."""
+def _prepare_processor(*, eager: bool) -> None:
+    """Settings of the processes to be started that make a model's steps fast on a processor."""
     usable = len(os.sched_getaffinity(0))
-    return max(1, min(usable, psutil.cpu_count(logical=False) or usable) - 1)
+    cores = max(1, min(usable, psutil.cpu_count(logical=False) or usable))
+    os.environ.setdefault("OMP_NUM_THREADS", str(cores))
+    # Threads that wait for one another spin about as long as a wake-up takes: longer, and they
+    # stand in the way of whatever else has to run before the step can go on.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    if eager:
+        # Else the first request with logprobs has all others wait for a C++ compiler.
+        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 
 
 def _gib(count: float) -> str:
