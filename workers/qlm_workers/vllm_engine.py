@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
+BYTES_PER_THREAD = 16 * 1024**2
+"""Weights that a step reads for each thread that takes part in it, on a processor."""
+
 STOP_S = 10.0
 """How long an engine may take to leave by itself; one that is killed leaves shared memory."""
 
@@ -311,7 +314,7 @@ class VllmEngine:
         further, frontend = vllm_api.split_args(self._settings.engine_args)
         arguments = self._arguments(vllm_api.on_cpu()) | further
         if vllm_api.on_cpu():
-            _prepare_processor(eager=bool(arguments["enforce_eager"]))
+            _prepare_processor(self._weight_bytes(), eager=bool(arguments["enforce_eager"]))
             if _PARALLEL.isdisjoint(further):
                 arguments["distributed_executor_backend"] = _ONE_PROCESS
             self._check_memory(arguments)
@@ -364,8 +367,12 @@ class VllmEngine:
             arguments["enable_sleep_mode"] = True
         return arguments | evicting
 
+    def _weight_bytes(self) -> int:
+        """Size of the model's weights; 0 where they are not here yet."""
+        return sum(file.stat().st_size for file in Path(self._path).glob("*.safetensors"))
+
     def _check_memory(self, arguments: dict[str, object]) -> None:
-        weights = sum(file.stat().st_size for file in Path(self._path).glob("*.safetensors"))
+        weights = self._weight_bytes()
         kv_bytes = arguments.get("kv_cache_memory_bytes")
         needed = weights + (kv_bytes if isinstance(kv_bytes, int) else 0)
         available = psutil.virtual_memory().available
@@ -427,11 +434,16 @@ class VllmEngine:
         )
 
 
-def _prepare_processor(*, eager: bool) -> None:
-    """Settings of the processes to be started that make a model's steps fast on a processor."""
+def _prepare_processor(weight_bytes: int, *, eager: bool) -> None:
+    """Settings of the processes to be started that make a model's steps fast on a processor.
+
+    A small model's steps are over before a further thread is awake; 0 bytes stands for a model
+    whose size is not known.
+    """
     usable = len(os.sched_getaffinity(0))
     cores = max(1, min(usable, psutil.cpu_count(logical=False) or usable))
-    os.environ.setdefault("OMP_NUM_THREADS", str(cores))
+    worth = weight_bytes // BYTES_PER_THREAD if weight_bytes else cores
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(cores, worth))))
     # Threads that wait for one another spin about as long as a wake-up takes: longer, and they
     # stand in the way of whatever else has to run before the step can go on.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
