@@ -76,7 +76,9 @@ class Plan:
 
     def engine_args(self) -> dict[str, object]:
         """Arguments both servers get beyond the settings they share."""
-        return {} if self.kv_blocks is None else {"num_gpu_blocks_override": self.kv_blocks}
+        if self.kv_blocks is None:
+            return {}
+        return {"num_gpu_blocks_override": self.kv_blocks, "block_size": 32}
 
 
 def main() -> None:
@@ -84,7 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--quick", action="store_true", help="small sizes, for development")
-    parser.add_argument("--kv", type=int, nargs="?", const=60, metavar="BLOCKS")
+    parser.add_argument("--kv", type=int, nargs="?", const=240, metavar="BLOCKS")
     parser.add_argument("--instances", type=int, choices=(1, 2), default=1)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     options = parser.parse_args()

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -175,6 +176,30 @@ async def test_a_dead_engine_core_fails_what_is_inside_and_stops_clean() -> None
     await engine.stop()
     left = [" ".join(process.cmdline()) for process in family if alive(process)]
     assert [words for words in left if "resource_tracker" not in words] == []
+
+
+@needs_vllm
+async def test_an_engine_that_ends_while_it_starts_is_started_once_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from qlm_workers import vllm_api
+
+    build, ends = vllm_api.build, [RuntimeError("Engine core initialization failed.")]
+
+    def brittle(*arguments: Any) -> Any:
+        if ends:
+            raise ends.pop()
+        return build(*arguments)
+
+    monkeypatch.setattr(vllm_api, "build", brittle)
+    engine = make_engine(Settings(kv_cache_bytes=KV_BYTES), MODEL, EngineKind.GENERATE)
+    info = await engine.start()
+    await engine.stop()
+    assert info.model == MODEL
+    ends[:] = [RuntimeError("out of memory"), RuntimeError("out of memory")]
+    with pytest.raises(ConfigurationError, match="out of memory"):
+        await make_engine(Settings(), MODEL, EngineKind.GENERATE).start()
+    assert ends == []
 
 
 @needs_vllm

@@ -48,6 +48,9 @@ _EXTENSION = "qlm_workers.vllm_worker.Extension"
 _ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 """Runs the model in the process that schedules. vLLM takes two on a processor; there the one spins
 through each step of the other, on a core the step could use."""
+_CPU_BLOCK = 32
+"""Tokens of a block of keys and values on a processor, in which vLLM's own choice is 128: what a
+request that gave way had in its last block is computed again."""
 _PARALLEL = {
     "distributed_executor_backend",
     "tensor_parallel_size",
@@ -315,15 +318,29 @@ class VllmEngine:
         arguments = self._arguments(vllm_api.on_cpu()) | further
         if vllm_api.on_cpu():
             _prepare_processor(self._weight_bytes(), eager=bool(arguments["enforce_eager"]))
+            arguments.setdefault("block_size", _CPU_BLOCK)
             if _PARALLEL.isdisjoint(further):
                 arguments["distributed_executor_backend"] = _ONE_PROCESS
             self._check_memory(arguments)
         self.sleeps = bool(arguments.get("enable_sleep_mode"))
-        try:
-            self._engine = vllm_api.build(arguments, self._log)
-        except Exception as error:
-            raise self._explain(error, arguments) from error
+        self._engine = self._build(arguments)
         return frontend
+
+    def _build(self, arguments: dict[str, object]) -> Any:
+        """The engine, tried for twice where its process ended without a reason known here."""
+        try:
+            return self._api.build(arguments, self._log)
+        except RuntimeError as error:
+            # vLLM checks settings in this process, memory in its own, which only says it failed.
+            if too_small := self._kv_too_small(arguments):
+                raise too_small from error
+            log.warning("The engine ended while it started; trying again.", model=self._name)
+        except Exception as error:
+            raise self._unservable(error) from error
+        try:
+            return self._api.build(arguments, self._log)
+        except Exception as error:
+            raise self._unservable(error) from error
 
     def _arguments(self, cpu: bool) -> dict[str, object]:
         settings = self._settings
@@ -383,19 +400,22 @@ class VllmEngine:
                 "QLM_KV_CACHE_BYTES or choose a smaller model."
             )
 
-    def _explain(self, error: Exception, arguments: dict[str, object]) -> ConfigurationError:
+    def _kv_too_small(self, arguments: dict[str, object]) -> ConfigurationError | None:
+        """What is wrong if one request of the model's length has no room in the cache set."""
         kv_bytes, length = arguments.get("kv_cache_memory_bytes"), arguments.get("max_model_len")
-        # vLLM checks settings in this process, memory in its own, which only says that it failed.
-        in_core = isinstance(error, RuntimeError)
-        per_token = self._api.kv_bytes_per_token(arguments) if in_core else None
-        if isinstance(kv_bytes, int) and isinstance(length, int) and per_token:
-            fits = kv_bytes // per_token
-            if fits <= length:
-                return ConfigurationError(
-                    f"One request of {length} tokens of '{self._name}' needs "
-                    f"{_gib(length * per_token)} of key-value cache and {_gib(kv_bytes)} are "
-                    f"set: raise QLM_KV_CACHE_BYTES or lower QLM_MAX_MODEL_LEN below {fits}."
-                )
+        per_token = self._api.kv_bytes_per_token(arguments)
+        if not (isinstance(kv_bytes, int) and isinstance(length, int) and per_token):
+            return None
+        fits = kv_bytes // per_token
+        if fits > length:
+            return None
+        return ConfigurationError(
+            f"One request of {length} tokens of '{self._name}' needs "
+            f"{_gib(length * per_token)} of key-value cache and {_gib(kv_bytes)} are "
+            f"set: raise QLM_KV_CACHE_BYTES or lower QLM_MAX_MODEL_LEN below {fits}."
+        )
+
+    def _unservable(self, error: Exception) -> ConfigurationError:
         told = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
         return ConfigurationError(
             f"vLLM cannot serve '{self._name}' from '{self._path}': {told[:600]} "
