@@ -282,6 +282,18 @@ async def test_the_step_counter_moves_with_the_work(rig: Rig) -> None:
     assert after.generated_tokens - before.generated_tokens == 20
 
 
+async def test_the_times_of_steps_are_those_of_the_answer(rig: Rig) -> None:
+    rig.engine.stats()
+    answer = await rig.engine.answer(rig.chat(max_tokens=200, ignore_eos=True))
+    rows = rig.engine.stats().steps
+    if rig.name == "openai":
+        assert rows == ()
+        return
+    taken = sum(row[3] for row in rows) * (TIME_SCALE if rig.name == "simulated" else 1.0)
+    assert answer.duration_s is not None
+    assert 0.3 * answer.duration_s < taken <= answer.duration_s
+
+
 async def test_a_cancelled_answer_frees_its_slot(rig: Rig) -> None:
     long = [1500] * SLOTS
     running = await rig.fill(long)

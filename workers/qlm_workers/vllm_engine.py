@@ -45,7 +45,7 @@ MOST_ADAPTERS_AT_ONCE = 8
 _EVICTING = "qlm_workers.evicting_scheduler.EvictingScheduler"
 _EXTENSION = "qlm_workers.vllm_worker.Extension"
 
-_ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+_ONE_PROCESS = "qlm_workers.one_process.OneProcess"
 """Runs the model in the process that schedules. vLLM takes two on a processor; there the one spins
 through each step of the other, on a core the step could use."""
 _CPU_BLOCK = 32
