@@ -192,15 +192,18 @@ async def _foretold(
         idle_ttft_p50=found["idle"]["ttft_p50"],
     )
     told = model.told(quiet, plan.arm_s, batch=True)
+    prompts = found["service"]["interactive_done"] * sizes.interactive_prompt
+    told["prompt_share"] = prompts * model.step.per_prefill / plan.arm_s
+    say(f"a step takes {model.step}; outside of the engine {model.outside_s:.3f} s")
+    say(f"interactive prompts alone take {told['prompt_share']:.1%} of the engine's time")
     measured = {
         "ttft_p50": found["service"]["ttft_p50"],
         "ttft_p95": found["service"]["ttft_p95"],
         "tokens_per_s": found["service"]["batch_tokens_per_s"],
     }
     say(f"{'':<14}{'foretold':>10}{'measured':>10}{'off by':>9}")
-    for name, value in told.items():
-        off = value / measured[name] - 1
-        say(f"{name:<14}{value:>10.4g}{measured[name]:>10.4g}{off:>8.1%}")
+    for name, seen in measured.items():
+        say(f"{name:<14}{told[name]:>10.4g}{seen:>10.4g}{told[name] / seen - 1:>8.1%}")
     return {name: round(value, 4) for name, value in told.items()}
 
 
