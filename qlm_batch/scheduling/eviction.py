@@ -18,6 +18,9 @@ MAX_EVICTIONS: Final = 8
 RETRY_STEPS: Final = 8
 """Steps before room is made again for a request that got in nowhere after the last time."""
 
+MOST_ALONE: Final = 3
+"""Steps in a row that interactive prompts may have without batch work: a burst comes in several."""
+
 RESERVE: Final = 32
 """One of so many places is kept for the next interactive request where there are any."""
 

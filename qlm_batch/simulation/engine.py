@@ -99,7 +99,7 @@ class ReferenceEngine:
     recomputed: int = 0
     busy_s: float = 0.0
     submitted: int = 0
-    was_alone: bool = False
+    alone_steps: int = 0
 
     def submit(self, key: int, prompt: int, output: int, priority: int, arrival: float) -> None:
         """Hand in a request; it joins the next step that begins at or after its arrival.
@@ -197,16 +197,16 @@ class ReferenceEngine:
             victim.evictions += 1
 
     def _alone(self, urgent: list[Sequence]) -> bool:
-        """Whether interactive requests have this step without batch work; never twice in a row."""
+        """Whether interactive requests have this step without batch work; MOST_ALONE in a row."""
         stay = [s for s in self.running if s.urgent]
         alone = (
             bool(urgent)
             and self.limits.alone
-            and not self.was_alone
+            and self.alone_steps < eviction.MOST_ALONE
             and len(self.running) < self.limits.size
             and sum(map(self._growth, stay)) + self._blocks(urgent[0].known) <= self.free
         )
-        self.was_alone = alone
+        self.alone_steps = self.alone_steps + 1 if alone else 0
         return alone
 
     def _most_running(self, urgent: int, *, alone: bool) -> int:

@@ -32,9 +32,9 @@ FREE, WAITING, RUNNING = 0, 1, 2
 ARRIVAL, FIRST, END = 0, 1, 2
 
 RUNS, WAITS, FREE_BLOCKS, STEPS, TOKENS, PREEMPTIONS, RECOMPUTED, ROWS, SAMPLED = range(9)
-WAS_ALONE = 9
+ALONE_STEPS = 9
 TOTALS = 10
-SLOTS, BATCHED, BLOCK, URGENT_BELOW, SIZE, ALONE, MAX_EVICTIONS, RESERVE = range(8)
+SLOTS, BATCHED, BLOCK, URGENT_BELOW, SIZE, ALONE, MAX_EVICTIONS, RESERVE, MOST_ALONE = range(9)
 CLOCK, BUSY = 0, 1
 SAMPLES = 32
 
@@ -174,9 +174,12 @@ def _evict(ints: Ints, floats: Floats, order: Ints, totals: Ints, limits: Ints) 
 def _alone(
     ints: Ints, floats: Floats, order: Ints, totals: Ints, limits: Ints, urgent: int
 ) -> bool:
-    """Whether interactive rows have this step without batch work; never twice in a row."""
+    """Whether interactive rows have this step without batch work; so many in a row at most."""
     alone = (
-        urgent > 0 and limits[ALONE] > 0 and totals[WAS_ALONE] == 0 and totals[RUNS] < limits[SIZE]
+        urgent > 0
+        and limits[ALONE] > 0
+        and totals[ALONE_STEPS] < limits[MOST_ALONE]
+        and totals[RUNS] < limits[SIZE]
     )
     if alone:
         head = _head(ints, floats, totals[ROWS], -1)
@@ -185,7 +188,7 @@ def _alone(
             if ints[order[at], PRIORITY] < limits[URGENT_BELOW]:
                 needed += _growth(ints, limits, order[at])
         alone = needed <= totals[FREE_BLOCKS]
-    totals[WAS_ALONE] = 1 if alone else 0
+    totals[ALONE_STEPS] = totals[ALONE_STEPS] + 1 if alone else 0
     return alone
 
 

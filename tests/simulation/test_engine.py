@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlm_batch.scheduling.eviction import MAX_EVICTIONS, URGENT_BELOW
+from qlm_batch.scheduling.eviction import MAX_EVICTIONS, MOST_ALONE, URGENT_BELOW
 from qlm_batch.scheduling.speed import StepTime
 from qlm_batch.simulation.engine import EngineLimits, Finished, ReferenceEngine
 from qlm_batch.simulation.fast_engine import FastEngine
@@ -89,6 +89,21 @@ def test_an_interactive_prompt_takes_a_kept_place_in_a_step_of_its_own(make: Mak
     # The step from 2 s to 3 s is the guest's alone; both share the next.
     assert _ends(engine) == {2: (3.0, 4.0), 1: (1.0, 5.0)}
     assert engine.preemptions == 0
+
+
+def test_a_burst_has_a_few_steps_for_itself_and_batch_work_the_next(make: Make) -> None:
+    engine = make(EngineLimits(1, 1600, headroom=4, alone=True), ONE)
+    engine.submit(1, 1, 4, BATCH, 0.0)
+    done = []
+    for guest in range(MOST_ALONE + 1):
+        done += engine.advance(1.5 + guest)
+        engine.submit(10 + guest, 1, 1, 0, 1.5 + guest)
+    ends = {each.key: (each.first_token, each.end) for each in done} | _ends(engine)
+    assert [ends[10 + guest] for guest in range(MOST_ALONE + 1)] == [
+        (3.0 + guest, 3.0 + guest) for guest in range(MOST_ALONE + 1)
+    ]
+    # Two tokens before the guests, one in the step of the last of them, one after.
+    assert ends[1] == (1.0, 4.0 + MOST_ALONE)
 
 
 def test_nobody_is_evicted_without_end(make: Make) -> None:

@@ -19,6 +19,7 @@ from vllm.v1.request import RequestStatus
 
 import qlm_workers.quick_exit  # noqa: F401 - this runs in the engine's core process
 from qlm_batch.scheduling.eviction import (
+    MOST_ALONE,
     QUIET_S,
     RETRY_STEPS,
     Running,
@@ -80,7 +81,7 @@ class EvictingScheduler(Scheduler):  # type: ignore[misc]
         self._tried: dict[str, int] = {}
         self._step = 0
         self._urgent_at = -QUIET_S
-        self._was_alone = False
+        self._alone_steps = 0
         self._orders = self.scheduler_config.policy == "priority"
         if not self._orders:
             logger.warning(
@@ -198,16 +199,17 @@ class EvictingScheduler(Scheduler):  # type: ignore[misc]
     def _held_back(self, urgent: list[Any]) -> list[Any]:
         """Batch requests taken out of this step, so that interactive prompts have it alone.
 
-        Every second step at most, and only if what is left of KV suffices without them: vLLM
+        MOST_ALONE steps in a row, and only if what is left of KV suffices without them: vLLM
         would take it from the interactive requests that run.
         """
         free_slots = self._size - len(self.running)
-        alone = bool(urgent) and free_slots > 0 and self._pace.alone and not self._was_alone
+        may = self._pace.alone and self._alone_steps < MOST_ALONE
+        alone = bool(urgent) and free_slots > 0 and may
         if alone:
             stay = [request for request in self.running if is_urgent(request.priority)]
             needed = sum(map(self._growth, stay)) + self._kv_of(urgent[0])
             alone = needed <= self._free_kv()
-        self._was_alone = alone
+        self._alone_steps = self._alone_steps + 1 if alone else 0
         if not alone:
             return []
         held = [request for request in self.running if not is_urgent(request.priority)]

@@ -21,6 +21,7 @@ from qlm_batch.domain.jobs import CHAT, COMPLETIONS, EngineKind
 from qlm_batch.domain.snapshot import Residency
 from qlm_batch.scheduling.eviction import pace
 from qlm_batch.settings import Settings
+from qlm_workers import processor
 from qlm_workers.adapters import Adapter
 from qlm_workers.answers import Door
 from qlm_workers.guardian import Guard
@@ -33,9 +34,6 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-BYTES_PER_THREAD = 16 * 1024**2
-"""Weights that a step reads for each thread that takes part in it, on a processor."""
-
 STOP_S = 10.0
 """How long an engine may take to leave by itself; one that is killed leaves shared memory."""
 
@@ -44,21 +42,6 @@ MOST_ADAPTERS_AT_ONCE = 8
 
 _EVICTING = "qlm_workers.evicting_scheduler.EvictingScheduler"
 _EXTENSION = "qlm_workers.vllm_worker.Extension"
-
-_ONE_PROCESS = "qlm_workers.one_process.OneProcess"
-"""Runs the model in the process that schedules. vLLM takes two on a processor; there the one spins
-through each step of the other, on a core the step could use."""
-_CPU_BLOCK = 32
-"""Tokens of a block of keys and values on a processor, in which vLLM's own choice is 128: what a
-request that gave way had in its last block is computed again."""
-_PARALLEL = {
-    "distributed_executor_backend",
-    "tensor_parallel_size",
-    "pipeline_parallel_size",
-    "data_parallel_size",
-    "prefill_context_parallel_size",
-}
-"""Settings under which several processes run a model."""
 
 _ANSWER_IDS = {CHAT: "chatcmpl-{}", COMPLETIONS: "cmpl-{}-0"}
 """How vLLM's layer names a request inside the engine."""
@@ -317,10 +300,8 @@ class VllmEngine:
         further, frontend = vllm_api.split_args(self._settings.engine_args)
         arguments = self._arguments(vllm_api.on_cpu()) | further
         if vllm_api.on_cpu():
-            _prepare_processor(self._weight_bytes(), eager=bool(arguments["enforce_eager"]))
-            arguments.setdefault("block_size", _CPU_BLOCK)
-            if _PARALLEL.isdisjoint(further):
-                arguments["distributed_executor_backend"] = _ONE_PROCESS
+            arguments = processor.engine_args(further) | arguments
+            processor.prepare(self._weight_bytes(), eager=bool(arguments["enforce_eager"]))
             self._check_memory(arguments)
         self.sleeps = bool(arguments.get("enable_sleep_mode"))
         self._engine = self._build(arguments)
@@ -334,6 +315,8 @@ class VllmEngine:
             # vLLM checks settings in this process, memory in its own, which only says it failed.
             if too_small := self._kv_too_small(arguments):
                 raise too_small from error
+            if self._abandoned is not None and not self._abandoned.done():
+                raise
             log.warning("The engine ended while it started; trying again.", model=self._name)
         except Exception as error:
             raise self._unservable(error) from error
@@ -452,24 +435,6 @@ class VllmEngine:
             supports=frozenset(supports),
             keeps_asleep=self.sleeps and self._api.keeps_asleep(self._engine),
         )
-
-
-def _prepare_processor(weight_bytes: int, *, eager: bool) -> None:
-    """Settings of the processes to be started that make a model's steps fast on a processor.
-
-    A small model's steps are over before a further thread is awake; 0 bytes stands for a model
-    whose size is not known.
-    """
-    usable = len(os.sched_getaffinity(0))
-    cores = max(1, min(usable, psutil.cpu_count(logical=False) or usable))
-    worth = weight_bytes // BYTES_PER_THREAD if weight_bytes else cores
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(cores, worth))))
-    # Threads that wait for one another spin about as long as a wake-up takes: longer, and they
-    # stand in the way of whatever else has to run before the step can go on.
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-    if eager:
-        # Else the first request with logprobs has all others wait for a C++ compiler.
-        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 
 
 def _gib(count: float) -> str:
