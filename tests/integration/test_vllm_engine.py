@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -200,6 +201,29 @@ async def test_an_engine_that_ends_while_it_starts_is_started_once_more(
     with pytest.raises(ConfigurationError, match="out of memory"):
         await make_engine(Settings(), MODEL, EngineKind.GENERATE).start()
     assert ends == []
+
+
+@needs_vllm
+async def test_an_engine_nobody_waits_for_any_more_is_not_started_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from qlm_workers import vllm_api
+
+    ended, builds = threading.Event(), []
+
+    def killed(*_: object) -> None:
+        builds.append(1)
+        ended.wait(30)
+        raise RuntimeError("Engine core initialization failed.")
+
+    monkeypatch.setattr(vllm_api, "build", killed)
+    settings = Settings(kv_cache_bytes=KV_BYTES, start_timeout_s=0.5)
+    engine = make_engine(settings, MODEL, EngineKind.GENERATE)
+    with pytest.raises(ConfigurationError, match="QLM_START_TIMEOUT_S"):
+        await engine.start()
+    ended.set()
+    await engine.stop()
+    assert builds == [1]
 
 
 @needs_vllm

@@ -1,4 +1,4 @@
-"""What is brought into vLLM's worker processes, where the model runs."""
+"""What is brought into the process in which vLLM runs the model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-import qlm_workers.quick_exit  # noqa: F401 - this runs in a worker's process
+import qlm_workers.quick_exit  # noqa: F401 - this runs in the model's process
 
 
 class Extension:
