@@ -38,6 +38,7 @@ from benchmarks.interactive_load import Counter, Seen, arrivals, play, samples, 
 from benchmarks.interactive_load import body as request_body
 from benchmarks.support import CHAT, Stand, finish, load, require, say, stand
 from benchmarks.vllm_server import vllm_server
+from qlm_workers.processor import BLOCK_TOKENS
 
 ARMS = ("idle", "service", "fcfs", "priority")
 RATE = 3.0
@@ -78,7 +79,11 @@ class Plan:
         """Arguments both servers get beyond the settings they share."""
         if self.kv_blocks is None:
             return {}
-        return {"num_gpu_blocks_override": self.kv_blocks, "block_size": 32}
+        return {"num_gpu_blocks_override": self.kv_blocks, "block_size": BLOCK_TOKENS}
+
+    def busy_seeds(self) -> list[int]:
+        """Seeds of the interactive load in the windows beside a batch, in their order."""
+        return [number + 1 for number in range(1, 2 * self.rounds + 1, 2)]
 
 
 def main() -> None:
@@ -185,13 +190,18 @@ async def _foretold(
         slots=plan.slots,
         kv_tokens=view.kv_tokens,
         batched_tokens=BUDGET,
+        block_tokens=BLOCK_TOKENS,
         sizes=sizes,
         batch_only_rate=found["batch_only"]["before"],
         idle_plan=quiet,
         idle_seconds=plan.arm_s,
         idle_ttft_p50=found["idle"]["ttft_p50"],
     )
-    told = model.told(quiet, plan.arm_s, batch=True)
+    windows = [
+        arrivals(plan.window_s, RATE, min(BURST_EVERY_S, plan.window_s), seed)
+        for seed in plan.busy_seeds()
+    ]
+    told = model.told(windows, plan.window_s, batch=True)
     prompts = found["service"]["interactive_done"] * sizes.interactive_prompt
     told["prompt_share"] = prompts * model.step.per_prefill / plan.arm_s
     say(f"a step takes {model.step}; outside of the engine {model.outside_s:.3f} s")

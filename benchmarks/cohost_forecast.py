@@ -42,8 +42,27 @@ class Forecast:
     sizes: Sizes
     outside_s: float = 0.0
 
-    def told(self, plan: Sequence[Arrival], seconds: float, *, batch: bool) -> dict[str, float]:
-        """TTFT quantiles in seconds and output tokens a second over `seconds` of this load."""
+    def told(
+        self, plans: Sequence[Sequence[Arrival]], seconds: float, *, batch: bool
+    ) -> dict[str, float]:
+        """TTFT quantiles in seconds and output tokens a second over windows of `seconds` each."""
+        ttft: list[float] = []
+        rates: list[float] = []
+        for plan in plans:
+            waits, rate = self._window(plan, seconds, batch=batch)
+            ttft += waits
+            rates.append(rate)
+        seen = np.array(ttft or [np.nan]) + self.outside_s
+        return {
+            "ttft_p50": float(np.percentile(seen, 50)),
+            "ttft_p95": float(np.percentile(seen, 95)),
+            "tokens_per_s": float(np.median(rates)),
+        }
+
+    def _window(
+        self, plan: Sequence[Arrival], seconds: float, *, batch: bool
+    ) -> tuple[list[float], float]:
+        """The times to first tokens inside the engine, and its rate."""
         engine = FastEngine(self.limits, self.step)
         sizes, lines = self.sizes, 0
         first: dict[int, float] = {}
@@ -70,12 +89,7 @@ class Forecast:
         until(RAMP_S + seconds)
         rate = (engine.generated - before) / (engine.clock - since)
         until(engine.clock + 5.0)
-        ttft = np.array([*first.values()] or [np.nan]) + self.outside_s
-        return {
-            "ttft_p50": float(np.percentile(ttft, 50)),
-            "ttft_p95": float(np.percentile(ttft, 95)),
-            "tokens_per_s": rate,
-        }
+        return [*first.values()], rate
 
 
 def fitted(
@@ -86,6 +100,7 @@ def fitted(
     slots: int,
     kv_tokens: int,
     batched_tokens: int,
+    block_tokens: int,
     sizes: Sizes,
     batch_only_rate: float,
     idle_plan: Sequence[Arrival],
@@ -94,10 +109,17 @@ def fitted(
 ) -> Forecast:
     """The model as the arms without a mixture show it."""
     own = pace("balanced", slots)
-    limits = EngineLimits(slots, kv_tokens, batched_tokens, headroom=own.headroom, alone=own.alone)
+    limits = EngineLimits(
+        slots,
+        kv_tokens,
+        batched_tokens,
+        block_tokens,
+        headroom=own.headroom,
+        alone=own.alone,
+    )
     learned = Knowledge.of(profiles).speed(model, device).step_time()
     model_of_it = Forecast(learned, limits, sizes)
-    simulated = model_of_it.told((), 20.0, batch=True)["tokens_per_s"]
+    simulated = model_of_it.told([()], 20.0, batch=True)["tokens_per_s"]
     factor = simulated / batch_only_rate
     step = StepTime(
         learned.base * factor,
@@ -106,5 +128,5 @@ def fitted(
         learned.per_prefill * factor,
     )
     scaled = replace(model_of_it, step=step)
-    inside = scaled.told(idle_plan, idle_seconds, batch=False)["ttft_p50"]
+    inside = scaled.told([idle_plan], idle_seconds, batch=False)["ttft_p50"]
     return replace(scaled, outside_s=max(0.0, idle_ttft_p50 - inside))

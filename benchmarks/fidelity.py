@@ -119,7 +119,7 @@ def fit(load: Load, real: Times, rows: Sequence[StepRow], info: EngineInfo) -> F
     """The coefficients with which the model repeats this load."""
     speed = Speed(prior_step_time(NAME, "cpu")).after_steps(rows)
     require(speed.fitted, f"only {len(rows)} steps were seen")
-    limits = EngineLimits(info.slots, info.kv_tokens, BUDGET)
+    limits = EngineLimits(info.slots, info.kv_tokens, BUDGET, prefix_caching=False)
     inside = Fitted(speed.step_time(), 0.0, limits)
     wanted = real.figures(load)
 

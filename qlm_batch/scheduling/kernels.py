@@ -209,8 +209,9 @@ def insert_late(
     still. `lines` are the groups' requests. `place` has room; it and `size` are changed. Returns
     which were placed.
     """
-    room = place.shape[1]
-    ends, variances, slack = np.empty(room), np.empty(room), np.empty(room + 1)
+    m, room = place.shape
+    ends, variances, slack = np.empty((m, room)), np.empty((m, room)), np.empty((m, room + 1))
+    walked = np.zeros(m, dtype=np.bool_)
     placed = np.zeros(order.size, dtype=np.bool_)
     for n in range(order.size):
         g = order[n]
@@ -221,7 +222,9 @@ def insert_late(
                 continue
             mean, var = c.mean[kind, i] * c.amount[g], c.var[kind, i] * c.amount[g]
             push = c.z * math.sqrt(var)
-            walk(c, i, place[i], size[i], ends, variances, slack)
+            if not walked[i]:
+                walk(c, i, place[i], size[i], ends[i], variances[i], slack[i])
+                walked[i] = True
             end, end_var, last = c.ready[i], c.ready_var[i], -1
             for p in range(size[i] + 1):
                 tries -= 1
@@ -230,11 +233,12 @@ def insert_late(
                 if p < size[i]:
                     follow = c.model[place[i, p]]
                     added += c.setup[i, k, follow] - c.setup[i, last, follow]
-                begin = start * c.inflation + c.z * math.sqrt(end_var + var)
-                if begin > due[g]:
+                if start * c.inflation > due[g]:
                     break
-                if added * c.inflation + push <= slack[p]:
+                if added * c.inflation + push <= slack[i, p]:
                     share, span = 0.0, max(mean * c.inflation, 1e-9)
+                    spread = c.z * math.sqrt(end_var + var)
+                    begin = start * c.inflation + spread
                     for e in range(excess.shape[2]):
                         left = (due[g] - begin - excess[kind, i, e]) / span
                         made = math.floor(lines[g] * min(1.0, max(0.0, left)))
@@ -242,17 +246,17 @@ def insert_late(
                     gain = c.weight[g] * share - price * (added - mean)
                     if share >= least and gain > best:
                         done = (start + mean + c.tails[c.tail_kind[g], i]) * c.inflation
-                        ended = done + c.z * math.sqrt(end_var + var)
+                        ended = done + spread
                         best, owner, at = gain, i, p
                 if p < size[i]:
-                    end, end_var, last = ends[p], variances[p], c.model[place[i, p]]
+                    end, end_var, last = ends[i, p], variances[i, p], c.model[place[i, p]]
         if owner >= 0:
             for p in range(size[owner], at, -1):
                 place[owner, p] = place[owner, p - 1]
             place[owner, at] = g
             size[owner] += 1
             c.due[g] = max(c.due[g], ended)
-            placed[n] = True
+            walked[owner], placed[n] = False, True
         if tries <= 0:
             break
     return placed

@@ -3,7 +3,9 @@
 A step has a budget of tokens. Running requests come before waiting ones; a prompt may take several
 steps. A request is admitted when its whole sequence so far fits in key-value blocks and a slot is
 free. When a running one cannot grow, the one that gives way first is preempted: it keeps its
-tokens, and computes them anew when it resumes. Nothing is admitted in a step that preempted. Before
+tokens, and computes anew, when it resumes, what has left the prefix cache. That holds whole blocks,
+and gives the longest free away first, of one request's those behind first. Nothing is admitted in a
+step that preempted. Before
 the step, batch work is evicted for interactive requests by the rules of `scheduling.eviction`,
 which the real engine follows too. `fast_engine` does the same, compiled.
 """
@@ -22,7 +24,8 @@ BLOCK_TOKENS = 16
 class EngineLimits:
     """What an engine can hold and do at once.
 
-    `slots` are places of batch work; `headroom` and `alone` are those of `eviction.Pace`.
+    `slots` are places of batch work; `headroom` and `alone` are those of `eviction.Pace`. Without
+    `prefix_caching` who gave way computes all its tokens anew.
     """
 
     slots: int
@@ -31,6 +34,7 @@ class EngineLimits:
     block_tokens: int = BLOCK_TOKENS
     headroom: int = 0
     alone: bool = False
+    prefix_caching: bool = True
 
     @property
     def size(self) -> int:
@@ -54,7 +58,11 @@ class Finished:
 
 @dataclass(slots=True)
 class Sequence:
-    """A request inside the engine; `computed` of its tokens have their key-values in memory."""
+    """A request inside the engine; `computed` of its tokens have their key-values in memory.
+
+    One that gave way had `cached` tokens there; once the engine has handed out `safe_until` blocks
+    in its life, it begins to reuse theirs.
+    """
 
     key: int
     prompt: int
@@ -66,6 +74,8 @@ class Sequence:
     computed: int = 0
     blocks: int = 0
     evictions: int = 0
+    cached: int = 0
+    safe_until: int = 0
     first_token: float = -1.0
 
     @property
@@ -100,6 +110,7 @@ class ReferenceEngine:
     busy_s: float = 0.0
     submitted: int = 0
     alone_steps: int = 0
+    handed_out: int = 0
 
     def submit(self, key: int, prompt: int, output: int, priority: int, arrival: float) -> None:
         """Hand in a request; it joins the next step that begins at or after its arrival.
@@ -163,7 +174,8 @@ class ReferenceEngine:
                 break
             self.waiting.remove(head)
             self.running.append(head)
-            scheduled[head.number] = min(head.known, budget)
+            self._resume(head)
+            scheduled[head.number] = min(head.known - head.computed, budget)
             budget -= scheduled[head.number]
         self._finish(scheduled, done)
 
@@ -175,6 +187,7 @@ class ReferenceEngine:
             lost.append(self._preempt(eviction.gives_way_first(ranks)[0]))
             if lost[-1] is sequence:
                 return lost
+        self.handed_out += max(0, need - sequence.blocks)
         sequence.blocks = max(sequence.blocks, need)
         return lost
 
@@ -223,12 +236,24 @@ class ReferenceEngine:
         return max(0, self._blocks(sequence.computed + tokens) - sequence.blocks)
 
     def _preempt(self, position: int) -> Sequence:
+        safe_until = self.handed_out + self.free
         sequence = self.running.pop(position)
         self.preemptions += 1
-        self.recomputed += sequence.computed
+        sequence.cached, sequence.safe_until = sequence.computed, safe_until
         sequence.computed = sequence.blocks = 0
         self.waiting.append(sequence)
         return sequence
+
+    def _resume(self, sequence: Sequence) -> None:
+        """Take what the prefix cache still has of an admitted request; its blocks are its own."""
+        if sequence.cached and self.limits.prefix_caching:
+            reused = max(0, self.handed_out - sequence.safe_until)
+            whole = sequence.cached // self.limits.block_tokens
+            left = min(whole, max(0, self._blocks(sequence.cached) - reused))
+            sequence.computed = left * self.limits.block_tokens
+        self.recomputed += sequence.cached - sequence.computed
+        sequence.cached = 0
+        self.handed_out += sequence.blocks
 
     def _finish(self, scheduled: dict[int, int], done: list[Finished]) -> None:
         context = prefill = count = 0

@@ -33,6 +33,7 @@ class FastEngine:
                 MAX_EVICTIONS,
                 RESERVE,
                 MOST_ALONE,
+                limits.prefix_caching,
             ],
             dtype=np.int64,
         )

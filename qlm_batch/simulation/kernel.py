@@ -26,15 +26,16 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 STATE, KEY, PROMPT, OUTPUT, PRIORITY, NUMBER, GENERATED, COMPUTED, BLOCKS, SCHEDULED = range(10)
-EVICTIONS, CHOSEN = 10, 11
-ROW = 12
+EVICTIONS, CHOSEN, CACHED, SAFE_UNTIL = 10, 11, 12, 13
+ROW = 14
 FREE, WAITING, RUNNING = 0, 1, 2
 ARRIVAL, FIRST, END = 0, 1, 2
 
 RUNS, WAITS, FREE_BLOCKS, STEPS, TOKENS, PREEMPTIONS, RECOMPUTED, ROWS, SAMPLED = range(9)
-ALONE_STEPS = 9
-TOTALS = 10
+ALONE_STEPS, HANDED_OUT = 9, 10
+TOTALS = 11
 SLOTS, BATCHED, BLOCK, URGENT_BELOW, SIZE, ALONE, MAX_EVICTIONS, RESERVE, MOST_ALONE = range(9)
+PREFIX_CACHING = 9
 CLOCK, BUSY = 0, 1
 SAMPLES = 32
 
@@ -110,6 +111,28 @@ def _growth(ints: Ints, limits: Ints, row: int) -> int:
 
 
 @jit
+def _hand_out(ints: Ints, totals: Ints, row: int, need: int) -> None:
+    """Give a row the blocks it lacks of `need`."""
+    grown = max(0, need - ints[row, BLOCKS])
+    ints[row, BLOCKS] += grown
+    totals[FREE_BLOCKS] -= grown
+    totals[HANDED_OUT] += grown
+
+
+@jit
+def _resume(ints: Ints, totals: Ints, limits: Ints, row: int) -> None:
+    """Give an admitted row what the prefix cache still has of it."""
+    cached = ints[row, CACHED]
+    if cached > 0 and limits[PREFIX_CACHING] > 0:
+        reused = max(0, totals[HANDED_OUT] - ints[row, SAFE_UNTIL])
+        whole = cached // limits[BLOCK]
+        left = min(whole, max(0, _blocks(cached, limits[BLOCK]) - reused))
+        ints[row, COMPUTED] = left * limits[BLOCK]
+    totals[RECOMPUTED] += cached - ints[row, COMPUTED]
+    ints[row, CACHED] = 0
+
+
+@jit
 def _preempt(ints: Ints, order: Ints, totals: Ints, at: int) -> int:
     """Move the running row at this position back to the waiting; the row."""
     row = order[at]
@@ -117,9 +140,10 @@ def _preempt(ints: Ints, order: Ints, totals: Ints, at: int) -> int:
         order[i] = order[i + 1]
     totals[RUNS] -= 1
     totals[WAITS] += 1
+    ints[row, CACHED] = ints[row, COMPUTED]
+    ints[row, SAFE_UNTIL] = totals[HANDED_OUT] + totals[FREE_BLOCKS]
     totals[FREE_BLOCKS] += ints[row, BLOCKS]
     totals[PREEMPTIONS] += 1
-    totals[RECOMPUTED] += ints[row, COMPUTED]
     ints[row, COMPUTED] = 0
     ints[row, BLOCKS] = 0
     ints[row, STATE] = WAITING
@@ -238,9 +262,7 @@ def _schedule_running(
                 at -= 1
         if lost:
             break
-        grown = max(0, need - ints[row, BLOCKS])
-        ints[row, BLOCKS] += grown
-        totals[FREE_BLOCKS] -= grown
+        _hand_out(ints, totals, row, need)
         ints[row, SCHEDULED] = tokens
         budget -= tokens
         at += 1
@@ -259,10 +281,10 @@ def _admit(
         if need > totals[FREE_BLOCKS]:
             break
         ints[head, STATE] = RUNNING
-        ints[head, BLOCKS] = need
-        ints[head, SCHEDULED] = min(known, budget)
+        _resume(ints, totals, limits, head)
+        _hand_out(ints, totals, head, need)
+        ints[head, SCHEDULED] = min(known - ints[head, COMPUTED], budget)
         budget -= ints[head, SCHEDULED]
-        totals[FREE_BLOCKS] -= need
         order[totals[RUNS]] = head
         totals[RUNS] += 1
         totals[WAITS] -= 1
@@ -385,9 +407,7 @@ def _still(
         row = order[at]
         ints[row, COMPUTED] += steps
         ints[row, GENERATED] += steps
-        grown = max(0, _blocks(ints[row, COMPUTED], limits[BLOCK]) - ints[row, BLOCKS])
-        ints[row, BLOCKS] += grown
-        totals[FREE_BLOCKS] -= grown
+        _hand_out(ints, totals, row, _blocks(ints[row, COMPUTED], limits[BLOCK]))
     return True
 
 

@@ -145,6 +145,33 @@ def test_the_latest_of_lowest_priority_gives_way_when_blocks_run_out(make: Make)
     assert engine.recomputed == 16
 
 
+@pytest.mark.parametrize(
+    ("kv_blocks", "guest_tokens", "kept_blocks"),
+    [(100, 100, 2), (4, 17, 2), (4, 33, 1), (4, 49, 0)],
+    ids=["nothing reused", "the unfinished block reused", "two reused", "all reused"],
+)
+def test_a_victim_computes_again_what_the_prefix_cache_lost(
+    make: Make, kv_blocks: int, guest_tokens: int, kept_blocks: int
+) -> None:
+    engine = make(EngineLimits(1, 16 * kv_blocks), ONE)
+    engine.submit(1, 40, 4, BATCH, 0.0)
+    engine.advance(1.5)
+    # At 2 s the victim has 41 tokens in three blocks, two of them whole.
+    engine.submit(2, guest_tokens, 1, 0, 1.5)
+    assert _ends(engine) == {2: (3.0, 3.0), 1: (1.0, 5.0)}
+    assert engine.recomputed == 41 - 16 * kept_blocks
+
+
+def test_without_a_prefix_cache_a_victim_computes_all_of_its_tokens_again(make: Make) -> None:
+    engine = make(EngineLimits(1, 1600, prefix_caching=False), StepTime(1.0, 0.0, 0.0, 0.01))
+    engine.submit(1, 40, 4, BATCH, 0.0)
+    engine.advance(1.5)
+    engine.submit(2, 10, 1, 0, 1.5)
+    # 1.4 s and a second, the guest's 1.1 s, then 42 tokens of the victim's and its last.
+    assert _ends(engine)[1] == pytest.approx((1.4, 2.4 + 1.1 + 1.42 + 1.0))
+    assert engine.recomputed == 41
+
+
 def test_nothing_is_admitted_in_a_step_that_preempted(make: Make) -> None:
     engine = make(EngineLimits(4, 48, block_tokens=16), ONE)
     engine.submit(1, 16, 4, BATCH, 0.0)
@@ -191,6 +218,7 @@ def _loads(draw: st.DrawFn) -> tuple[EngineLimits, StepTime, list[tuple[int, ...
         block_tokens=8,
         headroom=draw(st.integers(0, 2)),
         alone=draw(st.booleans()),
+        prefix_caching=draw(st.booleans()),
     )
     requests = draw(
         st.lists(

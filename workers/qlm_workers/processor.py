@@ -11,7 +11,7 @@ import psutil
 BYTES_PER_THREAD: Final = 16 * 1024**2
 """Weights that a step reads for each thread that takes part in it."""
 
-_BLOCK: Final = 32
+BLOCK_TOKENS: Final = 32
 """Tokens of a block of keys and values, in which vLLM's own choice is 128: what a request that gave
 way had in its last block is computed again."""
 _ONE_PROCESS: Final = "qlm_workers.one_process.OneProcess"
@@ -32,7 +32,7 @@ _threads_given: Final = _THREADS in os.environ
 
 def engine_args(given: Mapping[str, object]) -> dict[str, object]:
     """vLLM's arguments on a processor, beside those given by the user."""
-    chosen: dict[str, object] = {"block_size": _BLOCK}
+    chosen: dict[str, object] = {"block_size": BLOCK_TOKENS}
     if _PARALLEL.isdisjoint(given):
         chosen["distributed_executor_backend"] = _ONE_PROCESS
     return chosen
