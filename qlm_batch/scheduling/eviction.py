@@ -86,13 +86,25 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A running request: the KV free without it, and the KV it takes in the next step."""
+    """A request inside: the KV free without it, and the KV it takes in the next step.
+
+    One that rests has given its place away and kept its KV; it takes none.
+    """
 
     id: str
     priority: int
     arrival: float
     kv: int
     grows: int
+    rests: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GivingWay:
+    """Indices of those that give way: `rest` lose their place, `leave` their KV too."""
+
+    rest: tuple[int, ...] = ()
+    leave: tuple[int, ...] = ()
 
 
 Rank = tuple[int, float]
@@ -114,32 +126,40 @@ def victims(
     free_slots: int,
     free_kv: int,
     evictions: Mapping[str, int],
-) -> list[int]:
-    """Indices of the running requests that give way so that the first of `waiting` fit.
+) -> GivingWay:
+    """Who gives way so that the first of `waiting` fit.
 
-    They go in the order of `gives_way_first`. `waiting` is in the order of admission; where room
-    cannot be made for one of them, nobody gives way to it or those behind.
-    `evictions` tells how often a request has given way before. Classes are compared, strictly: two
-    of one class would take turns without end.
+    Who lacks a place only lets another rest: what keeps its KV goes on without computing anything
+    twice. KV is taken from those that rest before it is taken from those that run; each time in
+    the order of `gives_way_first`. `waiting` is in the order of admission; where room cannot be
+    made for one of them, nobody gives way to it or those behind. `evictions` tells how often a
+    request has given its place away before. Classes are compared, strictly: two of one class would
+    take turns without end.
     """
     order = gives_way_first([(request.priority, request.arrival) for request in running])
     candidates = [
         index
         for index in order
-        if not is_urgent(running[index].priority)
+        if not (running[index].rests or is_urgent(running[index].priority))
         and evictions.get(running[index].id, 0) < MAX_EVICTIONS
     ]
+    resting = [index for index in order if running[index].rests]
     free_kv -= sum(request.grows for request in running)
-    chosen: list[int] = []
+    chosen = GivingWay()
     for request in waiting:
-        taken: list[int] = []
+        rest, leave = [*chosen.rest], [*chosen.leave]
         while free_slots < 1 or free_kv < request.kv:
-            if not candidates:
+            if free_kv < request.kv and resting:
+                leave.append(resting.pop(0))
+                free_kv += running[leave[-1]].kv
+            elif candidates:
+                rest.append(candidates.pop(0))
+                free_slots += 1
+                free_kv += running[rest[-1]].grows
+                resting = [index for index in order if index in resting or index == rest[-1]]
+            else:
                 return chosen
-            taken.append(candidates.pop(0))
-            free_slots += 1
-            free_kv += running[taken[-1]].kv + running[taken[-1]].grows
-        chosen += taken
         free_slots -= 1
         free_kv -= request.kv
+        chosen = GivingWay(tuple(rest), tuple(leave))
     return chosen

@@ -5,9 +5,9 @@ steps. A request is admitted when its whole sequence so far fits in key-value bl
 free. When a running one cannot grow, the one that gives way first is preempted: it keeps its
 tokens, and computes anew, when it resumes, what has left the prefix cache. That holds whole blocks,
 and gives the longest free away first, of one request's those behind first. Nothing is admitted in a
-step that preempted. Before
-the step, batch work is evicted for interactive requests by the rules of `scheduling.eviction`,
-which the real engine follows too. `fast_engine` does the same, compiled.
+step that preempted. Before the step, batch work is evicted for interactive requests by the rules of
+`scheduling.eviction`, which the real engine follows too: it rests, with its blocks, until there is
+a place again, or is preempted where blocks are short. `fast_engine` does the same, compiled.
 """
 
 from __future__ import annotations
@@ -102,6 +102,7 @@ class ReferenceEngine:
     speed: StepTime
     clock: float = 0.0
     running: list[Sequence] = field(default_factory=list)
+    resting: list[Sequence] = field(default_factory=list)
     waiting: list[Sequence] = field(default_factory=list)
     steps: int = 0
     generated: int = 0
@@ -123,7 +124,7 @@ class ReferenceEngine:
 
     def abort(self, key: int) -> bool:
         """Drop a request; False when it is not here."""
-        for group in (self.running, self.waiting):
+        for group in (self.running, self.resting, self.waiting):
             for sequence in group:
                 if sequence.key == key:
                     group.remove(sequence)
@@ -134,7 +135,7 @@ class ReferenceEngine:
         """Run every step that begins before `until`; what ended, in order."""
         done: list[Finished] = []
         while self.clock < until:
-            if not self.running and not self.waiting:
+            if not (self.running or self.resting or self.waiting):
                 self.clock = until
                 break
             self._step(done)
@@ -143,11 +144,13 @@ class ReferenceEngine:
     @property
     def free(self) -> int:
         """Blocks nobody holds."""
-        return self.limits.blocks - sum(sequence.blocks for sequence in self.running)
+        return self.limits.blocks - sum(s.blocks for s in (*self.running, *self.resting))
 
     def _step(self, done: list[Finished]) -> None:
         urgent = sorted((s for s in self.waiting if s.urgent), key=lambda s: s.rank)
         self._evict(urgent)
+        self._resume(len(urgent))
+        self._let_grow()
         alone = self._alone(urgent)
         limit = self._most_running(len(urgent), alone=alone)
         budget, before, scheduled = self.limits.batched_tokens, self.preemptions, dict[int, int]()
@@ -174,7 +177,7 @@ class ReferenceEngine:
                 break
             self.waiting.remove(head)
             self.running.append(head)
-            self._resume(head)
+            self._find_cached(head)
             scheduled[head.number] = min(head.known - head.computed, budget)
             budget -= scheduled[head.number]
         self._finish(scheduled, done)
@@ -195,19 +198,48 @@ class ReferenceEngine:
         """Make room for waiting interactive requests before the step."""
         if not urgent:
             return
+        inside = [*self.running, *self.resting]
         chosen = eviction.victims(
             [eviction.Waiting(str(s.number), self._blocks(s.known)) for s in urgent],
             [
-                eviction.Running(str(s.number), s.priority, s.arrival, s.blocks, self._growth(s))
-                for s in self.running
+                eviction.Running(
+                    str(s.number),
+                    s.priority,
+                    s.arrival,
+                    s.blocks,
+                    0 if s in self.resting else self._growth(s),
+                    rests=s in self.resting,
+                )
+                for s in inside
             ],
             free_slots=self.limits.size - len(self.running),
             free_kv=self.free,
             evictions={str(s.number): s.evictions for s in self.running},
         )
-        for victim in [self.running[index] for index in chosen]:
-            self._preempt(self.running.index(victim))
+        for victim in [inside[index] for index in chosen.rest]:
+            self.running.remove(victim)
+            self.resting.append(victim)
             victim.evictions += 1
+            self.preemptions += 1
+        for victim in [inside[index] for index in chosen.leave]:
+            self._leave(self.resting, victim)
+
+    def _resume(self, urgent: int) -> None:
+        """Let the first of those that rest run again, where places are left for the urgent."""
+        while self.resting and len(self.running) + urgent < self._most_running(urgent):
+            first = self._resting_by_rank()[-1]
+            self.resting.remove(first)
+            self.running.append(first)
+
+    def _let_grow(self) -> None:
+        """Take from those that rest the blocks that running requests need in this step."""
+        while self.resting and sum(map(self._growth, self.running)) > self.free:
+            self._leave(self.resting, self._resting_by_rank()[0])
+
+    def _resting_by_rank(self) -> list[Sequence]:
+        """Those that rest, in the order in which they give way."""
+        order = eviction.gives_way_first([(s.priority, s.arrival) for s in self.resting])
+        return [self.resting[index] for index in order]
 
     def _alone(self, urgent: list[Sequence]) -> bool:
         """Whether interactive requests have this step without batch work; MOST_ALONE in a row."""
@@ -222,7 +254,7 @@ class ReferenceEngine:
         self.alone_steps = self.alone_steps + 1 if alone else 0
         return alone
 
-    def _most_running(self, urgent: int, *, alone: bool) -> int:
+    def _most_running(self, urgent: int, *, alone: bool = False) -> int:
         """How many may run after this step's admissions."""
         inside = sum(s.urgent for s in self.running)
         held = len(self.running) - inside if alone else 0
@@ -236,15 +268,19 @@ class ReferenceEngine:
         return max(0, self._blocks(sequence.computed + tokens) - sequence.blocks)
 
     def _preempt(self, position: int) -> Sequence:
-        safe_until = self.handed_out + self.free
-        sequence = self.running.pop(position)
+        sequence = self.running[position]
         self.preemptions += 1
-        sequence.cached, sequence.safe_until = sequence.computed, safe_until
-        sequence.computed = sequence.blocks = 0
-        self.waiting.append(sequence)
+        self._leave(self.running, sequence)
         return sequence
 
-    def _resume(self, sequence: Sequence) -> None:
+    def _leave(self, group: list[Sequence], sequence: Sequence) -> None:
+        """Move a request of this group to the waiting, its blocks to the prefix cache."""
+        sequence.cached, sequence.safe_until = sequence.computed, self.handed_out + self.free
+        group.remove(sequence)
+        sequence.computed = sequence.blocks = 0
+        self.waiting.append(sequence)
+
+    def _find_cached(self, sequence: Sequence) -> None:
         """Take what the prefix cache still has of an admitted request; its blocks are its own."""
         if sequence.cached and self.limits.prefix_caching:
             reused = max(0, self.handed_out - sequence.safe_until)

@@ -40,7 +40,7 @@ class FastEngine:
         self._speed = np.array(
             [speed.base, speed.per_sequence, speed.per_kv, speed.per_prefill], dtype=np.float64
         )
-        self._order = np.zeros(limits.size, dtype=np.int64)
+        self._order = np.zeros(0, dtype=np.int64)
         self._samples = np.zeros((k.SAMPLES, 4))
         self._sampled = 0
         self._submitted = 0
@@ -58,6 +58,7 @@ class FastEngine:
         self._ints = np.concatenate((self._ints, np.zeros((more, k.ROW), dtype=np.int64)))
         self._floats = np.concatenate((self._floats, np.zeros((more, 3))))
         self._done = np.zeros(rows, dtype=np.int64)
+        self._order = np.concatenate((self._order, np.zeros(more, dtype=np.int64)))
         self._spare = [*range(rows - 1, before - 1, -1), *self._spare]
         self._totals[k.ROWS] = rows
 
@@ -78,8 +79,8 @@ class FastEngine:
 
     @property
     def waiting(self) -> int:
-        """Requests that wait for the running batch."""
-        return int(self._totals[k.WAITS])
+        """Requests that wait for the running batch, those that rest among them."""
+        return int(self._totals[k.WAITS] + self._totals[k.RESTS])
 
     @property
     def steps(self) -> int:
@@ -132,10 +133,10 @@ class FastEngine:
         if self._ints[row, k.STATE] == k.WAITING:
             self._totals[k.WAITS] -= 1
         else:
-            runs = self.running
-            kept = self._order[:runs][self._order[:runs] != row]
-            self._order[: runs - 1] = kept
-            self._totals[k.RUNS] -= 1
+            inside = self._order[: self._totals[k.RUNS] + self._totals[k.RESTS]]
+            at = int(np.flatnonzero(inside == row)[0])
+            inside[at:-1] = inside[at + 1 :].copy()
+            self._totals[k.RUNS if at < self.running else k.RESTS] -= 1
             self._totals[k.FREE_BLOCKS] += self._ints[row, k.BLOCKS]
         self._ints[row, k.STATE] = k.FREE
         self._spare.append(row)

@@ -1,7 +1,7 @@
 """The engine model over arrays: `advance` runs many iterations and is compiled by numba.
 
 Written in the subset that compiles; `engine.ReferenceEngine` says what it does. Requests are rows
-of `ints` and `floats`; `order[:n]` are the running rows in order of admission.
+of `ints` and `floats`; `order` holds the running rows, and behind them those that rest.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 STATE, KEY, PROMPT, OUTPUT, PRIORITY, NUMBER, GENERATED, COMPUTED, BLOCKS, SCHEDULED = range(10)
-EVICTIONS, CHOSEN, CACHED, SAFE_UNTIL = 10, 11, 12, 13
-ROW = 14
-FREE, WAITING, RUNNING = 0, 1, 2
+EVICTIONS, RESTS_AS, LEAVES_AS, CACHED, SAFE_UNTIL = 10, 11, 12, 13, 14
+ROW = 15
+FREE, WAITING, INSIDE = 0, 1, 2
 ARRIVAL, FIRST, END = 0, 1, 2
 
 RUNS, WAITS, FREE_BLOCKS, STEPS, TOKENS, PREEMPTIONS, RECOMPUTED, ROWS, SAMPLED = range(9)
-ALONE_STEPS, HANDED_OUT = 9, 10
-TOTALS = 11
+ALONE_STEPS, HANDED_OUT, RESTS = 9, 10, 11
+TOTALS = 12
 SLOTS, BATCHED, BLOCK, URGENT_BELOW, SIZE, ALONE, MAX_EVICTIONS, RESERVE, MOST_ALONE = range(9)
 PREFIX_CACHING = 9
 CLOCK, BUSY = 0, 1
@@ -90,7 +90,7 @@ def _candidate(ints: Ints, floats: Floats, order: Ints, runs: int, limits: Ints)
         if (
             ints[row, PRIORITY] < limits[URGENT_BELOW]
             or ints[row, EVICTIONS] >= limits[MAX_EVICTIONS]
-            or ints[row, CHOSEN] > 0
+            or ints[row, RESTS_AS] > 0
         ):
             continue
         if best < 0 or (ints[row, PRIORITY], floats[row, ARRIVAL]) >= (
@@ -133,21 +133,61 @@ def _resume(ints: Ints, totals: Ints, limits: Ints, row: int) -> None:
 
 
 @jit
-def _preempt(ints: Ints, order: Ints, totals: Ints, at: int) -> int:
-    """Move the running row at this position back to the waiting; the row."""
+def _leave(ints: Ints, order: Ints, totals: Ints, at: int) -> int:
+    """Move the row inside at this position back to the waiting; the row."""
     row = order[at]
-    for i in range(at, totals[RUNS] - 1):
+    for i in range(at, totals[RUNS] + totals[RESTS] - 1):
         order[i] = order[i + 1]
-    totals[RUNS] -= 1
+    totals[RUNS if at < totals[RUNS] else RESTS] -= 1
     totals[WAITS] += 1
     ints[row, CACHED] = ints[row, COMPUTED]
     ints[row, SAFE_UNTIL] = totals[HANDED_OUT] + totals[FREE_BLOCKS]
     totals[FREE_BLOCKS] += ints[row, BLOCKS]
-    totals[PREEMPTIONS] += 1
     ints[row, COMPUTED] = 0
     ints[row, BLOCKS] = 0
     ints[row, STATE] = WAITING
     return int(row)
+
+
+@jit
+def _preempt(ints: Ints, order: Ints, totals: Ints, at: int) -> int:
+    """Move the running row at this position back to the waiting; the row."""
+    totals[PREEMPTIONS] += 1
+    return int(_leave(ints, order, totals, at))
+
+
+@jit
+def _rest(ints: Ints, order: Ints, totals: Ints, at: int) -> None:
+    """Take its place from the running row at this position."""
+    row, last = order[at], totals[RUNS] + totals[RESTS] - 1
+    for i in range(at, last):
+        order[i] = order[i + 1]
+    order[last] = row
+    totals[RUNS] -= 1
+    totals[RESTS] += 1
+    totals[PREEMPTIONS] += 1
+    ints[row, EVICTIONS] += 1
+
+
+@jit
+def _first_to_leave(ints: Ints, floats: Floats, order: Ints, totals: Ints) -> int:
+    """The position of the row that gives its blocks away first: it rests or is about to.
+
+    -1 without any.
+    """
+    best = -1
+    for at in range(totals[RUNS] + totals[RESTS]):
+        row = order[at]
+        if at < totals[RUNS] and ints[row, RESTS_AS] == 0:
+            continue
+        if ints[row, LEAVES_AS] > 0:
+            continue
+        if best < 0 or (ints[row, PRIORITY], floats[row, ARRIVAL]) >= (
+            ints[order[best], PRIORITY],
+            floats[order[best], ARRIVAL],
+        ):
+            best = at
+    return best
 
 
 @jit
@@ -161,37 +201,106 @@ def _evict(ints: Ints, floats: Floats, order: Ints, totals: Ints, limits: Ints) 
         urgent += ints[row, STATE] == WAITING and ints[row, PRIORITY] < limits[URGENT_BELOW]
     free_slots = limits[SIZE] - totals[RUNS]
     free = totals[FREE_BLOCKS]
-    for at in range(totals[RUNS]):
-        ints[order[at], CHOSEN] = 0
-        free -= _growth(ints, limits, order[at])
-    stuck = False
-    for number in range(1, urgent + 1):
-        if number > 1:
+    for at in range(totals[RUNS] + totals[RESTS]):
+        ints[order[at], RESTS_AS] = 0
+        ints[order[at], LEAVES_AS] = 0
+        if at < totals[RUNS]:
+            free -= _growth(ints, limits, order[at])
+    resting = leaving = 0
+    for number in range(urgent):
+        if number > 0:
             head = _head(ints, floats, totals[ROWS], head)
         need = _blocks(ints[head, PROMPT] + ints[head, GENERATED], limits[BLOCK])
+        rested, left, stuck = resting, leaving, False
         while free_slots < 1 or free < need:
+            at = _first_to_leave(ints, floats, order, totals) if free < need else -1
+            if at >= 0:
+                leaving += 1
+                ints[order[at], LEAVES_AS] = leaving
+                free += ints[order[at], BLOCKS]
+                continue
             at = _candidate(ints, floats, order, totals[RUNS], limits)
             if at < 0:
                 stuck = True
                 break
-            row = order[at]
-            ints[row, CHOSEN] = number
+            resting += 1
+            ints[order[at], RESTS_AS] = resting
             free_slots += 1
-            free += ints[row, BLOCKS] + _growth(ints, limits, row)
+            free += _growth(ints, limits, order[at])
         if stuck:
             # Nobody gives way in vain.
-            for at in range(totals[RUNS]):
-                if ints[order[at], CHOSEN] == number:
-                    ints[order[at], CHOSEN] = 0
+            resting, leaving = rested, left
             break
         free_slots -= 1
         free -= need
-    for at in range(totals[RUNS] - 1, -1, -1):
-        if ints[order[at], CHOSEN] > 0:
-            row = _preempt(ints, order, totals, at)
-            ints[row, EVICTIONS] += 1
-            ints[row, CHOSEN] = 0
+    for turn in range(1, resting + 1):
+        for at in range(totals[RUNS]):
+            if ints[order[at], RESTS_AS] == turn:
+                _rest(ints, order, totals, at)
+                break
+    for turn in range(1, leaving + 1):
+        for at in range(totals[RUNS], totals[RUNS] + totals[RESTS]):
+            if ints[order[at], LEAVES_AS] == turn:
+                _leave(ints, order, totals, at)
+                break
     return urgent
+
+
+@jit
+def _most_running(
+    ints: Ints, order: Ints, totals: Ints, limits: Ints, urgent: int, alone: bool
+) -> int:
+    """How many may run after this step's admissions, as `eviction.admission_limit` has it."""
+    inside = 0
+    for at in range(totals[RUNS]):
+        inside += ints[order[at], PRIORITY] < limits[URGENT_BELOW]
+    held = totals[RUNS] - inside if alone else 0
+    slots = 0 if alone else limits[SLOTS]
+    size, running = limits[SIZE] - held, totals[RUNS] - held
+    limit = min(size, slots + inside + urgent)
+    if inside + urgent > 0:
+        limit = min(limit, max(size - size // limits[RESERVE], running + urgent))
+    return int(max(limit + held, totals[RUNS]))
+
+
+@jit
+def _run_again(
+    ints: Ints, floats: Floats, order: Ints, totals: Ints, limits: Ints, urgent: int
+) -> None:
+    """Let rows that rest run where places are left for the urgent, the first in rank first."""
+    while totals[RESTS] > 0:
+        runs = totals[RUNS]
+        if runs + urgent >= _most_running(ints, order, totals, limits, urgent, False):
+            break
+        first = runs
+        for at in range(runs + 1, runs + totals[RESTS]):
+            row, best = order[at], order[first]
+            if (ints[row, PRIORITY], floats[row, ARRIVAL]) < (
+                ints[best, PRIORITY],
+                floats[best, ARRIVAL],
+            ):
+                first = at
+        row = order[first]
+        for i in range(first, runs, -1):
+            order[i] = order[i - 1]
+        order[runs] = row
+        totals[RUNS] += 1
+        totals[RESTS] -= 1
+
+
+@jit
+def _let_grow(ints: Ints, floats: Floats, order: Ints, totals: Ints, limits: Ints) -> None:
+    """Take from rows that rest the blocks that running rows need in this step."""
+    if totals[RESTS] == 0:
+        return
+    wanted = 0
+    for at in range(totals[RUNS]):
+        wanted += _growth(ints, limits, order[at])
+    for at in range(totals[RUNS] + totals[RESTS]):
+        ints[order[at], RESTS_AS] = 0
+        ints[order[at], LEAVES_AS] = 0
+    while totals[RESTS] > 0 and wanted > totals[FREE_BLOCKS]:
+        _leave(ints, order, totals, _first_to_leave(ints, floats, order, totals))
 
 
 @jit
@@ -214,23 +323,6 @@ def _alone(
         alone = needed <= totals[FREE_BLOCKS]
     totals[ALONE_STEPS] = totals[ALONE_STEPS] + 1 if alone else 0
     return alone
-
-
-@jit
-def _most_running(
-    ints: Ints, order: Ints, totals: Ints, limits: Ints, urgent: int, alone: bool
-) -> int:
-    """How many may run after this step's admissions, as `eviction.admission_limit` has it."""
-    inside = 0
-    for at in range(totals[RUNS]):
-        inside += ints[order[at], PRIORITY] < limits[URGENT_BELOW]
-    held = totals[RUNS] - inside if alone else 0
-    slots = 0 if alone else limits[SLOTS]
-    size, running = limits[SIZE] - held, totals[RUNS] - held
-    limit = min(size, slots + inside + urgent)
-    if inside + urgent > 0:
-        limit = min(limit, max(size - size // limits[RESERVE], running + urgent))
-    return int(max(limit + held, totals[RUNS]))
 
 
 @jit
@@ -280,11 +372,13 @@ def _admit(
         need = _blocks(known, limits[BLOCK])
         if need > totals[FREE_BLOCKS]:
             break
-        ints[head, STATE] = RUNNING
+        ints[head, STATE] = INSIDE
         _resume(ints, totals, limits, head)
         _hand_out(ints, totals, head, need)
         ints[head, SCHEDULED] = min(known - ints[head, COMPUTED], budget)
         budget -= ints[head, SCHEDULED]
+        for i in range(totals[RUNS] + totals[RESTS], totals[RUNS], -1):
+            order[i] = order[i - 1]
         order[totals[RUNS]] = head
         totals[RUNS] += 1
         totals[WAITS] -= 1
@@ -348,6 +442,8 @@ def _finish(
                 continue
         order[kept] = row
         kept += 1
+    for at in range(totals[RESTS]):
+        order[kept + at] = order[totals[RUNS] + at]
     totals[RUNS] = kept
     return ended
 
@@ -427,10 +523,12 @@ def advance(
     """Run every step that begins before `until`; `done[:returned]` are the rows that ended."""
     ended = 0
     while times[CLOCK] < until:
-        if totals[RUNS] == 0 and totals[WAITS] == 0:
+        if totals[RUNS] + totals[RESTS] + totals[WAITS] == 0:
             times[CLOCK] = until
             break
         urgent = _evict(ints, floats, order, totals, limits)
+        _run_again(ints, floats, order, totals, limits, urgent)
+        _let_grow(ints, floats, order, totals, limits)
         alone = _alone(ints, floats, order, totals, limits, urgent)
         most = _most_running(ints, order, totals, limits, urgent, alone)
         shut = totals[WAITS] == 0 or totals[RUNS] >= most

@@ -196,7 +196,20 @@ async def test_a_burst_starts_within_a_few_steps_although_batch_work_fills_the_e
     assert {answer.usage.output_tokens for answer in answers} == {250}
     after = rig.engine.stats()
     assert 1 <= after.evictions - before.evictions <= SLOTS
-    assert after.recomputed_tokens > before.recomputed_tokens
+    # There is KV for all: who gave way rested with what had been computed.
+    assert after.recomputed_tokens == before.recomputed_tokens
+
+
+async def test_one_that_rests_can_be_cancelled(rig: Rig) -> None:
+    before = rig.evictions
+    running = await rig.filled(400)
+    guests = [asyncio.create_task(rig.interactive(tokens=200)) for _ in range(PLACES)]
+    await until(lambda: rig.evictions == before + SLOTS, "all batch work rests")
+    stats = rig.engine.stats()
+    assert (stats.running, stats.waiting) == (PLACES, SLOTS)
+    await cancelled(running)
+    await asyncio.gather(*guests)
+    await until(lambda: rig.engine.stats().kv_usage == 0.0, "nothing holds KV")
 
 
 async def test_an_interactive_request_with_a_grammar_is_let_in_too(rig: Rig) -> None:
@@ -275,7 +288,7 @@ async def test_kv_is_made_free_for_an_interactive_prompt(narrow: Rig) -> None:
         ]
 
     alone = await asyncio.gather(*load("alone"))
-    before = narrow.evictions
+    before, lost = narrow.evictions, narrow.engine.stats().recomputed_tokens
     tasks = load("disturbed")
     await until(lambda: narrow.engine.stats().kv_usage > 0.8, "the KV is nearly taken")
     began = narrow.engine.stats().step
@@ -285,6 +298,32 @@ async def test_kv_is_made_free_for_an_interactive_prompt(narrow: Rig) -> None:
     assert narrow.evictions > before
     for one, other in zip(alone, await asyncio.gather(*tasks), strict=True):
         same(one, other)
+    assert narrow.engine.stats().recomputed_tokens > lost
+
+
+async def test_those_that_rest_give_their_kv_to_interactive_requests_that_grow(
+    narrow: Rig,
+) -> None:
+    plain = {"max_tokens": 300, "ignore_eos": True, "temperature": 0}
+
+    def load(salt: str) -> list[asyncio.Task[EngineAnswer]]:
+        return [
+            asyncio.create_task(
+                narrow.engine.answer(chat(f"What is {n} plus 4?", DUE + n, salt, **plain))
+            )
+            for n in range(SLOTS)
+        ]
+
+    alone = await asyncio.gather(*load("calm"))
+    before, lost = narrow.evictions, narrow.engine.stats().recomputed_tokens
+    tasks = load("crowded")
+    await until(lambda: narrow.engine.stats().running == SLOTS, "batch work runs")
+    await until(lambda: narrow.engine.stats().kv_usage > 0.3, "it holds some KV")
+    await asyncio.gather(*(narrow.interactive(tokens=400) for _ in range(PLACES)))
+    assert narrow.evictions >= before + SLOTS
+    for one, other in zip(alone, await asyncio.gather(*tasks), strict=True):
+        same(one, other)
+    assert narrow.engine.stats().recomputed_tokens > lost
 
 
 async def test_a_prompt_for_which_no_room_can_be_made_evicts_nobody(narrow: Rig) -> None:

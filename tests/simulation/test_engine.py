@@ -78,7 +78,39 @@ def test_an_interactive_request_evicts_batch_work_and_the_victim_keeps_its_token
     # Two tokens are there at 2 s; they stay, so two more steps end it after the guest left at 4 s.
     assert _ends(engine) == {2: (3.0, 4.0), 1: (1.0, 6.0)}
     assert engine.preemptions == 1
-    assert engine.recomputed == 2
+    assert engine.recomputed == 0
+
+
+def test_who_rests_runs_again_before_other_batch_work_begins(make: Make) -> None:
+    engine = make(EngineLimits(1, 1600), ONE)
+    engine.submit(1, 1, 4, BATCH + 1, 0.0)
+    engine.advance(1.5)
+    engine.submit(2, 1, 2, 0, 1.5)
+    engine.submit(3, 1, 1, BATCH, 1.5)
+    assert _ends(engine) == {2: (3.0, 4.0), 1: (1.0, 6.0), 3: (7.0, 7.0)}
+
+
+def test_of_those_that_rest_the_first_due_runs_again_first(make: Make) -> None:
+    engine = make(EngineLimits(2, 1600), ONE)
+    engine.submit(1, 1, 4, BATCH + 1, 0.0)
+    engine.submit(2, 1, 4, BATCH, 0.0)
+    engine.advance(1.5)
+    engine.submit(3, 1, 1, 0, 1.5)
+    engine.submit(4, 1, 2, 0, 1.5)
+    # Both rest from 2 s on; a place is free at 3 s, another at 4 s.
+    ends = _ends(engine)
+    assert (ends[3], ends[4]) == ((3.0, 3.0), (3.0, 4.0))
+    assert (ends[2], ends[1]) == ((1.0, 5.0), (1.0, 6.0))
+
+
+def test_who_rests_gives_its_blocks_to_those_that_grow(make: Make) -> None:
+    engine = make(EngineLimits(1, 48), ONE)
+    engine.submit(1, 15, 6, BATCH, 0.0)
+    engine.advance(1.5)
+    engine.submit(2, 15, 20, 0, 1.5)
+    # At 2 s the victim rests with its one block; the guest wants its third when it has 33 tokens.
+    assert _ends(engine) == {2: (3.0, 22.0), 1: (1.0, 26.0)}
+    assert (engine.preemptions, engine.recomputed) == (1, 16)
 
 
 def test_an_interactive_prompt_takes_a_kept_place_in_a_step_of_its_own(make: Make) -> None:
@@ -146,29 +178,30 @@ def test_the_latest_of_lowest_priority_gives_way_when_blocks_run_out(make: Make)
 
 
 @pytest.mark.parametrize(
-    ("kv_blocks", "guest_tokens", "kept_blocks"),
-    [(100, 100, 2), (4, 17, 2), (4, 33, 1), (4, 49, 0)],
-    ids=["nothing reused", "the unfinished block reused", "two reused", "all reused"],
+    ("guest_tokens", "kept_blocks"),
+    [(17, 2), (33, 1), (49, 0)],
+    ids=["the unfinished block is reused", "two are reused", "all are reused"],
 )
-def test_a_victim_computes_again_what_the_prefix_cache_lost(
-    make: Make, kv_blocks: int, guest_tokens: int, kept_blocks: int
+def test_whose_blocks_were_taken_computes_again_what_the_prefix_cache_lost(
+    make: Make, guest_tokens: int, kept_blocks: int
 ) -> None:
-    engine = make(EngineLimits(1, 16 * kv_blocks), ONE)
+    engine = make(EngineLimits(1, 64), ONE)
     engine.submit(1, 40, 4, BATCH, 0.0)
     engine.advance(1.5)
-    # At 2 s the victim has 41 tokens in three blocks, two of them whole.
+    # At 2 s the victim has 41 tokens in three of four blocks, two of them whole.
     engine.submit(2, guest_tokens, 1, 0, 1.5)
     assert _ends(engine) == {2: (3.0, 3.0), 1: (1.0, 5.0)}
+    assert engine.preemptions == 1
     assert engine.recomputed == 41 - 16 * kept_blocks
 
 
-def test_without_a_prefix_cache_a_victim_computes_all_of_its_tokens_again(make: Make) -> None:
-    engine = make(EngineLimits(1, 1600, prefix_caching=False), StepTime(1.0, 0.0, 0.0, 0.01))
+def test_without_a_prefix_cache_all_tokens_are_computed_again(make: Make) -> None:
+    engine = make(EngineLimits(1, 64, prefix_caching=False), StepTime(1.0, 0.0, 0.0, 0.01))
     engine.submit(1, 40, 4, BATCH, 0.0)
     engine.advance(1.5)
-    engine.submit(2, 10, 1, 0, 1.5)
-    # 1.4 s and a second, the guest's 1.1 s, then 42 tokens of the victim's and its last.
-    assert _ends(engine)[1] == pytest.approx((1.4, 2.4 + 1.1 + 1.42 + 1.0))
+    engine.submit(2, 20, 1, 0, 1.5)
+    # 1.4 s and a second, the guest's 1.2 s, then 42 tokens of the victim's and its last.
+    assert _ends(engine)[1] == pytest.approx((1.4, 2.4 + 1.2 + 1.42 + 1.0))
     assert engine.recomputed == 41
 
 
@@ -261,6 +294,9 @@ def test_the_compiled_engine_does_what_the_readable_one_does(
         assert fast.clock == pytest.approx(plain.clock, rel=1e-9)
         assert (fast.steps, fast.generated) == (plain.steps, plain.generated)
         assert (fast.preemptions, fast.recomputed) == (plain.preemptions, plain.recomputed)
-        assert (fast.running, fast.waiting) == (len(plain.running), len(plain.waiting))
+        assert (fast.running, fast.waiting) == (
+            len(plain.running),
+            len(plain.waiting) + len(plain.resting),
+        )
         assert sorted(fast.ages(99)) == sorted(s.generated for s in plain.running)
     assert sorted(f.key for f in ended) == list(range(len(requests)))

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from qlm_batch.scheduling.agent import INTERACTIVE_PRIORITY, engine_priority
 from qlm_batch.scheduling.eviction import (
     MAX_EVICTIONS,
+    GivingWay,
     Running,
     Waiting,
     admission_limit,
@@ -24,8 +25,26 @@ def batch(id: str, due: int = DUE, arrival: float = 0.0, kv: int = 10, grows: in
     return Running(id, due, arrival, kv, grows)
 
 
+def resting(id: str, due: int = DUE + 5, kv: int = 10) -> Running:
+    return Running(id, due, 0.0, kv, 0, rests=True)
+
+
 def interactive(id: str, kv: int = 1) -> Waiting:
     return Waiting(id, kv)
+
+
+def given_way(
+    waiting: list[Waiting],
+    running: list[Running],
+    free_slots: int = 0,
+    free_kv: int = 1000,
+    evictions: dict[str, int] | None = None,
+) -> tuple[list[str], list[str]]:
+    """Who loses its place, and who its KV."""
+    found = victims(
+        waiting, running, free_slots=free_slots, free_kv=free_kv, evictions=evictions or {}
+    )
+    return [running[index].id for index in found.rest], [running[index].id for index in found.leave]
 
 
 def chosen(
@@ -35,10 +54,8 @@ def chosen(
     free_kv: int = 1000,
     evictions: dict[str, int] | None = None,
 ) -> list[str]:
-    found = victims(
-        waiting, running, free_slots=free_slots, free_kv=free_kv, evictions=evictions or {}
-    )
-    return [running[index].id for index in found]
+    """Who loses its place."""
+    return given_way(waiting, running, free_slots, free_kv, evictions)[0]
 
 
 def test_interactive_work_evicts_batch_work_and_nothing_else_evicts() -> None:
@@ -64,7 +81,26 @@ def test_interactive_work_never_gives_way() -> None:
 
 def test_as_many_give_way_as_the_kv_needs() -> None:
     running = [batch(str(n), DUE + n, kv=4) for n in range(4)]
-    assert chosen([interactive("i", kv=7)], running, free_slots=9, free_kv=0) == ["3", "2"]
+    found = given_way([interactive("i", kv=7)], running, free_slots=9, free_kv=0)
+    assert found == (["3", "2"], ["3", "2"])
+
+
+def test_who_lacks_a_place_takes_nobodys_kv() -> None:
+    running = [batch("a"), batch("b", DUE + 1)]
+    assert given_way([interactive("i")], running) == (["b"], [])
+
+
+def test_kv_is_taken_first_from_those_that_rest() -> None:
+    running = [batch("runs", DUE + 9, kv=4), resting("early", DUE, kv=4), resting("late", kv=4)]
+    assert given_way([interactive("i", kv=3)], running, free_slots=1, free_kv=0) == ([], ["late"])
+    assert given_way([interactive("i", kv=9)], running, free_slots=1, free_kv=0) == (
+        ["runs"],
+        ["late", "early", "runs"],
+    )
+
+
+def test_who_rests_has_no_place_to_give() -> None:
+    assert given_way([interactive("i")], [resting("a")]) == ([], [])
 
 
 def test_what_running_requests_take_in_the_next_step_is_not_free() -> None:
@@ -90,7 +126,12 @@ def test_a_request_gives_way_a_bounded_number_of_times() -> None:
 @given(
     needs=st.lists(st.integers(1, 30), max_size=5),
     held=st.lists(
-        st.tuples(st.booleans(), st.integers(0, 3), st.integers(0, 20), st.integers(0, 2)),
+        st.tuples(
+            st.sampled_from(["interactive", "runs", "rests"]),
+            st.integers(0, 3),
+            st.integers(0, 20),
+            st.integers(0, 2),
+        ),
         max_size=8,
     ),
     free_slots=st.integers(0, 3),
@@ -98,24 +139,37 @@ def test_a_request_gives_way_a_bounded_number_of_times() -> None:
 )
 def test_victims_are_batch_work_whose_absence_lets_someone_in(
     needs: list[int],
-    held: list[tuple[bool, int, int, int]],
+    held: list[tuple[str, int, int, int]],
     free_slots: int,
     free_kv: int,
 ) -> None:
     waiting = [interactive(f"w{n}", kv) for n, kv in enumerate(needs)]
     running = [
-        Running(f"r{n}", INTERACTIVE_PRIORITY if urgent else DUE + due, n, kv, grows)
-        for n, (urgent, due, kv, grows) in enumerate(held)
+        Running(
+            f"r{n}",
+            INTERACTIVE_PRIORITY if what == "interactive" else DUE + due,
+            n,
+            kv,
+            0 if what == "rests" else grows,
+            rests=what == "rests",
+        )
+        for n, (what, due, kv, grows) in enumerate(held)
     ]
     found = victims(waiting, running, free_slots=free_slots, free_kv=free_kv, evictions={})
-    assert len(set(found)) == len(found)
-    assert not any(is_urgent(running[index].priority) for index in found)
-    stay = [request for n, request in enumerate(running) if n not in found]
-    if found:
-        lowest_out = min(running[index].priority for index in found)
-        assert all(is_urgent(r.priority) or r.priority <= lowest_out for r in stay)
-        room = free_kv + sum(running[n].kv for n in found) - sum(r.grows for r in stay)
-        assert free_slots + len(found) >= 1
+    assert all(len(set(each)) == len(each) for each in (found.rest, found.leave))
+    assert not any(is_urgent(running[index].priority) for index in (*found.rest, *found.leave))
+    assert not any(running[index].rests for index in found.rest)
+    assert all(running[index].rests or index in found.rest for index in found.leave)
+    stay = [n for n in range(len(running)) if not running[n].rests and n not in found.rest]
+    if found.rest:
+        lowest_out = min(running[index].priority for index in found.rest)
+        assert all(
+            is_urgent(running[n].priority) or running[n].priority <= lowest_out for n in stay
+        )
+    if found != GivingWay():
+        room = free_kv + sum(running[n].kv for n in found.leave)
+        room -= sum(running[n].grows for n in stay)
+        assert free_slots + len(found.rest) >= 1
         assert room >= waiting[0].kv
 
 

@@ -25,6 +25,7 @@ from qlm_batch.scheduling.eviction import (
     Running,
     Waiting,
     admission_limit,
+    gives_way_first,
     is_urgent,
     pace,
     victims,
@@ -46,6 +47,9 @@ logger = logging.getLogger(__name__)
 
 class EvictingScheduler(Scheduler):  # type: ignore[misc]
     """vLLM's scheduler, synchronous or asynchronous as the engine is, with room for the urgent.
+
+    Who gives a place away rests: for vLLM it runs, with its KV, but is in no step until there is a
+    place again. Only where KV is short is one that rests preempted.
 
     Options in `additional_config["qlm"]`: `favour` (see `eviction.Favour`), and `slots`, how many
     requests of batch work may run; without it `max_num_seqs` less the headroom. With `tell` the
@@ -77,6 +81,8 @@ class EvictingScheduler(Scheduler):  # type: ignore[misc]
         self._tells = bool(options.get("tell"))
         self._told = {EVICTIONS: 0, RECOMPUTED: 0}
         self._lost: dict[str, int] = {}
+        self._resting: dict[str, Any] = {}
+        self._stalled = False
         self._evictions: dict[str, int] = {}
         self._tried: dict[str, int] = {}
         self._step = 0
@@ -92,45 +98,106 @@ class EvictingScheduler(Scheduler):  # type: ignore[misc]
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """One step: make room, then let vLLM fill the batch within its limits."""
-        if not self._orders or self._paused():
+        if not self._orders:
             return super().schedule(*args, **kwargs)
         self._step += 1
-        urgent = list(self._urgent_waiting())
-        now = time.monotonic()
-        if urgent:
-            self._urgent_at = now
-            self._evict(urgent, now)
-        held = self._held_back(urgent)
-        urgent_running = sum(is_urgent(request.priority) for request in self.running)
-        if urgent_running:
-            self._urgent_at = now
-        slots = 0 if held else self._slots
-        size = self._size - len(held)
-        limit = admission_limit(size, slots, len(self.running), urgent_running, len(urgent))
-        # A streaming session between two inputs keeps a place without running.
-        idle = getattr(self, "num_waiting_for_streaming_input", 0)
-        setattr(self, self._limit_name, max(min(size, limit + idle), len(self.running)))
-        self._bound_batch_prefill(urgent, now)
+        held: list[Any] = []
+        self._set_resting_aside()
         try:
+            if not self._paused():
+                held = self._make_room()
+            else:
+                self._run_again(self._size)
             output = super().schedule(*args, **kwargs)
         finally:
-            self.running = held + self.running
+            # Whoever looks between two steps finds those that rest among the running.
+            self.running = [*self._resting.values(), *held, *self.running]
             self.max_num_scheduled_tokens = self._tokens_per_step
             setattr(self, self._limit_name, self._size)
+        self._stalled = not output.total_num_scheduled_tokens
         self._count_recomputed(output)
         return output
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
-        """vLLM's statistics of a step, with this scheduler's counts."""
+        """vLLM's statistics of a step, with this scheduler's counts; those that rest wait."""
         stats = super().make_stats(*args, **kwargs)
-        if self._tells and stats is not None:
-            stats.waiting_lora_adapters = stats.waiting_lora_adapters | self._told
+        if stats is not None:
+            resting = sum(request.request_id in self._resting for request in self.running)
+            stats.num_running_reqs -= resting
+            stats.num_waiting_reqs += resting
+            if self._tells:
+                stats.waiting_lora_adapters = stats.waiting_lora_adapters | self._told
         return stats
+
+    def _set_resting_aside(self) -> None:
+        """Take those that rest out of the running, and forget who is not there any more."""
+        if self._resting:
+            aside = [r for r in self.running if r.request_id in self._resting]
+            self.running = [r for r in self.running if r.request_id not in self._resting]
+            self._resting = {request.request_id: request for request in aside}
+
+    def _make_room(self) -> list[Any]:
+        """Let batch work give way and set this step's limits; who is held back for this step."""
+        urgent = list(self._urgent_waiting())
+        now = time.monotonic()
+        urgent_running = sum(is_urgent(request.priority) for request in self.running)
+        if urgent or urgent_running:
+            self._urgent_at = now
+        if urgent:
+            self._evict(urgent, now)
+        self._run_again(self._limit(self._slots, urgent_running, urgent) - len(urgent))
+        self._let_grow(now)
+        held = self._held_back(urgent)
+        limit = self._limit(0 if held else self._slots, urgent_running, urgent, len(held))
+        # A streaming session between two inputs keeps a place without running.
+        idle = getattr(self, "num_waiting_for_streaming_input", 0)
+        size = self._size - len(held)
+        setattr(self, self._limit_name, max(min(size, limit + idle), len(self.running)))
+        self._bound_batch_prefill(urgent, now)
+        return held
+
+    def _limit(self, slots: int, urgent_running: int, urgent: list[Any], held: int = 0) -> int:
+        size = self._size - held
+        return admission_limit(size, slots, len(self.running), urgent_running, len(urgent))
+
+    def _run_again(self, places: int) -> None:
+        """Let those that rest run while fewer than `places` do, who gives way last coming first.
+
+        One runs in any case after a step in which nobody did: who waits may wait for something that
+        only those that rest can give.
+        """
+        order = self._resting_by_rank()
+        while order and (len(self.running) < places or (self._stalled and not self.running)):
+            request = order.pop()
+            del self._resting[request.request_id]
+            self.running.append(request)
+
+    def _let_grow(self, now: float) -> None:
+        """Take from those that rest the KV that running requests need in this step."""
+        if not self._resting:
+            return
+        needed = sum(map(self._growth, self.running))
+        for request in self._resting_by_rank():
+            if needed <= self._free_kv():
+                return
+            self._leave(request, now)
+
+    def _resting_by_rank(self) -> list[Any]:
+        """Those that rest, in the order in which they give way."""
+        resting = list(self._resting.values())
+        order = gives_way_first([(request.priority, request.arrival_time) for request in resting])
+        return [resting[index] for index in order]
+
+    def _leave(self, request: Any, now: float) -> None:
+        """Take the KV of one that rests; it waits, and keeps its tokens."""
+        if self._frees_at_once(request):
+            self._preempt_request(request, now)
+            del self._resting[request.request_id]
 
     def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
         computed = request.num_computed_tokens
         super()._preempt_request(request, *args, **kwargs)
-        self._told[EVICTIONS] += 1
+        self._told[EVICTIONS] += request.request_id not in self._resting
         self._lost[request.request_id] = max(computed, self._lost.get(request.request_id, 0))
 
     def _count_recomputed(self, output: Any) -> None:
@@ -170,30 +237,33 @@ class EvictingScheduler(Scheduler):  # type: ignore[misc]
         short = sum(request.kv for request in wanted) + sum(growth) > free_kv
         if len(wanted) <= free_slots and not short:
             return
-        running = [
-            Running(
-                request.request_id,
-                request.priority,
-                request.arrival_time,
-                self._held_kv(request) if short else 0,
-                grows,
-            )
-            for request, grows in zip(self.running, growth, strict=True)
-        ]
+        inside = [*self.running, *self._resting.values()]
+        growth += [0] * len(self._resting)
         chosen = victims(
             wanted,
-            running,
+            [
+                Running(
+                    request.request_id,
+                    request.priority,
+                    request.arrival_time,
+                    self._held_kv(request) if short else 0,
+                    grows,
+                    rests=request.request_id in self._resting,
+                )
+                for request, grows in zip(inside, growth, strict=True)
+            ],
             free_slots=free_slots,
             free_kv=free_kv,
             evictions=self._evictions,
         )
         self._tried.update(dict.fromkeys((request.id for request in wanted), self._step))
-        for victim in [self.running[index] for index in chosen]:
-            if not self._frees_at_once(victim):
-                continue
+        for victim in [inside[index] for index in chosen.rest]:
             self.running.remove(victim)
-            self._preempt_request(victim, now)
+            self._resting[victim.request_id] = victim
+            self._told[EVICTIONS] += 1
             self._evictions[victim.request_id] = self._evictions.get(victim.request_id, 0) + 1
+        for victim in [inside[index] for index in chosen.leave]:
+            self._leave(victim, now)
         self._forget_finished()
 
     def _held_back(self, urgent: list[Any]) -> list[Any]:

@@ -97,6 +97,7 @@ class SimulatedEngine:
         self._waiting: list[tuple[int, int, Inside]] = []
         self._arrivals = itertools.count()
         self._running: list[Inside] = []
+        self._resting: list[Inside] = []
         self._hanging: list[Inside] = []
         self._steps = 0
         self._generated = 0
@@ -158,10 +159,11 @@ class SimulatedEngine:
             return Residency.COLD
         self._asleep = True
         await self._end_loop()
-        for sequence in self._running:
+        for sequence in (*self._running, *self._resting):
             sequence.prefilled, sequence.resumed = 0, sequence.generated
             self._wait(sequence)
         self._running.clear()
+        self._resting.clear()
         await self._pass(self._swap_times.sleep_s)
         return Residency.ASLEEP
 
@@ -268,8 +270,8 @@ class SimulatedEngine:
         return EngineStats(
             step=self._steps,
             running=len(self._running) + len(self._hanging),
-            waiting=len(self._waiting),
-            kv_usage=self._kv() / self._info.kv_tokens,
+            waiting=len(self._waiting) + len(self._resting),
+            kv_usage=self._held() / self._info.kv_tokens,
             generated_tokens=self._generated,
             steps=rows,
             generated=tuple(sequence.generated for sequence in self._running),
@@ -287,12 +289,13 @@ class SimulatedEngine:
         if self._loop is not None:
             self._loop.cancel()
         waiting = (sequence for *_, sequence in self._waiting)
-        for sequence in (*self._running, *waiting, *self._hanging):
+        for sequence in (*self._running, *self._resting, *waiting, *self._hanging):
             if not sequence.done.done():
                 sequence.done.set_exception(EngineDead("The simulated engine stopped."))
             if sequence.moved is not None:
                 sequence.moved.set()
         self._running.clear()
+        self._resting.clear()
         self._waiting.clear()
         self._hanging.clear()
 
@@ -330,6 +333,7 @@ class SimulatedEngine:
         self._hanging = [other for other in self._hanging if other is not sequence]
         if sequence.done.cancelled():
             self._running = [other for other in self._running if other is not sequence]
+            self._resting = [other for other in self._resting if other is not sequence]
             self._waiting = [entry for entry in self._waiting if entry[2] is not sequence]
             heapq.heapify(self._waiting)
 
@@ -337,7 +341,7 @@ class SimulatedEngine:
         began = time.perf_counter()
         modelled = 0.0
         while True:
-            if not self._running and not self._waiting:
+            if not (self._running or self._resting or self._waiting):
                 self._work.clear()
                 await self._work.wait()
                 began, modelled = time.perf_counter(), 0.0
@@ -356,9 +360,12 @@ class SimulatedEngine:
         limit = admission_limit(
             self._size, self._info.slots, len(self._running), urgent_running, len(urgent)
         )
+        self._resting.sort(key=lambda sequence: (sequence.priority, sequence.arrival))
+        while self._resting and len(self._running) + len(urgent) < limit:
+            self._running.append(self._resting.pop(0))
         while self._waiting and len(self._running) < limit:
             sequence = self._waiting[0][2]
-            if self._running and self._kv() + sequence.to_prefill > self._info.kv_tokens:
+            if self._running and self._held() + sequence.to_prefill > self._info.kv_tokens:
                 break
             heapq.heappop(self._waiting)
             self._running.append(sequence)
@@ -375,21 +382,29 @@ class SimulatedEngine:
         return load
 
     def _evict(self, urgent: list[Inside]) -> None:
+        inside = [*self._running, *self._resting]
         chosen = victims(
             [Waiting(sequence.request_id, sequence.prompt_tokens) for sequence in urgent],
             [
                 Running(each.request_id, each.priority, each.arrival, each.kv, 1)
                 for each in self._running
+            ]
+            + [
+                Running(each.request_id, each.priority, each.arrival, each.kv, 0, rests=True)
+                for each in self._resting
             ],
             free_slots=self._size - len(self._running),
-            free_kv=self._info.kv_tokens - self._kv(),
+            free_kv=self._info.kv_tokens - self._held(),
             evictions=self._evictions,
         )
-        for victim in [self._running[index] for index in chosen]:
+        for victim in [inside[index] for index in chosen.rest]:
             self._running.remove(victim)
+            self._resting.append(victim)
             self._evicted += 1
-            self._recomputed += victim.kv
             self._evictions[victim.request_id] = self._evictions.get(victim.request_id, 0) + 1
+        for victim in [inside[index] for index in chosen.leave]:
+            self._resting.remove(victim)
+            self._recomputed += victim.kv
             victim.prefilled, victim.resumed = 0, victim.generated
             self._wait(victim)
 
@@ -415,4 +430,9 @@ class SimulatedEngine:
         self._running = still
 
     def _kv(self) -> int:
+        """Tokens of key-value memory that the running batch reads."""
         return sum(sequence.kv for sequence in self._running)
+
+    def _held(self) -> int:
+        """Those that nobody else can have."""
+        return self._kv() + sum(sequence.kv for sequence in self._resting)
