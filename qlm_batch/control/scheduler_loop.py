@@ -19,7 +19,7 @@ from qlm_batch.domain.errors import NotLeader, Unavailable
 from qlm_batch.domain.messages import Assigned
 from qlm_batch.domain.ports import Dispatcher, Planning
 from qlm_batch.domain.snapshot import Plan, RequestGroup, Snapshot
-from qlm_batch.scheduling.dispatching import DispatchConfig, is_missed, recalls, rescues, top_up
+from qlm_batch.scheduling.dispatching import DispatchConfig, recalls, rescues, top_up
 from qlm_batch.scheduling.estimator import Estimator, EstimatorConfig
 from qlm_batch.scheduling.forecasts import Forecasts
 from qlm_batch.scheduling.grouping import Grouper
@@ -155,6 +155,7 @@ class SchedulerLoop:
         self._grouper = Grouper()
         self._pace = Pace()
         self._rescued: set[str] = set()
+        self._pressed: dict[str, float] = {}
         self._stale = "the first plan"
 
     def _step_down(self) -> None:
@@ -272,13 +273,28 @@ class SchedulerLoop:
 
     def _recalled(self, snapshot: Snapshot, plan: Plan, estimator: Estimator) -> tuple[str, ...]:
         """Instances whose unclaimed work is to be taken back now."""
-        config = self._config.dispatch
-        saved = rescues(snapshot, plan, estimator, config)
-        # Once for each group: a plan that lets it go all the same would recall for ever.
-        fresh = {name: key for name, key in saved.items() if key not in self._rescued}
-        missed = {p.group.key for queue in plan.queues for p in queue.groups if is_missed(p)}
-        self._rescued = (self._rescued & missed) | set(fresh.values())
-        return tuple(sorted({*recalls(snapshot, plan, config), *fresh}))
+        config, now = self._config.dispatch, snapshot.now
+        planned = {placed.group.key for queue in plan.queues for placed in queue.groups}
+        # Once for each group, and now and then for a queue's head: a plan that lets the group go
+        # all the same, or puts it first only while others hold unclaimed work, would recall for
+        # ever.
+        self._rescued &= planned
+        self._pressed = {
+            key: at for key, at in self._pressed.items() if now - at < config.recall_pause_s
+        }
+        saved = {
+            name: key
+            for name, key in rescues(snapshot, plan, estimator, config).items()
+            if key not in self._rescued
+        }
+        pressed = {
+            name: key
+            for name, key in recalls(snapshot, plan, config).items()
+            if key not in self._pressed
+        }
+        self._rescued |= set(saved.values())
+        self._pressed |= dict.fromkeys(filter(None, pressed.values()), now)
+        return tuple(sorted({*pressed, *saved}))
 
     def _dispatch(
         self,

@@ -26,12 +26,14 @@ from qlm_batch.scheduling.estimator import Estimator
 class DispatchConfig:
     """`fill` running batches are handed out, or one and what ends within `ahead_s` if more.
 
-    Unclaimed work is recalled for a group with less than `urgency` of its time to the deadline.
+    Unclaimed work is recalled for a group with less than `urgency` of its time to the deadline, for
+    one group not more often than every `recall_pause_s`.
     """
 
     fill: float = 1.75
     ahead_s: float = 3.0
     urgency: float = 0.5
+    recall_pause_s: float = 5.0
 
 
 def top_up(
@@ -109,23 +111,23 @@ def _fill(
     return assignments
 
 
-def recalls(snapshot: Snapshot, plan: Plan, config: DispatchConfig | None = None) -> list[str]:
-    """Instances whose assigned but unclaimed slices should be taken back.
+def recalls(snapshot: Snapshot, plan: Plan, config: DispatchConfig | None = None) -> dict[str, str]:
+    """Instances whose assigned but unclaimed slices should be taken back, and for which group.
 
-    Those that are draining, and those whose queue now starts with something much more urgent that
-    would have to wait behind it.
+    Those whose queue now starts with something much more urgent that would have to wait behind it,
+    and those that are draining, for no group: an empty key.
     """
     settings = config or DispatchConfig()
     heads: Mapping[str, PlannedGroup] = {
         queue.instance: queue.groups[0] for queue in plan.queues if queue.groups
     }
-    names = []
+    found: dict[str, str] = {}
     for view in snapshot.instances:
         unclaimed = [own for own in view.assigned if own.slices > own.leased_slices]
         if not unclaimed:
             continue
         if view.state is InstanceState.DRAINING:
-            names.append(view.name)
+            found[view.name] = ""
             continue
         head = heads.get(view.name)
         if head is None or head.shed or view.state is InstanceState.LOST:
@@ -133,8 +135,8 @@ def recalls(snapshot: Snapshot, plan: Plan, config: DispatchConfig | None = None
         head_s = head.group.deadline - snapshot.now
         waiting_s = min(own.deadline for own in unclaimed) - snapshot.now
         if 0.0 < head_s < settings.urgency * waiting_s and _presses(head, snapshot.now):
-            names.append(view.name)
-    return names
+            found[view.name] = head.group.key
+    return found
 
 
 def rescues(

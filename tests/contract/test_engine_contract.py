@@ -440,7 +440,7 @@ async def test_interactive_requests_start_at_once_although_batch_work_fills_the_
 ) -> None:
     if Lso.EVICT not in rig.info.supports:
         pytest.skip("this engine does not evict")
-    evicted = rig.engine.stats().evictions
+    before = rig.engine.stats()
     running = await rig.fill([200] * SLOTS)
     burst = [
         rig.submit(rig.chat(rank=INTERACTIVE_PRIORITY, max_tokens=3, ignore_eos=True))
@@ -450,8 +450,10 @@ async def test_interactive_requests_start_at_once_although_batch_work_fills_the_
     assert not any(task.done() for task in running)
     answers = await asyncio.gather(*running)
     assert [answer.usage.output_tokens for answer in answers] == [200] * SLOTS
-    assert rig.engine.stats().evictions > evicted
-    assert rig.engine.stats().recomputed_tokens > 0
+    after = rig.engine.stats()
+    assert after.evictions > before.evictions
+    # There is KV for all: who gave way rested with what had been computed.
+    assert after.recomputed_tokens == before.recomputed_tokens
 
 
 async def test_an_engine_that_slept_answers_as_before(rig: Rig) -> None:

@@ -23,9 +23,19 @@ from qlm_batch.domain.jobs import (
 from qlm_batch.domain.ledger import Held
 from qlm_batch.domain.messages import Assigned, Stopped
 from qlm_batch.domain.ports import Heartbeat, Store
-from qlm_batch.domain.snapshot import InstanceState, ModelView, Observation, Residency
+from qlm_batch.domain.snapshot import (
+    InstanceState,
+    ModelView,
+    Observation,
+    Plan,
+    RequestGroup,
+    Residency,
+    Snapshot,
+)
 from qlm_batch.scheduling.estimator import VERSION
 from qlm_batch.scheduling.policies import policy
+from qlm_batch.scheduling.policies.base import Policy
+from qlm_batch.scheduling.problem import Durations
 from qlm_batch.store.memory import MemoryStore
 
 TENANT = "t"
@@ -56,10 +66,9 @@ class Stage:
         self.hints = Hints()
         self.loop = self.scheduler("one")
 
-    def scheduler(self, holder: str) -> SchedulerLoop:
-        return SchedulerLoop(
-            self.store, self.hints, policy("qlm"), SchedulerConfig(holder), Leadership()
-        )
+    def scheduler(self, holder: str, how: Policy | None = None) -> SchedulerLoop:
+        how = how or policy("qlm")
+        return SchedulerLoop(self.store, self.hints, how, SchedulerConfig(holder), Leadership())
 
     def beat(
         self,
@@ -319,6 +328,43 @@ def test_unclaimed_work_is_taken_back_for_what_it_alone_would_make_late(stage: S
     assert estimate is not None and (estimate.miss_probability or 0.0) < 0.5
     claimed = stage.store.claim_slices("gpu-0", "boot-gpu-0", max_requests=10, lease_s=30.0)
     assert claimed[0].batch_id == "urgent"
+
+
+class Fickle:
+    """Puts a group first while an instance has unclaimed work, and last when it has none."""
+
+    name = "fickle"
+
+    def plan(
+        self,
+        snapshot: Snapshot,
+        groups: Sequence[RequestGroup],
+        estimator: Durations,
+        moves: int,
+        seed: int,
+    ) -> Plan:
+        made = policy("edf").plan(snapshot, groups, estimator, moves, seed)
+        (queue,) = made.queues
+        (view,) = snapshot.instances
+        late = [replace(each, finish_mean=each.group.deadline + 1.0) for each in queue.groups]
+        unclaimed = any(own.slices > own.leased_slices for own in view.assigned)
+        order = tuple(late if unclaimed else reversed(late))
+        return replace(made, queues=(replace(queue, groups=order),))
+
+
+def test_work_is_not_taken_back_and_handed_out_again_without_end() -> None:
+    stage = Stage()
+    stage.beat()
+    stage.submit("slow", 64_000)
+    stage.loop.tick()
+    stage.loop = stage.scheduler("one", Fickle())
+    stage.submit("urgent", 10, window_s=600.0)
+    recalled = [bool(stage.loop.tick().recalled) for _ in range(12)]
+    assert recalled.count(True) == 1
+    stage.passes(6.0)
+    stage.time += 6.0
+    stage.beat()
+    assert any(stage.loop.tick().recalled for _ in range(3))
 
 
 def test_nothing_is_promised_while_nobody_serves_the_model(stage: Stage) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Self, cast
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreEventType
 from vllm.v1.request import RequestStatus
 
 import qlm_workers.quick_exit  # noqa: F401 - this runs in the engine's core process
@@ -107,7 +108,7 @@ class EvictingScheduler(Scheduler):  # type: ignore[misc]
             if not self._paused():
                 held = self._make_room()
             else:
-                self._run_again(self._size)
+                self._run_again(self._size, time.monotonic())
             output = super().schedule(*args, **kwargs)
         finally:
             # Whoever looks between two steps finds those that rest among the running.
@@ -145,7 +146,8 @@ class EvictingScheduler(Scheduler):  # type: ignore[misc]
             self._urgent_at = now
         if urgent:
             self._evict(urgent, now)
-        self._run_again(self._limit(self._slots, urgent_running, urgent) - len(urgent))
+        places = self._limit(self._slots, urgent_running, urgent) - len(urgent)
+        self._run_again(places, now)
         self._let_grow(now)
         held = self._held_back(urgent)
         limit = self._limit(0 if held else self._slots, urgent_running, urgent, len(held))
@@ -160,7 +162,7 @@ class EvictingScheduler(Scheduler):  # type: ignore[misc]
         size = self._size - held
         return admission_limit(size, slots, len(self.running), urgent_running, len(urgent))
 
-    def _run_again(self, places: int) -> None:
+    def _run_again(self, places: int, now: float) -> None:
         """Let those that rest run while fewer than `places` do, who gives way last coming first.
 
         One runs in any case after a step in which nobody did: who waits may wait for something that
@@ -171,6 +173,12 @@ class EvictingScheduler(Scheduler):  # type: ignore[misc]
             request = order.pop()
             del self._resting[request.request_id]
             self.running.append(request)
+            self._note(request, EngineCoreEventType.SCHEDULED, now)
+
+    def _note(self, request: Any, what: Any, now: float) -> None:
+        """Tell vLLM's own metrics what became of a request."""
+        if self.log_stats:
+            request.record_event(what, now)
 
     def _let_grow(self, now: float) -> None:
         """Take from those that rest the KV that running requests need in this step."""
@@ -260,6 +268,7 @@ class EvictingScheduler(Scheduler):  # type: ignore[misc]
         for victim in [inside[index] for index in chosen.rest]:
             self.running.remove(victim)
             self._resting[victim.request_id] = victim
+            self._note(victim, EngineCoreEventType.PREEMPTED, now)
             self._told[EVICTIONS] += 1
             self._evictions[victim.request_id] = self._evictions.get(victim.request_id, 0) + 1
         for victim in [inside[index] for index in chosen.leave]:
