@@ -168,12 +168,17 @@ async def _service_arms(plan: Plan, site: Stand, arms: list[str]) -> dict[str, o
         if "service" in arms:
             found |= await _beside_a_batch(plan, site, session, url)
         if "idle" in arms and "service" in arms and plan.instances == 1:
-            found["foretold"] = await _foretold(plan, site, session, url, found)
+            found["foretold"] = await _foretold(plan, site, session, url, found, quiet)
         return found
 
 
 async def _foretold(
-    plan: Plan, site: Stand, session: aiohttp.ClientSession, url: str, found: dict[str, Any]
+    plan: Plan,
+    site: Stand,
+    session: aiohttp.ClientSession,
+    url: str,
+    found: dict[str, Any],
+    seen: list[Seen],
 ) -> dict[str, float]:
     """What the simulator says of the service arm, beside what was measured."""
     sizes = Sizes(
@@ -195,7 +200,8 @@ async def _foretold(
         batch_only_rate=found["batch_only"]["before"],
         idle_plan=quiet,
         idle_seconds=plan.arm_s,
-        idle_ttft_p50=found["idle"]["ttft_p50"],
+        idle_alone_s=_median_ttft(seen, burst=False),
+        idle_burst_s=_median_ttft(seen, burst=True),
     )
     windows = [
         arrivals(plan.window_s, RATE, min(BURST_EVERY_S, plan.window_s), seed)
@@ -203,18 +209,25 @@ async def _foretold(
     ]
     told = model.told(windows, plan.window_s, batch=True)
     prompts = found["service"]["interactive_done"] * sizes.interactive_prompt
-    told["prompt_share"] = prompts * model.step.per_prefill / plan.arm_s
-    say(f"a step takes {model.step}; outside of the engine {model.outside_s:.3f} s")
-    say(f"interactive prompts alone take {told['prompt_share']:.1%} of the engine's time")
+    share = prompts * model.step.per_prefill / plan.arm_s
+    say(f"a step takes {model.step}; {model.limits}, {sizes}")
+    say(f"outside {1e3 * model.outside_s:.1f} ms, one at a time {1e3 * model.handling_s:.1f} ms")
+    say(f"interactive prompts alone take {share:.1%} of the engine's time")
     measured = {
         "ttft_p50": found["service"]["ttft_p50"],
         "ttft_p95": found["service"]["ttft_p95"],
         "tokens_per_s": found["service"]["batch_tokens_per_s"],
     }
     say(f"{'':<14}{'foretold':>10}{'measured':>10}{'off by':>9}")
-    for name, seen in measured.items():
-        say(f"{name:<14}{told[name]:>10.4g}{seen:>10.4g}{told[name] / seen - 1:>8.1%}")
+    for name, was in measured.items():
+        say(f"{name:<14}{told[name]:>10.4g}{was:>10.4g}{told[name] / was - 1:>8.1%}")
     return {name: round(value, 4) for name, value in told.items()}
+
+
+def _median_ttft(seen: list[Seen], *, burst: bool) -> float:
+    return statistics.median(
+        one.ttft_s for one in seen if one.burst is burst and one.ttft_s is not None
+    )
 
 
 async def _prompt_tokens(session: aiohttp.ClientSession, url: str, body: dict[str, object]) -> int:

@@ -2,7 +2,9 @@
 
 A step's time comes from what the service itself learned of the engine in the arms without a mixture
 (its profile), scaled so that the simulated batch-only rate is the measured one; what a call takes
-outside of the engine comes from the idle arm. Nothing is fitted on the windows foretold.
+outside of the engine comes from the idle arm: a time of its own, and one for which no other call
+is handled, which is what makes a burst arrive spread out. Nothing is fitted on the windows
+foretold.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from qlm_batch.simulation.fast_engine import FastEngine
 
 RAMP_S = 3.0
 """Before this the batch fills up; nothing is counted."""
+MOST_HANDLING_S = 0.1
+"""The longest a call can keep others from being handled."""
 
 
 @dataclass(frozen=True)
@@ -41,28 +45,24 @@ class Forecast:
     limits: EngineLimits
     sizes: Sizes
     outside_s: float = 0.0
+    handling_s: float = 0.0
 
     def told(
         self, plans: Sequence[Sequence[Arrival]], seconds: float, *, batch: bool
     ) -> dict[str, float]:
         """TTFT quantiles in seconds and output tokens a second over windows of `seconds` each."""
-        ttft: list[float] = []
-        rates: list[float] = []
-        for plan in plans:
-            waits, rate = self._window(plan, seconds, batch=batch)
-            ttft += waits
-            rates.append(rate)
-        seen = np.array(ttft or [np.nan]) + self.outside_s
+        windows = [self.window(plan, seconds, batch=batch) for plan in plans]
+        ttft = np.array([wait for waits, _ in windows for wait in waits] or [np.nan])
         return {
-            "ttft_p50": float(np.percentile(seen, 50)),
-            "ttft_p95": float(np.percentile(seen, 95)),
-            "tokens_per_s": float(np.median(rates)),
+            "ttft_p50": float(np.percentile(ttft, 50)),
+            "ttft_p95": float(np.percentile(ttft, 95)),
+            "tokens_per_s": float(np.median([rate for _, rate in windows])),
         }
 
-    def _window(
+    def window(
         self, plan: Sequence[Arrival], seconds: float, *, batch: bool
     ) -> tuple[list[float], float]:
-        """The times to first tokens inside the engine, and its rate."""
+        """The time to the first token of each arrival, and the output tokens a second."""
         engine = FastEngine(self.limits, self.step)
         sizes, lines = self.sizes, 0
         first: dict[int, float] = {}
@@ -81,15 +81,17 @@ class Forecast:
 
         until(RAMP_S)
         before, since = engine.generated, engine.clock
+        handled = 0.0
         for key, arrival in enumerate(plan):
-            at = RAMP_S + arrival.at
-            until(at)
-            sent[key] = at
-            engine.submit(key, sizes.interactive_prompt, TOKENS, 0, at)
+            sent[key] = RAMP_S + arrival.at
+            handled = max(handled, sent[key]) + self.handling_s
+            until(handled)
+            engine.submit(key, sizes.interactive_prompt, TOKENS, 0, handled)
         until(RAMP_S + seconds)
         rate = (engine.generated - before) / (engine.clock - since)
-        until(engine.clock + 5.0)
-        return [*first.values()], rate
+        while len(first) < len(plan):
+            until(engine.clock + 1.0)
+        return [first[key] + self.outside_s for key in range(len(plan))], rate
 
 
 def fitted(
@@ -105,9 +107,14 @@ def fitted(
     batch_only_rate: float,
     idle_plan: Sequence[Arrival],
     idle_seconds: float,
-    idle_ttft_p50: float,
+    idle_alone_s: float,
+    idle_burst_s: float,
 ) -> Forecast:
-    """The model as the arms without a mixture show it."""
+    """The model as the arms without a mixture show it.
+
+    `idle_alone_s` and `idle_burst_s` are medians of the idle arm's times to the first token, out of
+    bursts and in them.
+    """
     own = pace("balanced", slots)
     limits = EngineLimits(
         slots,
@@ -128,5 +135,19 @@ def fitted(
         learned.per_prefill * factor,
     )
     scaled = replace(model_of_it, step=step)
-    inside = scaled.told([idle_plan], idle_seconds, batch=False)["ttft_p50"]
-    return replace(scaled, outside_s=max(0.0, idle_ttft_p50 - inside))
+    bursts = np.array([arrival.burst for arrival in idle_plan])
+
+    def medians(handling_s: float) -> tuple[float, float]:
+        """Of the simulated idle arm, in bursts and out of them, without what is outside."""
+        model = replace(scaled, handling_s=handling_s)
+        waits = np.array(model.window(idle_plan, idle_seconds, batch=False)[0])
+        return float(np.median(waits[bursts])), float(np.median(waits[~bursts]))
+
+    low, high = 0.0, MOST_HANDLING_S
+    for _ in range(12):
+        middle = 0.5 * (low + high)
+        burst, alone = medians(middle)
+        low, high = (low, middle) if burst - alone > idle_burst_s - idle_alone_s else (middle, high)
+    handling_s = 0.5 * (low + high)
+    outside_s = max(0.0, idle_alone_s - medians(handling_s)[1])
+    return replace(scaled, handling_s=handling_s, outside_s=outside_s)
