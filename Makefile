@@ -52,8 +52,8 @@ test: check ## The whole suite, real vLLM included
 chaos: $(SETUP) ## Break the service for MINUTES by the schedule of SEED, then on real vLLM; prove nothing is lost
 	$(CHAOS) --seed $(SEED) --minutes $(MINUTES) --lanes 2 --lines 2000 --real-requests 2000 --real-kills 20
 
-soak: $(SETUP) ## The same for an hour, with simulated engines alone
-	$(CHAOS) --seed $(SEED) --minutes 60 --lanes 2 --lines 2000
+soak: $(SETUP) ## The same for an hour with half the load, and simulated engines alone
+	$(CHAOS) --seed $(SEED) --minutes 60 --lanes 1 --lines 500
 
 fuzz: $(SETUP) ## Ten minutes of coverage-guided fuzzing of the reader of input files
 	$(PIP) install --quiet -e '.[fuzz]'

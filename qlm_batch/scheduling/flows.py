@@ -17,13 +17,11 @@ from qlm_batch.domain.jobs import EngineKind
 from qlm_batch.domain.snapshot import AssignedView, ModelView, RequestGroup
 from qlm_batch.scheduling.lengths import LengthDistribution
 from qlm_batch.scheduling.speed import Speed, StepTime
-from qlm_batch.scheduling.worktable import EXCESS
 
 Floats = NDArray[np.float64]
 
 EPSILON_S = 1e-6
 """The shortest duration that is told apart from none."""
-_LEVELS = (np.arange(EXCESS) + 0.5) / EXCESS
 _GRID = 1.1
 _LOG_GRID = math.log(_GRID)
 
@@ -56,13 +54,14 @@ class Flow:
 
     @property
     def excess_s(self) -> Floats:
-        """How much later than a request of mean length one ends: EXCESS equally likely values."""
-        return (self.lengths.quantiles(_LEVELS) - self.lengths.mean) * self.step_s
+        """How much later than a request of mean length one ends: equally likely values."""
+        return (self.lengths.equally_likely - self.lengths.mean) * self.step_s
 
     def tail_s(self, requests: float) -> float:
         """How much later than its occupation a group's last request is expected to end."""
         last = min(max(1.0, requests), self.running)
-        alone_s = self.lengths.largest_of(last) * self.step_s
+        # The largest grows with the logarithm of how many there are: a coarse number will do.
+        alone_s = self.lengths.largest_of(few(round(last))) * self.step_s
         return max(0.0, alone_s - last * self.request_s)
 
 

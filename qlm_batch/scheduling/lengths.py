@@ -16,8 +16,11 @@ from numpy.typing import NDArray
 
 from qlm_batch.domain.jobs import EngineKind
 from qlm_batch.scheduling.loops import loops
+from qlm_batch.scheduling.worktable import EXCESS
 
 Floats = NDArray[np.float64]
+
+_LEVELS = (np.arange(EXCESS) + 0.5) / EXCESS
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,9 +102,10 @@ class LengthDistribution:
         """What `largest_of` answered."""
         return {}
 
-    def quantiles(self, levels: Floats) -> Floats:
-        """The lengths not exceeded with these probabilities."""
-        reached = np.searchsorted(np.cumsum(self.probabilities), levels)
+    @cached_property
+    def equally_likely(self) -> Floats:
+        """EXCESS lengths in ascending order, each as likely as the others."""
+        reached = np.searchsorted(np.cumsum(self.probabilities), _LEVELS)
         found: Floats = self.values[np.minimum(reached, self.values.size - 1)]
         return found
 
