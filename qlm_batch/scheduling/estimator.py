@@ -100,8 +100,6 @@ class Estimator:
         self._views = [{model.name: model for model in i.models} for i in snapshot.instances]
         self._expected = ExpectedLengths(self.knowledge, self._running)
         self._flows: dict[tuple[Shape, int], Flow] = {}
-        self._arrays: dict[Shape, tuple[Floats, Floats, float]] = {}
-        self._tails: dict[tuple[Shape, int], Floats] = {}
         self._speeds: dict[tuple[str, str], tuple[Speed, StepTime]] = {}
         self._drains: dict[tuple[str, int], float] = {}
         self._bounds: dict[tuple[str, SloClass], float | None] = {}
@@ -120,7 +118,7 @@ class Estimator:
         self._roots = {
             model.name: model.root for view in snapshot.instances for model in view.models
         }
-        self._serving: dict[str, list[tuple[Ints, Floats]]] = {}
+        self._serving: dict[str, list[Ints]] = {}
 
     @property
     def served(self) -> Served:
@@ -174,7 +172,7 @@ class Estimator:
             count = max(1, requests)
             shape = (model, kind, "", to_grid(prompt / count), to_grid(most / count))
             flows = sorted(
-                ((self._flow(int(own[0]), shape), own.size) for own, _ in self._servers(model)),
+                ((self._flow(int(own[0]), shape), own.size) for own in self._servers(model)),
                 key=lambda entry: entry[0].running,
             )
             serving = sum(size for _, size in flows)
@@ -202,6 +200,7 @@ class Estimator:
         kind: list[int] = []
         amount: list[float] = []
         tail_kind: list[int] = []
+        flows: list[list[tuple[int, Flow]]] = []
         largest: list[int] = []
         prompts = to_grids(np.array([group.prompt_tokens for group in groups]) / count)
         limits = to_grids(np.array([group.max_tokens for group in groups]) / count)
@@ -210,25 +209,43 @@ class Estimator:
             row = kinds.get(shape)
             if row is None:
                 row = kinds[shape] = len(kinds)
-                largest.append(math.ceil(self._unit(shape)[2]))
+                flows.append(self._flows_of(shape))
+                running = [flow.running for _, flow in flows[-1]]
+                largest.append(math.ceil(max(running, default=1.0)))
             kind.append(row)
             amount.append(
                 own * self._expected.factor(shape, group.prompts) if group.prompts else own
             )
             last = (row, few(min(group.requests, largest[row])))
             tail_kind.append(tails.setdefault(last, len(tails)))
-        rows = [self._unit(shape) for shape in kinds]
-        n, shapes = len(self.instances), list(kinds)
-        ends = [self._tail(shapes[row], last) for row, last in tails]
+        # First for each class of instances, then for each of them, slower as it is.
+        each = np.full((len(kinds), len(self._alike), 2), np.inf)
+        excess = np.full((len(kinds), len(self._alike), EXCESS), np.inf)
+        for row, own_flows in enumerate(flows):
+            for place, flow in own_flows:
+                each[row, place] = flow.request_s, flow.request_var
+                excess[row, place] = flow.excess_s
+        ends = np.full((len(tails), len(self._alike)), np.inf)
+        for n, (row, count_of_last) in enumerate(tails):
+            for place, flow in flows[row]:
+                ends[n, place] = flow.tail_s(count_of_last)
+        hosts = [self._hosting(shape[0]) for shape in kinds]
+        absent = ~np.array(hosts, dtype=np.bool_).reshape(len(kinds), len(self.instances))
         return WorkTable(
             np.array(kind, dtype=np.int64),
             np.array(amount, dtype=np.float64),
-            np.array([mean for mean, _, _ in rows]).reshape(len(rows), n),
-            np.array([var for _, var, _ in rows]).reshape(len(rows), n),
+            self._everywhere(each[:, :, 0], self._slow, absent),
+            self._everywhere(each[:, :, 1], self._slow**2, absent),
             np.array(tail_kind, dtype=np.int64),
-            np.array(ends).reshape(len(tails), n),
-            np.array([self._excess(shape) for shape in kinds]).reshape(len(kinds), n, EXCESS),
+            self._everywhere(ends, self._slow, absent[[row for row, _ in tails]]),
+            self._everywhere(excess, self._slow[:, None], absent),
         )
+
+    def _everywhere(self, each: Floats, factor: Floats, absent: NDArray[np.bool_]) -> Floats:
+        """Values by class of instances spread over the instances, times their factors."""
+        found: Floats = each[:, self._kinds] * factor
+        found[absent] = np.inf
+        return found
 
     def expected_tokens(self, group: RequestGroup) -> float:
         """The output tokens the group's requests are expected to have in all."""
@@ -237,44 +254,20 @@ class Estimator:
         usual = self._expected.capped(model, kind, tenant, cap).mean
         return usual * group.requests * self._expected.factor(shape, group.prompts)
 
-    def _tail(self, shape: Shape, last: int) -> Floats:
-        found = self._tails.get((shape, last))
-        if found is None:
-            found = np.full(len(self.instances), np.inf)
-            for own, slow in self._servers(shape[0]):
-                found[own] = self._flow(int(own[0]), shape).tail_s(last) * slow
-            self._tails[shape, last] = found
-        return found
+    def _flows_of(self, shape: Shape) -> list[tuple[int, Flow]]:
+        """The kind of work on each class of instances that serves it."""
+        return [
+            (self._kinds[int(own[0])], self._flow(int(own[0]), shape))
+            for own in self._servers(shape[0])
+        ]
 
-    def _excess(self, shape: Shape) -> Floats:
-        """How much later than the mean one requests end everywhere; inf where not served."""
-        found = np.full((len(self.instances), EXCESS), np.inf)
-        for own, slow in self._servers(shape[0]):
-            found[own] = np.outer(slow, self._flow(int(own[0]), shape).excess_s)
-        return found
-
-    def _unit(self, shape: Shape) -> tuple[Floats, Floats, float]:
-        """Occupation per request everywhere, and the largest running batch."""
-        found = self._arrays.get(shape)
-        if found is None:
-            n = len(self.instances)
-            mean, var, largest = np.full(n, np.inf), np.full(n, np.inf), 1.0
-            for own, slow in self._servers(shape[0]):
-                flow = self._flow(int(own[0]), shape)
-                mean[own], var[own] = flow.request_s * slow, flow.request_var * slow**2
-                largest = max(largest, flow.running)
-            found = self._arrays[shape] = (mean, var, largest)
-        return found
-
-    def _servers(self, model: str) -> list[tuple[Ints, Floats]]:
-        """The instances that serve the model, those alike together, and their slowdowns."""
+    def _servers(self, model: str) -> list[Ints]:
+        """The instances that serve the model, those of one class together."""
         found = self._serving.get(model)
         if found is None:
             hosts = self._hosting(model)
             found = self._serving[model] = [
-                (own, self._slow[own])
-                for members in self._alike
-                if (own := members[hosts[members]]).size
+                own for members in self._alike if (own := members[hosts[members]]).size
             ]
         return found
 
@@ -351,8 +344,9 @@ class Estimator:
     def tail_s(self, instance: int, own: AssignedView) -> float:
         """How much later than its occupation the last of an instance's own work ends."""
         shape = shape_of_assigned(own, self._views[instance][own.model])
-        last = few(min(own.requests, math.ceil(self._flow(instance, shape).running)))
-        return float(self._tail(shape, last)[instance])
+        flow = self._flow(instance, shape)
+        last = few(min(own.requests, math.ceil(flow.running)))
+        return flow.tail_s(last) * float(self._slow[instance])
 
     def flow_of(self, instance: int, group: RequestGroup) -> Flow:
         """The group's kind of work at an instance that hosts its model."""
