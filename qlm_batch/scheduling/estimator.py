@@ -218,17 +218,7 @@ class Estimator:
             )
             last = (row, few(min(group.requests, largest[row])))
             tail_kind.append(tails.setdefault(last, len(tails)))
-        # First for each class of instances, then for each of them, slower as it is.
-        each = np.full((len(kinds), len(self._alike), 2), np.inf)
-        excess = np.full((len(kinds), len(self._alike), EXCESS), np.inf)
-        for row, own_flows in enumerate(flows):
-            for place, flow in own_flows:
-                each[row, place] = flow.request_s, flow.request_var
-                excess[row, place] = flow.excess_s
-        ends = np.full((len(tails), len(self._alike)), np.inf)
-        for n, (row, count_of_last) in enumerate(tails):
-            for place, flow in flows[row]:
-                ends[n, place] = flow.tail_s(count_of_last)
+        each, excess, ends = self._by_class(flows, list(tails))
         hosts = [self._hosting(shape[0]) for shape in kinds]
         absent = ~np.array(hosts, dtype=np.bool_).reshape(len(kinds), len(self.instances))
         return WorkTable(
@@ -240,6 +230,23 @@ class Estimator:
             self._everywhere(ends, self._slow, absent[[row for row, _ in tails]]),
             self._everywhere(excess, self._slow[:, None], absent),
         )
+
+    def _by_class(
+        self, flows: Sequence[Sequence[tuple[int, Flow]]], tails: Sequence[tuple[int, int]]
+    ) -> tuple[Floats, Floats, Floats]:
+        """By row and class of instances a request's mean and variance, the excess, and tails."""
+        classes = len(self._alike)
+        each = np.full((len(flows), classes, 2), np.inf)
+        excess = np.full((len(flows), classes, EXCESS), np.inf)
+        ends = np.full((len(tails), classes), np.inf)
+        for row, own in enumerate(flows):
+            for place, flow in own:
+                each[row, place] = flow.request_s, flow.request_var
+                excess[row, place] = flow.excess_s
+        for n, (row, last) in enumerate(tails):
+            for place, flow in flows[row]:
+                ends[n, place] = flow.tail_s(last)
+        return each, excess, ends
 
     def _everywhere(self, each: Floats, factor: Floats, absent: NDArray[np.bool_]) -> Floats:
         """Values by class of instances spread over the instances, times their factors."""
