@@ -132,8 +132,13 @@ async def rig() -> AsyncIterator[Rig]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def narrow() -> AsyncIterator[Rig]:
-    """An engine whose KV is full long before its places are taken by long requests."""
-    rig = await started(engine_args={"num_gpu_blocks_override": 68, "block_size": 32})
+    """An engine whose KV is full long before its places are taken by long requests.
+
+    It favours latency, so interactive prompts have steps of their own.
+    """
+    rig = await started(
+        favour="latency", engine_args={"num_gpu_blocks_override": 68, "block_size": 32}
+    )
     yield rig
     await rig.engine.stop()
 
@@ -319,7 +324,8 @@ async def test_those_that_rest_give_their_kv_to_interactive_requests_that_grow(
     tasks = load("crowded")
     await until(lambda: narrow.engine.stats().running == SLOTS, "batch work runs")
     await until(lambda: narrow.engine.stats().kv_usage > 0.3, "it holds some KV")
-    await asyncio.gather(*(narrow.interactive(tokens=400) for _ in range(PLACES)))
+    places = SLOTS + pace("latency", SLOTS).headroom
+    await asyncio.gather(*(narrow.interactive(tokens=350) for _ in range(places)))
     assert narrow.evictions >= before + SLOTS
     for one, other in zip(alone, await asyncio.gather(*tasks), strict=True):
         same(one, other)
