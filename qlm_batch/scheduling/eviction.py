@@ -50,7 +50,7 @@ def pace(favour: str, slots: int) -> Pace:
     if favour == "throughput":
         return Pace(0, False, None)
     if favour == "balanced":
-        return Pace(max(1, slots // 8), False, 512)
+        return Pace(max(1, slots // 8), True, 512)
     if favour == "latency":
         return Pace(max(2, slots // 4), True, 64)
     raise ValueError(f"'{favour}' is none of {', '.join(get_args(Favour))}.")
