@@ -197,7 +197,7 @@ async def _foretold(
         batched_tokens=BUDGET,
         block_tokens=BLOCK_TOKENS,
         sizes=sizes,
-        batch_only_rate=found["batch_only"]["before"],
+        batch_only_rate=found["batch_only"]["batch_tokens_per_s"],
         idle_plan=quiet,
         idle_seconds=plan.arm_s,
         idle_alone_s=_median_ttft(seen, burst=False),
@@ -211,7 +211,7 @@ async def _foretold(
     prompts = found["service"]["interactive_done"] * sizes.interactive_prompt
     share = prompts * model.step.per_prefill / plan.arm_s
     say(f"a step takes {model.step}; {model.limits}, {sizes}")
-    say(f"outside {1e3 * model.outside_s:.1f} ms, one at a time {1e3 * model.handling_s:.1f} ms")
+    say(f"outside {1e3 * model.outside_s:.1f} ms, and {1e3 * model.handling_s:.1f} ms shared")
     say(f"interactive prompts alone take {share:.1%} of the engine's time")
     measured = {
         "ttft_p50": found["service"]["ttft_p50"],

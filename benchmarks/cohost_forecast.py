@@ -2,13 +2,13 @@
 
 A step's time comes from what the service itself learned of the engine in the arms without a mixture
 (its profile), scaled so that the simulated batch-only rate is the measured one; what a call takes
-outside of the engine comes from the idle arm: a time of its own, and one for which no other call
-is handled, which is what makes a burst arrive spread out. Nothing is fitted on the windows
-foretold.
+outside of the engine comes from the idle arm: a time of its own, and one it shares the processor
+for with the calls that came with it. Nothing is fitted on the windows foretold.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -25,7 +25,7 @@ from qlm_batch.simulation.fast_engine import FastEngine
 RAMP_S = 3.0
 """Before this the batch fills up; nothing is counted."""
 MOST_HANDLING_S = 0.1
-"""The longest a call can keep others from being handled."""
+"""The longest a call is taken to need the processor before it comes to the engine."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,12 @@ class Forecast:
 
         until(RAMP_S)
         before, since = engine.generated, engine.clock
-        handled = 0.0
-        for key, arrival in enumerate(plan):
-            sent[key] = RAMP_S + arrival.at
-            handled = max(handled, sent[key]) + self.handling_s
-            until(handled)
-            engine.submit(key, sizes.interactive_prompt, TOKENS, 0, handled)
+        together = Counter(arrival.at for arrival in plan)
+        handled = [a.at + together[a.at] * self.handling_s for a in plan]
+        for key in sorted(range(len(plan)), key=handled.__getitem__):
+            sent[key] = RAMP_S + plan[key].at
+            until(RAMP_S + handled[key])
+            engine.submit(key, sizes.interactive_prompt, TOKENS, 0, RAMP_S + handled[key])
         until(RAMP_S + seconds)
         rate = (engine.generated - before) / (engine.clock - since)
         while len(first) < len(plan):
