@@ -98,7 +98,8 @@ def run(job: Job) -> tuple[Job, Json, float]:
     work = build(chosen, fleet, job.load, setting.duration, job.seed)
     if job.policy == BOUND:
         most = bounds(requests_of(work, START), fleet, START, work.duration)
-        return job, {"bound": most.blind, "clairvoyant": most.clairvoyant}, 0.0
+        told = {"bound": most.blind, "clairvoyant": most.clairvoyant, "finishing": most.finishing}
+        return job, told, 0.0
     how = OraclePolicy if job.policy == "oracle" else policy(job.policy)
     config = SimulationConfig(seed=job.seed, tick_s=setting.tick, plan_ms=setting.plan_ms)
     told = summary(Cluster(fleet, work, how, config).run(), fleet)
@@ -159,7 +160,9 @@ class Cell:
 
     def rows(self) -> Iterator[Json]:
         """A row for every policy."""
-        bound, clairvoyant = self.mean(BOUND, "bound"), self.mean(BOUND, "clairvoyant")
+        bound, clairvoyant, finishing = (
+            self.mean(BOUND, field) for field in ("bound", "clairvoyant", "finishing")
+        )
         for name in (n for n in ALL if n in self.runs):
             goodput, half = mean_interval(self.values(name, "goodput"))
             yield {
@@ -170,6 +173,7 @@ class Cell:
                 "goodput_ci": round(half, 5),
                 "bound": _rounded(bound),
                 "bound_clairvoyant": _rounded(clairvoyant),
+                "bound_finishing": _rounded(finishing),
                 "interactive": _rounded(self.mean(name, "interactive")),
                 "batch": _rounded(self.mean(name, "batch")),
                 "swaps_per_h": _rounded(self.mean(name, "swaps_per_h"), 2),
@@ -217,11 +221,14 @@ def marks(cell: Cell) -> Mapping[str, bool]:
 def show(cell: Cell) -> None:
     """The cell's table, with what ours leads by and which marks it misses."""
     rows = list(cell.rows())
-    bound, clairvoyant = (
+    bound, clairvoyant, finishing = (
         "  ?  " if rows[0][name] is None else f"{100 * rows[0][name]:.1f}"
-        for name in ("bound", "bound_clairvoyant")
+        for name in ("bound", "bound_clairvoyant", "bound_finishing")
     )
-    print(f"\n{cell.workload} at {cell.load:g}: bound {bound}, clairvoyant {clairvoyant} %")
+    print(
+        f"\n{cell.workload} at {cell.load:g}: bound {bound}, clairvoyant {clairvoyant}, "
+        f"finishing what is begun {finishing} %"
+    )
     print(f"  {'policy':10} {'goodput':>8} {'±':>5} {'qlm leads by':>15}"
           f" {'interactive':>11} {'batch':>7} {'swaps/h':>8}")  # fmt: skip
     for row in rows:

@@ -34,11 +34,13 @@ class Bounds:
     """Most of the weight that can be on time, as fractions.
 
     `clairvoyant` knows all lengths. `blind` knows their distributions: it may give a request up
-    after a number of tokens, but not choose short ones beforehand.
+    after a number of tokens, but not choose short ones beforehand. `finishing` is blind and
+    finishes what it begins.
     """
 
     clairvoyant: float
     blind: float
+    finishing: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,21 +161,19 @@ class _Option:
 
 
 def bounds(requests: Requests, fleet: Fleet, start: float, duration: float) -> Bounds:
-    """Both bounds for requests that arrive within `duration` of `start`."""
+    """The bounds for requests that arrive within `duration` of `start`."""
     if not len(requests):
-        return Bounds(1.0, 1.0)
+        return Bounds(1.0, 1.0, 1.0)
     weight = weights(requests, fleet)
     best = []
-    for clairvoyant in (True, False):
+    for cuts in (None, _CUTS, (1.0,)):
         most = 1.0
         for theta in THETAS:
-            options, pools, edges = _options(
-                requests, fleet, start, duration, weight, theta, clairvoyant
-            )
+            options, pools, edges = _options(requests, fleet, start, duration, weight, theta, cuts)
             got = _solve(options, pools, np.diff(edges), machines(fleet))
             most = min(most, got / float(weight.sum()))
         best.append(most)
-    return Bounds(clairvoyant=best[0], blind=min(best))
+    return Bounds(clairvoyant=best[0], blind=min(best[:2]), finishing=min(best))
 
 
 def _edges(requests: Requests, fleet: Fleet, start: float, duration: float) -> tuple[Floats, float]:
@@ -210,8 +210,12 @@ def _options(
     duration: float,
     weight: Floats,
     theta: float,
-    clairvoyant: bool,
+    cuts: Sequence[float] | None,
 ) -> tuple[list[_Option], list[float], Floats]:
+    """Options, their pools and the edges of buckets; batch requests may be given up at `cuts`.
+
+    These are quantiles of their length; None stands for knowing the lengths.
+    """
     edges, longest = _edges(requests, fleet, start, duration)
     kinds = machines(fleet)
     came = np.clip(np.searchsorted(edges, requests.arrival - start, "right") - 1, 0, BUCKETS - 1)
@@ -238,7 +242,7 @@ def _options(
             )
 
         each = float(weight[own[0]])
-        if clairvoyant:
+        if cuts is None:
             seconds = cost(output)
             for chunk in np.array_split(np.argsort(output, kind="stable"), min(8, len(own))):
                 # The cheapest stands for its like: never more than it takes.
@@ -246,8 +250,7 @@ def _options(
                 options.append(_Option(len(pools), each, len(chunk), least, first, last))
                 pools.append(float(len(chunk)))
             continue
-        cuts = (1.0,) if work_class.interactive else _CUTS
-        for cut in cuts:
+        for cut in (1.0,) if work_class.interactive else cuts:
             limit = int(np.quantile(output, cut, method="higher"))
             mean = tuple(cost(np.minimum(output, limit)).mean(axis=1).tolist())
             share = float((output <= limit).mean())
