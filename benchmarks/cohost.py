@@ -34,7 +34,7 @@ from benchmarks.cohost_batch import TOKENS as LINE_TOKENS
 from benchmarks.cohost_batch import Likeness, Service, answers, compare, file_of, keep_full
 from benchmarks.cohost_batch import body as line_body
 from benchmarks.cohost_forecast import Sizes, fitted
-from benchmarks.interactive_load import Counter, Seen, arrivals, play, samples, summary
+from benchmarks.interactive_load import Arrival, Counter, Seen, arrivals, play, samples, summary
 from benchmarks.interactive_load import body as request_body
 from benchmarks.support import CHAT, Stand, finish, load, require, say, stand
 from benchmarks.vllm_server import vllm_server
@@ -67,7 +67,7 @@ class Plan:
 
     @property
     def arm_s(self) -> float:
-        """How long an arm lasts that is measured in one piece."""
+        """How long the interactive load of an arm lasts."""
         return self.window_s * self.rounds
 
     @property
@@ -81,9 +81,10 @@ class Plan:
             return {}
         return {"num_gpu_blocks_override": self.kv_blocks, "block_size": BLOCK_TOKENS}
 
-    def busy_seeds(self) -> list[int]:
-        """Seeds of the interactive load in the windows beside a batch, in their order."""
-        return [number + 1 for number in range(1, 2 * self.rounds + 1, 2)]
+    def loads(self) -> list[list[Arrival]]:
+        """The interactive load of each window: the same in every arm, so that medians compare."""
+        every_s = min(BURST_EVERY_S, self.window_s)
+        return [arrivals(self.window_s, RATE, every_s, seed) for seed in range(1, self.rounds + 1)]
 
 
 def main() -> None:
@@ -97,7 +98,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="qlm-cohost-") as folder:
         plan = Plan(
-            window_s=7.0 if options.quick else 18.0,
+            window_s=7.0 if options.quick else 20.0,
             rounds=1 if options.quick else 3,
             bodies=32 if options.quick else 96,
             slots=32 // options.instances,
@@ -162,13 +163,12 @@ async def _service_arms(plan: Plan, site: Stand, arms: list[str]) -> dict[str, o
         await _until_served(session, f"{url}{CHAT}", plan)
         found: dict[str, object] = {}
         if "idle" in arms:
-            quiet = await _play(session, url, plan, plan.arm_s, seed=1)
-            found["idle"] = summary(quiet)
+            found["idle"] = summary(await _play_all(session, url, plan))
             say(f"idle: {found['idle']}")
         if "service" in arms:
             found |= await _beside_a_batch(plan, site, session, url)
         if "idle" in arms and "service" in arms and plan.instances == 1:
-            found["foretold"] = await _foretold(plan, site, session, url, found, quiet)
+            found["foretold"] = await _foretold(plan, site, session, url, found)
         return found
 
 
@@ -178,7 +178,6 @@ async def _foretold(
     session: aiohttp.ClientSession,
     url: str,
     found: dict[str, Any],
-    seen: list[Seen],
 ) -> dict[str, float]:
     """What the simulator says of the service arm, beside what was measured."""
     sizes = Sizes(
@@ -187,7 +186,6 @@ async def _foretold(
         interactive_prompt=await _prompt_tokens(session, url, request_body(plan.name, 0)),
     )
     (view,) = site.store.instances()
-    quiet = arrivals(plan.arm_s, RATE, BURST_EVERY_S, seed=1)
     model = fitted(
         site.store.snapshot().profiles,
         plan.name,
@@ -198,36 +196,24 @@ async def _foretold(
         block_tokens=BLOCK_TOKENS,
         sizes=sizes,
         batch_only_rate=found["batch_only"]["batch_tokens_per_s"],
-        idle_plan=quiet,
-        idle_seconds=plan.arm_s,
-        idle_alone_s=_median_ttft(seen, burst=False),
-        idle_burst_s=_median_ttft(seen, burst=True),
+        idle=plan.loads(),
+        window_s=plan.window_s,
+        idle_alone_s=found["idle"]["ttft_alone_p50"],
+        idle_burst_s=found["idle"]["ttft_burst_p50"],
     )
-    windows = [
-        arrivals(plan.window_s, RATE, min(BURST_EVERY_S, plan.window_s), seed)
-        for seed in plan.busy_seeds()
-    ]
-    told = model.told(windows, plan.window_s, batch=True)
+    told = model.told(plan.loads(), plan.window_s, batch=True)
     prompts = found["service"]["interactive_done"] * sizes.interactive_prompt
     share = prompts * model.step.per_prefill / plan.arm_s
     say(f"a step takes {model.step}; {model.limits}, {sizes}")
     say(f"outside {1e3 * model.outside_s:.1f} ms, and {1e3 * model.handling_s:.1f} ms shared")
     say(f"interactive prompts alone take {share:.1%} of the engine's time")
-    measured = {
-        "ttft_p50": found["service"]["ttft_p50"],
-        "ttft_p95": found["service"]["ttft_p95"],
-        "tokens_per_s": found["service"]["batch_tokens_per_s"],
-    }
+    names = ("ttft_p50", "ttft_p95", "ttft_alone_p50", "ttft_burst_p50")
+    measured = {name: found["service"][name] for name in names}
+    measured["tokens_per_s"] = found["service"]["batch_tokens_per_s"]
     say(f"{'':<14}{'foretold':>10}{'measured':>10}{'off by':>9}")
     for name, was in measured.items():
         say(f"{name:<14}{told[name]:>10.4g}{was:>10.4g}{told[name] / was - 1:>8.1%}")
     return {name: round(value, 4) for name, value in told.items()}
-
-
-def _median_ttft(seen: list[Seen], *, burst: bool) -> float:
-    return statistics.median(
-        one.ttft_s for one in seen if one.burst is burst and one.ttft_s is not None
-    )
 
 
 async def _prompt_tokens(session: aiohttp.ClientSession, url: str, body: dict[str, object]) -> int:
@@ -278,7 +264,7 @@ async def _beside_a_batch(
             killer = None
             if plan.instances > 1 and number == 1:
                 killer = asyncio.create_task(_kill_in(plan.window_s / 2, site, "worker-1"))
-            seen += await _play(session, url, plan, plan.window_s, seed=number + 1)
+            seen += await _play(session, url, plan, number // 2)
             if killer is not None:
                 await killer
             await asyncio.sleep(max(0.0, since + plan.window_s - time.perf_counter()))
@@ -386,9 +372,7 @@ async def _vllm_arm(plan: Plan, url: str, policy: str) -> dict[str, object]:
         watching = asyncio.create_task(counter.watch(0.5))
         preempted = await _metric(session, url, "vllm:num_preemptions_total")
         since = time.perf_counter()
-        seen = await _play(
-            session, url, plan, plan.arm_s, seed=1, extra={"priority": 0} if ordered else {}
-        )
+        seen = await _play_all(session, url, plan, {"priority": 0} if ordered else {})
         rate = counter.rate(since, time.perf_counter())
         preempted = await _metric(session, url, "vllm:num_preemptions_total") - preempted
         for task in (filling, watching):
@@ -398,16 +382,26 @@ async def _vllm_arm(plan: Plan, url: str, policy: str) -> dict[str, object]:
     return {**summary(seen), "batch_tokens_per_s": round(rate, 1), "evictions": preempted}
 
 
+async def _play_all(
+    session: aiohttp.ClientSession, url: str, plan: Plan, extra: dict[str, object] | None = None
+) -> list[Seen]:
+    """The load of all windows, one after another."""
+    return [
+        one
+        for window in range(plan.rounds)
+        for one in await _play(session, url, plan, window, extra)
+    ]
+
+
 async def _play(
     session: aiohttp.ClientSession,
     url: str,
     plan: Plan,
-    seconds: float,
-    seed: int,
+    window: int,
     extra: dict[str, object] | None = None,
 ) -> list[Seen]:
-    wanted = arrivals(seconds, RATE, min(BURST_EVERY_S, seconds), seed)
-    return await play(session, f"{url}{CHAT}", plan.name, wanted, seed, extra or {})
+    wanted = plan.loads()[window]
+    return await play(session, f"{url}{CHAT}", plan.name, wanted, window + 1, extra or {})
 
 
 if __name__ == "__main__":

@@ -53,9 +53,12 @@ class Forecast:
         """TTFT quantiles in seconds and output tokens a second over windows of `seconds` each."""
         windows = [self.window(plan, seconds, batch=batch) for plan in plans]
         ttft = np.array([wait for waits, _ in windows for wait in waits] or [np.nan])
+        bursts = np.array([arrival.burst for plan in plans for arrival in plan] or [False])
         return {
             "ttft_p50": float(np.percentile(ttft, 50)),
             "ttft_p95": float(np.percentile(ttft, 95)),
+            "ttft_alone_p50": float(np.median(ttft[~bursts])),
+            "ttft_burst_p50": float(np.median(ttft[bursts])) if bursts.any() else float("nan"),
             "tokens_per_s": float(np.median([rate for _, rate in windows])),
         }
 
@@ -105,15 +108,15 @@ def fitted(
     block_tokens: int,
     sizes: Sizes,
     batch_only_rate: float,
-    idle_plan: Sequence[Arrival],
-    idle_seconds: float,
+    idle: Sequence[Sequence[Arrival]],
+    window_s: float,
     idle_alone_s: float,
     idle_burst_s: float,
 ) -> Forecast:
     """The model as the arms without a mixture show it.
 
-    `idle_alone_s` and `idle_burst_s` are medians of the idle arm's times to the first token, out of
-    bursts and in them.
+    `idle` is the load of the idle arm's windows; `idle_alone_s` and `idle_burst_s` are medians of
+    its times to the first token, out of bursts and in them.
     """
     own = pace("balanced", slots)
     limits = EngineLimits(
@@ -135,13 +138,11 @@ def fitted(
         learned.per_prefill * factor,
     )
     scaled = replace(model_of_it, step=step)
-    bursts = np.array([arrival.burst for arrival in idle_plan])
 
     def medians(handling_s: float) -> tuple[float, float]:
         """Of the simulated idle arm, in bursts and out of them, without what is outside."""
-        model = replace(scaled, handling_s=handling_s)
-        waits = np.array(model.window(idle_plan, idle_seconds, batch=False)[0])
-        return float(np.median(waits[bursts])), float(np.median(waits[~bursts]))
+        told = replace(scaled, handling_s=handling_s).told(idle, window_s, batch=False)
+        return told["ttft_burst_p50"], told["ttft_alone_p50"]
 
     low, high = 0.0, MOST_HANDLING_S
     for _ in range(12):

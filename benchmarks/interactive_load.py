@@ -104,14 +104,21 @@ async def ask(
 
 
 def summary(seen: Sequence[Seen]) -> dict[str, float]:
-    """The figures of an arm."""
+    """The figures of an arm.
+
+    Medians are told of requests in bursts and out of them too: where half of the requests are in
+    bursts, the median of all lies anywhere between the two.
+    """
     done = [one for one in seen if one.ttft_s is not None]
     every = [one.ttft_s for one in done]
     bursts = [one.ttft_s for one in done if one.burst]
+    others = [one.ttft_s for one in done if not one.burst]
     told = {
         "ttft_p50": _quantile(every, 50),
         "ttft_p95": _quantile(every, 95),
         "ttft_p99": _quantile(every, 99),
+        "ttft_alone_p50": _quantile(others, 50),
+        "ttft_burst_p50": _quantile(bursts, 50),
         "ttft_burst_p99": _quantile(bursts, 99),
         "tpot_p50": _quantile([one.tpot_s for one in done], 50),
         "interactive_done": len(done),
