@@ -149,7 +149,7 @@ class ReferenceEngine:
     def _step(self, done: list[Finished]) -> None:
         urgent = sorted((s for s in self.waiting if s.urgent), key=lambda s: s.rank)
         self._evict(urgent)
-        self._resume(len(urgent))
+        self._run_again(len(urgent))
         self._let_grow()
         alone = self._alone(urgent)
         limit = self._most_running(len(urgent), alone=alone)
@@ -224,7 +224,7 @@ class ReferenceEngine:
         for victim in [inside[index] for index in chosen.leave]:
             self._leave(self.resting, victim)
 
-    def _resume(self, urgent: int) -> None:
+    def _run_again(self, urgent: int) -> None:
         """Let the first of those that rest run again, where places are left for the urgent."""
         while self.resting and len(self.running) + urgent < self._most_running(urgent):
             first = self._resting_by_rank()[-1]

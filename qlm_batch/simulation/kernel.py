@@ -120,7 +120,7 @@ def _hand_out(ints: Ints, totals: Ints, row: int, need: int) -> None:
 
 
 @jit
-def _resume(ints: Ints, totals: Ints, limits: Ints, row: int) -> None:
+def _find_cached(ints: Ints, totals: Ints, limits: Ints, row: int) -> None:
     """Give an admitted row what the prefix cache still has of it."""
     cached = ints[row, CACHED]
     if cached > 0 and limits[PREFIX_CACHING] > 0:
@@ -373,7 +373,7 @@ def _admit(
         if need > totals[FREE_BLOCKS]:
             break
         ints[head, STATE] = INSIDE
-        _resume(ints, totals, limits, head)
+        _find_cached(ints, totals, limits, head)
         _hand_out(ints, totals, head, need)
         ints[head, SCHEDULED] = min(known - ints[head, COMPUTED], budget)
         budget -= ints[head, SCHEDULED]

@@ -89,6 +89,12 @@ class Rig:
             for n in range(many)
         ]
 
+    def greedy(self, tokens: int, salt: str) -> list[asyncio.Task[EngineAnswer]]:
+        """A long batch request for every slot, whose answers can be compared."""
+        plain = {"max_tokens": tokens, "ignore_eos": True, "temperature": 0}
+        asked = [chat(f"What is {n} plus 4?", DUE + n, salt, **plain) for n in range(SLOTS)]
+        return [asyncio.create_task(self.engine.answer(request)) for request in asked]
+
     async def filled(self, tokens: int) -> list[asyncio.Task[EngineAnswer]]:
         """Every slot taken by plain long batch work."""
         tasks = [
@@ -282,19 +288,9 @@ async def test_a_victim_gives_way_a_bounded_number_of_times(rig: Rig) -> None:
 
 async def test_kv_is_made_free_for_an_interactive_prompt(narrow: Rig) -> None:
     """Places are free all the time: only KV is short."""
-    plain = {"max_tokens": 500, "ignore_eos": True, "temperature": 0}
-
-    def load(salt: str) -> list[asyncio.Task[EngineAnswer]]:
-        return [
-            asyncio.create_task(
-                narrow.engine.answer(chat(f"What is {n} plus 4?", DUE + n, salt, **plain))
-            )
-            for n in range(SLOTS)
-        ]
-
-    alone = await asyncio.gather(*load("alone"))
+    alone = await asyncio.gather(*narrow.greedy(500, "alone"))
     before, lost = narrow.evictions, narrow.engine.stats().recomputed_tokens
-    tasks = load("disturbed")
+    tasks = narrow.greedy(500, "disturbed")
     await until(lambda: narrow.engine.stats().kv_usage > 0.8, "the KV is nearly taken")
     began = narrow.engine.stats().step
     await narrow.interactive(text="What is 3 plus 4? " * 60)
@@ -309,19 +305,9 @@ async def test_kv_is_made_free_for_an_interactive_prompt(narrow: Rig) -> None:
 async def test_those_that_rest_give_their_kv_to_interactive_requests_that_grow(
     narrow: Rig,
 ) -> None:
-    plain = {"max_tokens": 300, "ignore_eos": True, "temperature": 0}
-
-    def load(salt: str) -> list[asyncio.Task[EngineAnswer]]:
-        return [
-            asyncio.create_task(
-                narrow.engine.answer(chat(f"What is {n} plus 4?", DUE + n, salt, **plain))
-            )
-            for n in range(SLOTS)
-        ]
-
-    alone = await asyncio.gather(*load("calm"))
+    alone = await asyncio.gather(*narrow.greedy(300, "calm"))
     before, lost = narrow.evictions, narrow.engine.stats().recomputed_tokens
-    tasks = load("crowded")
+    tasks = narrow.greedy(300, "crowded")
     await until(lambda: narrow.engine.stats().running == SLOTS, "batch work runs")
     await until(lambda: narrow.engine.stats().kv_usage > 0.3, "it holds some KV")
     places = SLOTS + pace("latency", SLOTS).headroom
