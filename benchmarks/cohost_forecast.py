@@ -130,14 +130,7 @@ def fitted(
     learned = Knowledge.of(profiles).speed(model, device).step_time()
     model_of_it = Forecast(learned, limits, sizes)
     simulated = model_of_it.told([()], 20.0, batch=True)["tokens_per_s"]
-    factor = simulated / batch_only_rate
-    step = StepTime(
-        learned.base * factor,
-        learned.per_sequence * factor,
-        learned.per_kv * factor,
-        learned.per_prefill * factor,
-    )
-    scaled = replace(model_of_it, step=step)
+    scaled = replace(model_of_it, step=learned.times(simulated / batch_only_rate))
 
     def medians(handling_s: float) -> tuple[float, float]:
         """Of the simulated idle arm, in bursts and out of them, without what is outside."""

@@ -1,10 +1,10 @@
 """How well the simulated engine foretells a real one: fitted on one workload, asked of another.
 
 A compute-bound model of random weights runs in vLLM on the CPU. A first workload gives the
-coefficients: the time of a step from the steps the engine reports, what it loses between steps from
-the mean time per output token, and what a call takes outside of the engine from the mean time to
-the first token. The engine model then foretells a second workload of another rate, longer prompts
-and other outputs, which is run twice: the error stands beside what two real runs differ by.
+coefficients: the time of a step from when tokens came (what the process around the engine takes of
+each step is in it), and what a call takes outside of its steps from the mean time to the first
+token. The engine model then foretells a second workload of another rate, longer prompts and other
+outputs, which is run twice: the error stands beside what two real runs differ by.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -24,11 +24,12 @@ from typing import Final
 import numpy as np
 import orjson
 from numpy.typing import NDArray
+from scipy.optimize import least_squares
 
 from benchmarks.support import finish, load, require, say
 from qlm_batch.domain.engine import EngineAnswer, EngineInfo, EngineRequest
 from qlm_batch.domain.jobs import COMPLETIONS, EngineKind
-from qlm_batch.scheduling.speed import Speed, StepTime, prior_step_time
+from qlm_batch.scheduling.speed import StepTime
 from qlm_batch.settings import Settings
 from qlm_batch.simulation.engine import EngineLimits
 from qlm_batch.simulation.fast_engine import FastEngine
@@ -36,7 +37,6 @@ from qlm_workers.vllm_engine import VllmEngine
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-StepRow = tuple[int, int, int, float]
 
 ROOT: Final = Path(__file__).parents[1]
 NAME: Final = "compute"
@@ -45,6 +45,11 @@ BUDGET: Final = 512
 LENGTH: Final = 1024
 TOKENS: Final = (16, 128)
 """Token ids that prompts are drawn from; the model's tokenizer has 181."""
+LEARNT_SHARE: Final = 0.4
+ASKED_SHARE: Final = 0.6
+"""Of the time the engine has: near all of it a queue grows without end, and foretells nothing."""
+PAUSE_S: Final = 0.01
+"""Tokens of one step come within this of one another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +74,14 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """For each request the time to its first token, and its end; both from the load's start."""
+    """For each request when its first token came, and its last; both from the load's start.
+
+    `tokens` are all of them, in the order in which they came: when, and of which request.
+    """
 
     first: Floats
     end: Floats
+    tokens: Sequence[tuple[float, int]] = ()
 
     def figures(self, load: Load) -> dict[str, float]:
         """What is compared: seconds, and output tokens per second."""
@@ -112,48 +121,70 @@ class Fitted:
         return Times(first + self.outside_s, end + self.outside_s)
 
 
-def fit(load: Load, real: Times, rows: Sequence[StepRow], info: EngineInfo) -> Fitted:
+def fit(load: Load, real: Times, info: EngineInfo) -> Fitted:
     """The coefficients with which the model repeats this load."""
-    speed = Speed(prior_step_time(NAME, "cpu")).after_steps(rows)
-    require(speed.fitted, f"only {len(rows)} steps were seen")
+    rows, seconds = steps(load, real)
+    require(len(rows) > 100, f"only {len(rows)} steps were seen")
+    scale = np.abs(rows).max(axis=0)
+    # A step that something else held up says nothing of the engine: it counts by its distance.
+    found = least_squares(
+        lambda theta: (rows / scale) @ theta - seconds,
+        np.full(4, seconds.mean() / 4.0),
+        bounds=(0.0, np.inf),
+        loss="soft_l1",
+        f_scale=0.1 * float(np.median(seconds)),
+    )
+    base, per_sequence, per_kv, per_prefill = (found.x / scale).tolist()
     limits = EngineLimits(info.slots, info.kv_tokens, BUDGET, prefix_caching=False)
-    inside = Fitted(speed.step_time(), 0.0, limits)
-    wanted = real.figures(load)
-
-    def slower(factor: float) -> Fitted:
-        step = inside.step
-        return replace(
-            inside,
-            step=StepTime(
-                step.base * factor,
-                step.per_sequence * factor,
-                step.per_kv * factor,
-                step.per_prefill * factor,
-            ),
-        )
-
-    factor = _root(
-        lambda x: slower(x).foretold(load).figures(load)["tpot_mean"] - wanted["tpot_mean"],
-        0.5,
-        3.0,
-    )
-    fitted = slower(factor)
-    outside_s = wanted["ttft_mean"] - fitted.foretold(load).figures(load)["ttft_mean"]
-    step = fitted.step
+    inside = Fitted(StepTime(base, per_sequence, per_kv, per_prefill), 0.0, limits)
+    told, was = inside.foretold(load).figures(load), real.figures(load)
+    # Steps held up are part of what comes next, as often as they were of this.
+    inside = replace(inside, step=inside.step.times(was["tpot_mean"] / told["tpot_mean"]))
+    outside_s = was["ttft_mean"] - inside.foretold(load).figures(load)["ttft_mean"]
+    step = inside.step
     say(
-        f"fitted: {1e3 * step.base:.2f} ms a step, {1e3 * step.per_sequence:.3f} ms a sequence,"
-        f" {1e6 * step.per_kv:.2f} µs a token held, {1e3 * step.per_prefill:.3f} ms a prompt token;"
-        f" between steps ×{factor:.3f}, outside {1e3 * outside_s:.1f} ms"
+        f"fitted on {len(rows)} steps: {1e3 * step.base:.2f} ms each,"
+        f" {1e3 * step.per_sequence:.3f} ms a sequence, {1e6 * step.per_kv:.2f} µs a token held,"
+        f" {1e3 * step.per_prefill:.3f} ms a prompt token; outside {1e3 * outside_s:.1f} ms"
     )
-    return replace(fitted, outside_s=max(0.0, outside_s))
+    return replace(inside, outside_s=max(0.0, outside_s))
 
 
-def _root(over: Callable[[float], float], low: float, high: float) -> float:
-    """Where an increasing function changes its sign, within a thousandth."""
-    for _ in range(24):
-        middle = 0.5 * (low + high)
-        low, high = (low, middle) if over(middle) > 0.0 else (middle, high)
-    return 0.5 * (low + high)
+def steps(load: Load, times: Times) -> tuple[Floats, Floats]:
+    """Each step that followed another at once: its 1, sequences, KV and prompt tokens; its seconds.
+
+    A step ends when its tokens come, at most one of each request.
+    """
+    rows: list[tuple[float, float, float, float]] = []
+    seconds: list[float] = []
+    had = np.zeros(load.at.size, dtype=np.int64)
+    before: tuple[float, bool] = (0.0, False)
+    for own in _together(times.tokens):
+        ended = own[-1][0]
+        members = [n for _, n in own]
+        fresh = [n for n in members if had[n] == 0]
+        had[members] += 1
+        if before[1]:
+            held = float((load.prompts + had)[members].sum())
+            rows.append((1.0, len(members), held, float(load.prompts[fresh].sum())))
+            seconds.append(ended - before[0])
+        # Who was inside before this step ended and is not done keeps the engine at work.
+        before = (ended, any(had[n] < load.outputs[n] for n in members))
+    return np.array(rows), np.array(seconds)
+
+
+def _together(tokens: Sequence[tuple[float, int]]) -> Iterator[list[tuple[float, int]]]:
+    """Tokens that came of one step: none twice of one request, and with no pause between."""
+    own: list[tuple[float, int]] = []
+    members: set[int] = set()
+    for at, n in tokens:
+        if own and (n in members or at - own[-1][0] > PAUSE_S):
+            yield own
+            own, members = [], set()
+        own.append((at, n))
+        members.add(n)
+    if own:
+        yield own
 
 
 class Bench:
@@ -173,12 +204,11 @@ class Bench:
         self._rng = np.random.default_rng(0)
         self._number = 0
 
-    async def run(self, load: Load) -> tuple[Times, list[StepRow]]:
-        """Send the load as it comes; its times, and the steps the engine made."""
+    async def run(self, load: Load) -> Times:
+        """Send the load as it comes, and see when what comes back."""
         first, end = np.zeros(load.at.size), np.zeros(load.at.size)
         bodies = [self._body(n, load) for n in range(load.at.size)]
-        self.engine.stats()
-        rows: list[StepRow] = []
+        came: list[tuple[float, int]] = []
         began = time.perf_counter()
 
         async def one(n: int) -> None:
@@ -186,24 +216,17 @@ class Bench:
             stream = await self.engine.open_stream(bodies[n])
             if isinstance(stream, EngineAnswer):
                 raise SystemExit(f"benchmark invalid: {stream.body}")
-            first[n] = time.perf_counter() - began
             tokens = 0
             async for _ in stream:
+                end[n] = time.perf_counter() - began
+                first[n] = first[n] or end[n]
+                came.append((float(end[n]), n))
                 tokens += 1
             await stream.aclose()
-            end[n] = time.perf_counter() - began
             require(tokens > 0, "a stream without events")
 
-        async def watch() -> None:
-            while True:
-                await asyncio.sleep(0.5)
-                rows.extend(self.engine.stats().steps)
-
-        watching = asyncio.ensure_future(watch())
         await asyncio.gather(*(one(n) for n in range(load.at.size)))
-        watching.cancel()
-        rows.extend(self.engine.stats().steps)
-        return Times(first, end), rows
+        return Times(first, end, came)
 
     def _body(self, n: int, load: Load) -> EngineRequest:
         self._number += 1
@@ -223,17 +246,15 @@ async def measure(folder: str, seconds: float) -> dict[str, object]:
     bench = Bench(folder)
     info = await bench.engine.start()
     try:
-        burst = Load(np.zeros(2 * SLOTS), np.full(2 * SLOTS, 32), np.full(2 * SLOTS, 48))
+        burst = Load(np.zeros(4 * SLOTS), np.full(4 * SLOTS, 48), np.full(4 * SLOTS, 48))
         await bench.run(burst)
-        times, _ = await bench.run(burst)
-        most = times.figures(burst)["throughput"]
+        most = (await bench.run(burst)).figures(burst)["throughput"]
         say(f"saturated: {most:.0f} output tokens a second ({load()})")
-        learnt = Load.drawn(1, 0.35 * most / 60.0, seconds, prompt=32.0, output=50.0)
-        real, rows = await bench.run(learnt)
-        model = fit(learnt, real, rows, info)
-        asked = Load.drawn(2, 0.55 * most / 45.0, seconds, prompt=56.0, output=36.0)
+        learnt = Load.drawn(1, LEARNT_SHARE * most / 60.0, seconds, prompt=32.0, output=50.0)
+        model = fit(learnt, await bench.run(learnt), info)
+        asked = Load.drawn(2, ASKED_SHARE * most / 43.0, seconds, prompt=56.0, output=36.0)
         foretold = model.foretold(asked).figures(asked)
-        runs = [(await bench.run(asked))[0].figures(asked) for _ in range(2)]
+        runs = [(await bench.run(asked)).figures(asked) for _ in range(2)]
     finally:
         await bench.engine.stop()
     return _compared(foretold, runs, learnt, asked)

@@ -50,6 +50,15 @@ class StepTime:
             + self.per_prefill * prefill
         )
 
+    def times(self, factor: float) -> StepTime:
+        """Steps that take `factor` times as long."""
+        return StepTime(
+            self.base * factor,
+            self.per_sequence * factor,
+            self.per_kv * factor,
+            self.per_prefill * factor,
+        )
+
 
 # Published profiles and fits: device pattern, billions of parameters, milliseconds. The A10 rows
 # and those of the unnamed device and the CPU are extrapolated.
@@ -81,10 +90,7 @@ def prior_step_time(model: str, device: str) -> StepTime:
     wanted = max(0.01, float(named[1]))
     size, step = min(rows, key=lambda row: abs(np.log(row[0] / wanted)))
     # Reading weights dominates a step, and weights grow with the size.
-    grow = wanted / size
-    return StepTime(
-        step.base * grow, step.per_sequence * grow, step.per_kv * grow, step.per_prefill * grow
-    )
+    return step.times(wanted / size)
 
 
 @dataclass(frozen=True, slots=True)
