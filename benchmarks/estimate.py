@@ -11,7 +11,6 @@ Then the service itself runs for a while, and its promises are scored.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
 import sys
@@ -30,6 +29,7 @@ from qlm_batch.domain.buckets import prompt_mix
 from qlm_batch.domain.jobs import EngineKind
 from qlm_batch.scheduling.calibration import LEVEL, Conformal
 from qlm_batch.scheduling.lengthbook import LengthBook
+from qlm_batch.simulation.traces import read_trace
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -51,11 +51,9 @@ Lengths = tuple[Floats, Ints]
 
 
 def trace(path: Path) -> Lengths:
-    """A CSV with Azure's columns."""
-    with path.open() as file:
-        rows = list(csv.DictReader(file))
-    outputs = np.array([max(1, int(row["GeneratedTokens"])) for row in rows], float)
-    return outputs, np.array([int(row["ContextTokens"]) for row in rows])
+    """What the simulator reads too: CSV or JSON lines, in Azure's or Mooncake's columns."""
+    found = read_trace(path)
+    return found.outputs.astype(float), found.prompts.astype(np.int64)
 
 
 def drifting(count: int, seed: int) -> Lengths:
@@ -164,7 +162,7 @@ def _r2(predicted: Floats, actual: Floats) -> float:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print a table; the last line is the trace's figures, with the synthetic ones beside."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--trace", type=Path, default=TRACE, help="CSV with Azure's columns")
+    parser.add_argument("--trace", type=Path, default=TRACE, help="CSV or JSON lines")
     parser.add_argument(
         "--live-seconds",
         type=float,
