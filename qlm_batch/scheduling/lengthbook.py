@@ -1,7 +1,8 @@
 """Output lengths: what finished and running requests say about those still to come.
 
-Kaplan–Meier over an exponentially forgotten history. A tenant's history leans on its model's, and
-that one on a prior, in proportion to how much each has seen.
+Kaplan–Meier over a forgotten history. A tenant's history leans on its model's, and that one on a
+prior, in proportion to how much each has seen. How fast to forget is learned too: lengths that
+jump want a short memory, steady ones a long one.
 
 Prompts say what they can: requests made from one template have prompts of about one length, and
 their answers are alike. So the mean answer to prompts of each length is kept, and work whose
@@ -24,10 +25,16 @@ from qlm_batch.scheduling.lengths import NO_AGES, Ages, LengthDistribution, kapl
 
 Floats = NDArray[np.float64]
 
-DECAY = 0.992
-"""What one newer observation leaves of a weight: an effective window of 125 observations."""
+DECAYS = (0.93, 0.98, 1.0)
+"""What one newer observation leaves of a weight, by memory: windows of 14, 50, and all there is."""
+REGIME = 1000.0
+"""Observations after which the best memory is expected to have become another one."""
+CHUNK = 20
+"""Observations judged together: no more than the shortest memory holds."""
+SURPRISE = 9.0
+"""The most a chunk counts against a memory, in squared standard errors: tails are heavy."""
 HISTORY = 400
-"""Lengths kept per model; the oldest of them weighs 0.992^399, 0.04."""
+"""Lengths kept per model."""
 TENANTS = 32
 """Tenants remembered apart per model, the most recent ones."""
 TENANT_HISTORY = 200
@@ -37,38 +44,65 @@ LEAN_ON_PRIOR = 8.0
 """Observations' worth of the prior inside a model's."""
 
 PROMPT_DECAY = 0.99
-"""As DECAY, per observation of one bucket of prompts: what a template brings changes slowly."""
+"""As DECAYS, per observation of one bucket of prompts: what a template brings changes slowly."""
 LEAN_ON_ALL = 5.0
 """Observations' worth of all prompts' mean inside that of one bucket."""
 MOST_FACTOR = 8.0
 """Prompts change the expected length at most by this factor, up or down."""
 
 
+_EVEN = (1.0 / len(DECAYS),) * len(DECAYS)
+
+
 @dataclass(frozen=True, slots=True)
 class History:
-    """Lengths of finished requests, newest last, and the bucket of each one's prompt."""
+    """Lengths of finished requests, newest last, and the bucket of each one's prompt.
+
+    `trust` is the share of each memory in what is expected.
+    """
 
     lengths: tuple[int, ...] = ()
     prompts: tuple[int, ...] = ()
+    trust: tuple[float, ...] = _EVEN
 
-    def after(self, lengths: Sequence[int], prompts: Sequence[int], most: int) -> History:
-        """With newer ones, at most so many in all."""
-        return History(
-            (*self.lengths, *lengths)[-most:],
-            (*self.prompts, *prompts)[-most:],
+    def after(
+        self, lengths: Sequence[int], prompts: Sequence[int], most: int, relative: Floats
+    ) -> History:
+        """With newer ones, at most so many in all; `relative` is what prompts were known to bring.
+
+        A memory is trusted as its expectations came true: the posterior of a mixture with normal
+        errors, in which shares are redistributed at the pace of REGIME (Herbster and Warmuth 1998).
+        """
+        every, asked = (*self.lengths, *lengths), (*self.prompts, *prompts)
+        answers, brought = (
+            np.array(every, dtype=np.float64),
+            relative[np.array(asked, dtype=np.int64)],
         )
+        trust = np.array(self.trust)
+        for start in range(len(self.lengths), len(every), CHUNK):
+            known, new = slice(max(0, start - most), start), slice(start, start + CHUNK)
+            trust = _judged(trust, answers[known], brought[known], answers[new], brought[new])
+        return History(every[-most:], asked[-most:], tuple(trust.tolist()))
 
-    def to_data(self) -> list[list[int]]:
+    @property
+    def weights(self) -> Floats:
+        """What each length counts, the newest 1."""
+        found: Floats = np.array(self.trust) @ _memories(len(self.lengths))
+        return found
+
+    def to_data(self) -> list[list[int] | list[float]]:
         """As plain JSON values."""
-        return [list(self.lengths), list(self.prompts)]
+        return [list(self.lengths), list(self.prompts), list(self.trust)]
 
     @staticmethod
     def from_data(data: object, most: int) -> History:
         """What `to_data` wrote; an empty one from anything else."""
-        if not isinstance(data, list | tuple) or len(data) != 2:
+        if not isinstance(data, list | tuple) or len(data) != 3:
             return History()
-        lengths, prompts = (tuple(int(n) for n in column)[-most:] for column in data)
-        return History(lengths, prompts) if len(lengths) == len(prompts) else History()
+        lengths, prompts = (tuple(int(n) for n in column)[-most:] for column in data[:2])
+        trust = tuple(float(share) for share in data[2])
+        whole = len(lengths) == len(prompts) and len(trust) == len(DECAYS)
+        return History(lengths, prompts, trust) if whole else History()
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +129,7 @@ class LengthBook:
         """The book after these requests, in the order they finished."""
         lengths: list[int] = []
         prompts: list[int] = []
+        usual = self._usual()
         new: dict[str, tuple[list[int], list[int]]] = {}
         by_prompt = dict(self.by_prompt)
         for tenant, length, prompt_tokens in outputs:
@@ -107,12 +142,14 @@ class LengthBook:
             own[0].append(length)
             own[1].append(prompt)
             new[tenant] = own
+        relative = self._relative(usual, most=max(by_prompt, default=0))
         tenants = {name: own for name, own in self.tenants.items() if name not in new}
         for name, columns in new.items():
             before = self.tenants.get(name) or History()
-            tenants[name] = before.after(*columns, TENANT_HISTORY)
+            tenants[name] = before.after(*columns, TENANT_HISTORY, relative)
         recent = dict(list(tenants.items())[-TENANTS:])
-        return LengthBook(self.overall.after(lengths, prompts, HISTORY), recent, by_prompt)
+        overall = self.overall.after(lengths, prompts, HISTORY, relative)
+        return LengthBook(overall, recent, by_prompt)
 
     def distribution(
         self,
@@ -130,35 +167,46 @@ class LengthBook:
         if of_model is None:
             of_model = prior(kind)
             if count:
-                own = _estimate(self.overall.lengths, ages, 1.0)
-                of_model = own.mixed(float(_weights(count).sum()), of_model, LEAN_ON_PRIOR)
+                own = _estimate(self.overall, ages, 1.0)
+                of_model = own.mixed(count, of_model, LEAN_ON_PRIOR)
         history = self.tenants.get(tenant or "")
         if history is None or not history.lengths:
             return of_model
         many = len(history.lengths)
-        own = _estimate(history.lengths, ages, min(1.0, many / count) if count else 1.0)
-        return own.mixed(float(_weights(many).sum()), of_model, LEAN_ON_MODEL)
+        own = _estimate(history, ages, min(1.0, many / count) if count else 1.0)
+        return own.mixed(many, of_model, LEAN_ON_MODEL)
 
     def answers(self, tenant: str | None = None) -> Answers:
         """How a tenant's work with given prompts differs from what `distribution` expects."""
-        overall = self.overall
-        if not overall.lengths:
+        usual = self._usual()
+        if usual is None:
             return Answers(np.ones(0), 1.0)
-        weights = _weights(len(overall.lengths))
-        total = float(weights.sum())
-        usual = max(1e-9, float(weights @ np.array(overall.lengths, dtype=np.float64)) / total)
-        relative = np.ones(1 + max(self.by_prompt, default=0))
-        for bucket, own in self.by_prompt.items():
-            relative[bucket] = (own.tokens + LEAN_ON_ALL * usual) / (
-                (own.weight + LEAN_ON_ALL) * usual
-            )
-        typical = _mean_of(relative, overall.prompts)
+        relative = self._relative(usual, most=max(self.by_prompt, default=0))
+        typical = _mean_of(relative, self.overall)
         history = self.tenants.get(tenant or "")
         if history is not None and history.lengths:
-            weight = float(_weights(len(history.lengths)).sum())
-            own_typical = _mean_of(relative, history.prompts)
+            weight = len(history.lengths)
+            own_typical = _mean_of(relative, history)
             typical = (weight * own_typical + LEAN_ON_MODEL * typical) / (weight + LEAN_ON_MODEL)
         return Answers(relative, typical)
+
+    def _usual(self) -> float | None:
+        """The mean length; None while nothing was seen."""
+        if not self.overall.lengths:
+            return None
+        weights = self.overall.weights
+        lengths = np.array(self.overall.lengths, dtype=np.float64)
+        return max(1e-9, float(weights @ lengths) / float(weights.sum()))
+
+    def _relative(self, usual: float | None, *, most: int) -> Floats:
+        """What prompts of each bucket up to `most` bring, relative to all; 1 where unknown."""
+        relative = np.ones(1 + most)
+        if usual is not None:
+            for bucket, own in self.by_prompt.items():
+                relative[bucket] = (own.tokens + LEAN_ON_ALL * usual) / (
+                    (own.weight + LEAN_ON_ALL) * usual
+                )
+        return relative
 
     def to_data(self) -> Mapping[str, object]:
         """As plain JSON values."""
@@ -210,23 +258,47 @@ class Answers:
 _NONE = Seen()
 
 
-def _mean_of(relative: Floats, prompts: Sequence[int]) -> float:
-    """The mean of what these prompts bring, the newest weighing most."""
-    weights = _weights(len(prompts))
-    return float(weights @ relative[np.array(prompts)]) / float(weights.sum())
+def _mean_of(relative: Floats, history: History) -> float:
+    """The mean of what its prompts bring, the newest weighing most."""
+    weights = history.weights
+    return float(weights @ relative[np.array(history.prompts)]) / float(weights.sum())
 
 
-@lru_cache(maxsize=HISTORY)
-def _weights(count: int) -> Floats:
-    newest_last: Floats = DECAY ** np.arange(count - 1, -1, -1, dtype=np.float64)
-    newest_last.setflags(write=False)
-    return newest_last
+@lru_cache(maxsize=2 * HISTORY)
+def _memories(count: int) -> Floats:
+    """By memory and observation, newest last, what each counts."""
+    ages = np.arange(count - 1, -1, -1, dtype=np.float64)
+    found: Floats = np.array(DECAYS)[:, None] ** ages
+    found.setflags(write=False)
+    return found
 
 
-def _estimate(history: tuple[int, ...], ages: Ages, share: float) -> LengthDistribution:
-    lengths, weights = np.array(history, dtype=np.float64), _weights(len(history))
-    mean = max(1.0, float(weights @ lengths) / float(weights.sum()))
-    # Little's law: while one request produces a token, running/mean requests finish.
-    fading = (1.0 - DECAY) * ages.running * share / mean
+def _judged(
+    trust: Floats, answers: Floats, brought: Floats, new_answers: Floats, new_brought: Floats
+) -> Floats:
+    """The trust in each memory after what it held said of the new ones."""
+    if answers.size < CHUNK:
+        return trust
+    memories = _memories(answers.size)
+    levels = (memories @ answers) / (memories @ brought)
+    weights = trust @ memories
+    level = float(weights @ answers) / float(weights @ brought)
+    spread = float(weights @ (answers - level * brought) ** 2) / float(weights.sum())
+    off = new_answers.mean() - levels * new_brought.mean()
+    surprise = np.minimum(SURPRISE, new_answers.size * off**2 / max(spread, 1e-9))
+    judged = trust * np.exp(-0.5 * (surprise - surprise.min()))
+    judged /= judged.sum()
+    again = min(1.0, new_answers.size / REGIME)
+    found: Floats = (1.0 - again) * judged + again / judged.size
+    return found
+
+
+def _estimate(history: History, ages: Ages, share: float) -> LengthDistribution:
+    lengths, weights = np.array(history.lengths, dtype=np.float64), history.weights
+    total = float(weights.sum())
+    mean = max(1.0, float(weights @ lengths) / total)
+    # Little's law: while one request produces a token, running/mean requests finish, and each
+    # makes the history forget one part in `total`.
+    fading = ages.running * share / mean / total
     # The ages stand for the tenant's share of them.
     return kaplan_meier(lengths, weights, ages.begun, age_weight=share * ages.weight, fading=fading)

@@ -107,6 +107,31 @@ def test_the_recent_outweighs_the_past() -> None:
     assert book.distribution(GENERATE, "t").mean < 300
 
 
+def drawn(mean: float, count: int, rng: np.random.Generator) -> list[Output]:
+    """Requests of one tenant whose lengths have this mean, and whose prompts say nothing."""
+    lengths = rng.geometric(1.0 / mean, count).tolist()
+    return [("t", n, int(rng.integers(10, 4000))) for n in lengths]
+
+
+def test_steady_lengths_are_remembered_for_long() -> None:
+    rng = np.random.default_rng(5)
+    book, off = LengthBook(), []
+    for _ in range(120):
+        book = book.seen(drawn(200, 20, rng))
+        off.append(abs(book.distribution(GENERATE, "t").mean - 200) / 200)
+    # A memory of 50 alone would be off by a tenth.
+    assert float(np.mean(off[40:])) < 0.065
+
+
+def test_a_jump_of_lengths_is_followed_within_two_dozen_requests() -> None:
+    rng = np.random.default_rng(6)
+    book = LengthBook()
+    for _ in range(50):
+        book = book.seen(drawn(100, 20, rng))
+    book = book.seen(drawn(400, 24, rng))
+    assert book.distribution(GENERATE, "t").mean > 300
+
+
 @given(
     st.lists(
         st.tuples(st.text(max_size=3), st.integers(0, 10**5), st.integers(0, 10**5)), max_size=400
