@@ -164,6 +164,20 @@ def test_a_stopped_worker_gives_its_leases_back(
     assert {look.attempts for look in bench.harness.slices()} == {0}
 
 
+def test_what_a_killed_worker_leased_is_queued_again_long_before_its_term(
+    bench: Bench, postgres_url: str, redis_url: str, data_dir: Path
+) -> None:
+    submit(bench, 8)
+    endless = {"simulated_time_scale": 1e4, "lease_s": 600.0}
+    with worker(bench, postgres_url, redis_url, data_dir, **endless) as process:
+        bench.assign()
+        until(lambda: slice_states(bench) == {SliceState.LEASED})
+        process.kill()
+        until(lambda: state(bench) is InstanceState.LOST, 10.0)
+    assert slice_states(bench) == {SliceState.QUEUED}
+    assert {look.attempts for look in bench.harness.slices()} == {1}
+
+
 def test_a_killed_worker_leaves_no_process_and_its_next_boot_takes_over(
     bench: Bench, postgres_url: str, redis_url: str, data_dir: Path
 ) -> None:
