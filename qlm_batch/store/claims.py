@@ -20,8 +20,7 @@ _BOOT = sql(
     SELECT EXISTS (SELECT FROM slice s WHERE s.instance = i.name AND s.state = 'leased'
                                          AND s.attempts >= :suspect)
     FROM instance i
-    WHERE i.name = :name AND i.boot_id = :boot_id AND i.boot_id <> ALL(i.past_boots)
-    FOR SHARE OF i
+    WHERE i.name = :name AND i.boot_id = :boot_id AND i.retired_at IS NULL FOR SHARE OF i
     """
 )
 _ASSIGNED = sql(

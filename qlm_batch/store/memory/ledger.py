@@ -23,7 +23,7 @@ class MemoryLedger(Facet):
     ) -> Sequence[ClaimedSlice]:
         """Lease slices assigned to this boot, in assignment order, up to about `max_requests`."""
         found = self.state.instances.get(instance)
-        if found is None or found.gone or found.beat.boot_id != boot_id or max_requests <= 0:
+        if found is None or found.retired or found.beat.boot_id != boot_id or max_requests <= 0:
             return ()
         leased = self.state.leased[instance].values()
         if holding and any(part.attempts >= SUSPECT_AFTER for part in leased):
