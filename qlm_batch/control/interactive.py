@@ -292,20 +292,22 @@ class Calls:
 
     async def _look(self, call: Call, *, ask: bool) -> Part | None:
         """Why nothing comes: the end where it is over, None where waiting goes on."""
-        if not await self._alive(call):
-            return await self._lost(call)
-        if not ask:
+        alive = await self._alive(call)
+        if alive and not ask:
             return None
         try:
             stored = await self._stored(call)
         except Unavailable:
             return None
+        if stored is not None and stored.state not in OPEN_INTERACTIVE:
+            return self._rest(call, stored)
+        if not alive:
+            return await self._lost(call, stored)
         if stored is None or stored.state is InteractiveState.SENT:
             with contextlib.suppress(Unavailable):
                 # The message may be lost; a worker that has it ignores the second.
                 await self._send(call)
-            return None
-        return None if stored.state in OPEN_INTERACTIVE else self._rest(call, stored)
+        return None
 
     async def _from_store(self, call: Call) -> AsyncGenerator[Part, None]:
         """The rest of a request whose stream is lost: whole, once it has ended."""
@@ -330,7 +332,7 @@ class Calls:
                 return
             part = None
             if not await self._alive(call):
-                part = await self._lost(call)
+                part = await self._lost(call, stored)
             elif stored.state is InteractiveState.SENT and time.monotonic() - sent_at > ASK_S:
                 sent_at = time.monotonic()
                 with contextlib.suppress(Unavailable):
@@ -342,9 +344,11 @@ class Calls:
             # Many calls may wait like this at once while Redis is away.
             pause_s = min(MOST_POLL_S, pause_s * 1.2)
 
-    async def _lost(self, call: Call) -> Part | None:
+    async def _lost(self, call: Call, stored: InteractiveRequest | None) -> Part | None:
+        """Move a request whose boot is gone; the end where it has begun to answer."""
         if call.shown:
             return await self._failed(call, "The instance that answered was lost; send it again.")
+        call.deaths += stored is not None and stored.state is InteractiveState.RUNNING
         return await self._elsewhere(call)
 
     async def _alive(self, call: Call) -> bool:

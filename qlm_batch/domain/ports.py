@@ -397,6 +397,14 @@ class InstanceStore(Protocol):
         """Leave in good order: nothing may be held any more."""
         ...
 
+    def died(self, name: str, boot_id: str) -> None:
+        """Take a boot whose process is dead for lost at once; it cannot come back.
+
+        What it was assigned is queued again, and what it leased as after a lost lease: an attempt
+        is counted. Nothing changes where the boot has retired or was replaced.
+        """
+        ...
+
     def instances(self) -> Sequence[InstanceView]:
         """All instances seen lately, lost ones included."""
         ...

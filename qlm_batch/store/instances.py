@@ -75,10 +75,7 @@ def heartbeat(connection: Connection, beat: Heartbeat) -> bool:
         return False
     if row is not None and row.boot_id != beat.boot_id:
         past = [*past, row.boot_id][-_REMEMBERED_BOOTS:]
-        leased = connection.scalars(_LEASED, {"name": beat.name}).all()
-        if leased:
-            lose_all(connection, leased, "replaced")
-        requeue(connection, connection.scalars(_ASSIGNED, {"name": beat.name}).all())
+        _take_back(connection, beat.name, "replaced")
     connection.execute(
         _SAVE,
         {
@@ -106,6 +103,31 @@ def heartbeat(connection: Connection, beat: Heartbeat) -> bool:
     )
     add_observations(connection, beat.observations)
     return True
+
+
+def _take_back(connection: Connection, name: str, reason: str) -> None:
+    """Queue again what a dead boot was given; an attempt counts where it was leased."""
+    leased = connection.scalars(_LEASED, {"name": name}).all()
+    if leased:
+        lose_all(connection, leased, reason)
+    requeue(connection, connection.scalars(_ASSIGNED, {"name": name}).all())
+
+
+_DIED = sql(
+    """
+    UPDATE instance SET state = 'lost', past_boots = past_boots || CAST(:boot_id AS text)
+    WHERE name = :name
+    """
+)
+
+
+def died(connection: Connection, name: str, boot_id: str) -> None:
+    """Show a dead boot as lost until the next of its name, and take back what it was given."""
+    row = connection.execute(_LOCK, {"name": name}).one_or_none()
+    if row is None or row.boot_id != boot_id or boot_id in row.past_boots:
+        return
+    _take_back(connection, name, "killed")
+    connection.execute(_DIED, {"name": name, "boot_id": boot_id})
 
 
 _RETIRE = sql(

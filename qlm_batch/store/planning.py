@@ -125,7 +125,7 @@ def queues(connection: Connection) -> Sequence[QueueEntry]:
 _LIVE = sql(
     """
     SELECT name FROM instance
-    WHERE name = ANY(CAST(:names AS text[])) AND retired_at IS NULL
+    WHERE name = ANY(CAST(:names AS text[])) AND boot_id <> ALL(past_boots)
     ORDER BY name FOR SHARE
     """
 )
@@ -153,7 +153,7 @@ def assign(
 ) -> Mapping[str, int]:
     """Place queued slices, suspects last within their run; slices per instance that got some.
 
-    Instances that retired meanwhile get nothing.
+    Instances that retired or died meanwhile get nothing.
     """
     fence(connection, epoch)
     names = sorted({wanted.instance for wanted in assignments})

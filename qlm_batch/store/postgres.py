@@ -281,6 +281,9 @@ class PostgresStore:
     def retire(self, name: str, boot_id: str) -> None:
         self._run(instances.retire, name, boot_id)
 
+    def died(self, name: str, boot_id: str) -> None:
+        self._run(instances.died, name, boot_id)
+
     def instances(self) -> Sequence[InstanceView]:
         return self._database.read(instances.instances, self._silent_s)
 

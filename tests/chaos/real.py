@@ -24,8 +24,8 @@ from tests.chaos.site import Site
 
 NAME = "gpu-real"
 BATCH_LINES = 250
-SPARED = ("guardian", "resource_tracker")
-"""Of a worker's processes, those that clear up after the others."""
+SPARED = ("guardian", "witness", "resource_tracker")
+"""Of a worker's processes, those that clear up after the others or tell of their end."""
 LEAST_RIGHT = 0.9
 """The share of right answers below which something other than the model is to blame."""
 

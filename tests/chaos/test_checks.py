@@ -93,6 +93,6 @@ async def test_the_workers_of_the_rig_have_the_engine_that_misbehaves(
 ) -> None:
     monkeypatch.setattr(app, "make_engine", MisbehavingEngine.from_settings)
     settings = Settings(engine="simulated", models=("sim",), redis_url="redis://127.0.0.1:1/0")
-    runner = app.make_runner(settings, MemoryStore(lambda: 0.0))
+    runner = app.make_runner(settings, MemoryStore(lambda: 0.0), "boot")
     (host,) = runner._hosts.values()
     assert isinstance(host.engine, MisbehavingEngine)

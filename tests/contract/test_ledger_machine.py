@@ -18,7 +18,7 @@ from hypothesis.stateful import (
 from qlm_batch.domain.errors import Conflict, NotLeader
 from qlm_batch.domain.jobs import BatchState, ClaimedSlice, OnMiss, SliceState
 from qlm_batch.domain.ledger import Directive, Held, ReleaseReason
-from qlm_batch.domain.snapshot import Assignment
+from qlm_batch.domain.snapshot import Assignment, InstanceState
 from qlm_batch.domain.transitions import OPEN_SLICE, TERMINAL
 from tests.contract.harness import (
     LEASE,
@@ -165,9 +165,15 @@ class LedgerMachine(RuleBasedStateMachine):
         if epoch is not None:
             self.store.unassign(epoch, name)
 
-    @rule(name=st.sampled_from(NAMES))
-    def new_boot(self, name: str) -> None:
+    @rule(name=st.sampled_from(NAMES), told=st.booleans())
+    def new_boot(self, name: str, told: bool) -> None:
         old = str(self.boots[name])
+        if told:
+            self.store.died(name, old)
+            # One that was silent for an hour is not listed any more.
+            own = [view for view in self.store.instances() if view.name == name]
+            assert all((v.state, v.assigned) == (InstanceState.LOST, ()) for v in own)
+            assert not self.bench.beat(name, old)
         self.boots[name] += 1
         assert self.bench.beat(name, str(self.boots[name]))
         assert not self.bench.beat(name, old)

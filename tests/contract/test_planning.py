@@ -21,7 +21,7 @@ from qlm_batch.domain.snapshot import (
     RequestGroup,
     VirtualQueue,
 )
-from tests.contract.harness import MODEL, TENANT, TERM, Bench, lines_of
+from tests.contract.harness import LEASE, MODEL, TENANT, TERM, Bench, answer, held, lines_of
 
 
 def test_a_standby_takes_over_only_after_the_term(bench: Bench) -> None:
@@ -195,6 +195,53 @@ def test_a_retired_instance_holds_nothing_and_is_not_listed(bench: Bench) -> Non
     bench.store.retire("gpu-0", "boot-1")
     assert list(bench.store.instances()) == []
     assert {(s.state, s.attempts) for s in bench.harness.slices()} == {(SliceState.QUEUED, 0)}
+
+
+def test_a_boot_that_died_is_lost_at_once_and_what_it_held_is_queued_again(bench: Bench) -> None:
+    bench.batch(lines=6, slice_requests=2)
+    bench.beat()
+    bench.assign()
+    fruitful, _ = bench.claim(most=4)
+    first = answer(fruitful, fruitful.requests[0])
+    bench.store.flush("gpu-0", [first], [held(fruitful)], lease_s=LEASE)
+    bench.store.died("gpu-0", "boot-1")
+    assert [view.state for view in bench.store.instances()] == [InstanceState.LOST]
+    # As after a lost lease: one that brought nothing counts as an attempt.
+    assert [(s.state, s.attempts) for s in bench.harness.slices()] == [
+        (SliceState.QUEUED, 0),
+        (SliceState.QUEUED, 1),
+        (SliceState.QUEUED, 0),
+    ]
+    late = answer(fruitful, fruitful.requests[1])
+    assert bench.store.flush("gpu-0", [late], [], lease_s=None).written == 1
+
+
+def test_a_boot_that_died_does_not_come_back_and_gets_nothing(bench: Bench) -> None:
+    bench.batch()
+    bench.beat()
+    bench.store.died("gpu-0", "boot-1")
+    assert bench.assign() == 0
+    assert not bench.beat()
+    assert [view.state for view in bench.store.instances()] == [InstanceState.LOST]
+    assert bench.take(boot="boot-2")
+    assert not bench.claim(boot="boot-1")
+
+
+def test_the_death_of_an_older_boot_is_none_of_the_next_ones(bench: Bench) -> None:
+    bench.batch()
+    bench.beat()
+    bench.take(boot="boot-2")
+    bench.store.died("gpu-0", "boot-1")
+    bench.store.died("gpu-9", "boot-1")
+    assert [view.state for view in bench.store.instances()] == [InstanceState.READY]
+    assert {s.state for s in bench.harness.slices()} == {SliceState.LEASED}
+
+
+def test_the_death_of_a_boot_that_retired_changes_nothing(bench: Bench) -> None:
+    bench.beat()
+    bench.store.retire("gpu-0", "boot-1")
+    bench.store.died("gpu-0", "boot-1")
+    assert list(bench.store.instances()) == []
 
 
 def test_a_key_is_known_by_its_hash_only_until_it_is_revoked(bench: Bench) -> None:

@@ -101,8 +101,15 @@ def fresh_database(postgres: EmbeddedPostgres) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def api_line(postgres_url: str, redis_url: str, data_dir: Path, **changes: Any) -> Iterator[Line]:
-    """The API without a worker."""
+def api_line(
+    postgres_url: str,
+    redis_url: str,
+    data_dir: Path,
+    *,
+    silent_s: float = SILENT_S,
+    **changes: Any,
+) -> Iterator[Line]:
+    """The API without a worker; an instance silent for `silent_s` counts as lost."""
     settings = Settings(
         database_url=postgres_url,
         redis_url=redis_url,
@@ -113,7 +120,7 @@ def api_line(postgres_url: str, redis_url: str, data_dir: Path, **changes: Any) 
     )
     harness = PostgresHarness(postgres_url)
     bench = Bench(harness)
-    store = PostgresStore(postgres_url, secret_key=SECRET_KEY, instance_silent_s=SILENT_S)
+    store = PostgresStore(postgres_url, secret_key=SECRET_KEY, instance_silent_s=silent_s)
     secret = new_secret()
     store.add_key(ApiKey(new_id(KEY), TENANT, "", "user", secret[:12], store.now()), secret)
     calls = open_calls(settings, store)

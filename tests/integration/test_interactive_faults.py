@@ -7,9 +7,11 @@ import signal
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from subprocess import Popen
 
 import httpx
 import pytest
@@ -219,6 +221,53 @@ def test_a_request_whose_worker_dies_before_the_first_token_is_answered_by_anoth
         assert text_of(events(answer))
         (stored,) = line.requests()
         assert (stored.instance, stored.epoch) == ("gpu-1", 2)
+
+
+def test_calls_before_their_first_token_are_answered_at_once_when_their_worker_is_killed(
+    postgres_url: str, redis_url: str, data_dir: Path
+) -> None:
+    silent_s = 60.0
+    first_s: list[float] = []
+    refused: list[str] = []
+
+    def start(line: Line, instance: str, scale: float) -> AbstractContextManager[Popen[bytes]]:
+        changes = {"instance": instance, "simulated_time_scale": scale, "heartbeat_s": 0.3}
+        return worker(line.bench, postgres_url, redis_url, data_dir, **changes)
+
+    def call(line: Line) -> None:
+        with line.client() as client:
+            while not killed.is_set():
+                with client.stream("POST", "/v1/chat/completions", json=chat(stream=True)) as told:
+                    if told.status_code != 200:
+                        refused.append(told.read().decode())
+                        return
+                    next(data_of(told.iter_lines()))
+                    first_s.append(time.monotonic())
+
+    def stuck(line: Line) -> int:
+        return sum(r.instance == "gpu-0" and r.state in OPEN_INTERACTIVE for r in line.requests())
+
+    killed = threading.Event()
+    # Steps of the first take minutes, so that none of its calls has a token yet.
+    with (
+        api_line(postgres_url, redis_url, data_dir, silent_s=silent_s) as line,
+        start(line, "gpu-0", 1e5) as slow,
+        start(line, "gpu-1", 1.0),
+    ):
+        wait_until(lambda: ready(line) == {"gpu-0", "gpu-1"}, 30)
+        callers = [threading.Thread(target=call, args=(line,)) for _ in range(6)]
+        for caller in callers:
+            caller.start()
+        wait_until(lambda: stuck(line) >= 3, 20)
+        began = time.monotonic()
+        slow.kill()
+        killed.set()
+        for caller in callers:
+            caller.join(silent_s)
+        assert refused == []
+        assert stuck(line) == 0
+        assert max(first_s) - began < silent_s / 6
+        assert {r.instance for r in line.requests() if r.epoch == 2} == {"gpu-1"}
 
 
 def test_a_client_that_stalls_does_not_hold_its_slot(line: Line) -> None:

@@ -84,6 +84,33 @@ def race(url: str) -> Iterator[Race]:
             made.close()
 
 
+@pytest.mark.parametrize("death_first", [True, False])
+@pytest.mark.parametrize("step", ["assign", "claim"])
+def test_nothing_is_left_with_a_boot_that_dies_while_it_is_given_work(
+    bench: Bench, postgres_url: str, step: str, death_first: bool
+) -> None:
+    bench.batch(lines=2)
+    bench.beat()
+    if step == "claim":
+        bench.assign()
+    with race(postgres_url) as line:
+        line.hold("SELECT 1 FROM instance FOR UPDATE")
+
+        def give() -> bool:
+            return bool(bench.assign() if step == "assign" else bench.claim())
+
+        def die() -> bool:
+            bench.store.died("gpu-0", "boot-1")
+            return True
+
+        first, second = (die, give) if death_first else (give, die)
+        calls = [line.join(first), line.join(second)]
+        line.go()
+        one, two = (call.result(timeout=10) for call in calls)
+    assert (two if death_first else one) is not death_first
+    assert [s.state for s in bench.harness.slices()] == [SliceState.QUEUED]
+
+
 @pytest.mark.parametrize("flush_first", [True, False])
 def test_a_late_success_and_a_cancellation_agree_on_the_counts(
     bench: Bench, postgres_url: str, flush_first: bool

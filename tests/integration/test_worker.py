@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,11 +37,19 @@ def dispatcher(redis_url: str) -> Iterator[CeleryDispatcher]:
     dispatcher.close()
 
 
+QLM_WORKER = ("-m", "qlm_cli", "worker")
+
+
 @contextmanager
 def worker(
-    bench: Bench, postgres_url: str, redis_url: str, data_dir: Path, **settings: object
+    bench: Bench,
+    postgres_url: str,
+    redis_url: str,
+    data_dir: Path,
+    command: Sequence[str] = QLM_WORKER,
+    **settings: object,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A worker that is ready, killed afterwards."""
+    """A worker that is ready, killed afterwards; `command` are Python's arguments."""
     values = {
         "engine": "simulated",
         "models": f'["{MODEL}"]',
@@ -53,7 +61,7 @@ def worker(
         "slots": 8,
     } | settings
     process = subprocess.Popen(
-        [sys.executable, "-c", "from qlm_cli.main import main; main()", "worker"],
+        [sys.executable, *command],
         env=os.environ
         | {"DATABASE_URL": postgres_url, "REDIS_URL": redis_url}
         | {f"QLM_{key.upper()}": str(value) for key, value in values.items()},
@@ -162,6 +170,34 @@ def test_a_stopped_worker_gives_its_leases_back(
         assert process.wait(30) == Exit.OK
     assert slice_states(bench) == {SliceState.QUEUED}
     assert {look.attempts for look in bench.harness.slices()} == {0}
+
+
+def test_what_a_killed_worker_leased_is_queued_again_long_before_its_term(
+    bench: Bench, postgres_url: str, redis_url: str, data_dir: Path
+) -> None:
+    submit(bench, 8)
+    endless = {"simulated_time_scale": 1e4, "lease_s": 600.0}
+    with worker(bench, postgres_url, redis_url, data_dir, **endless) as process:
+        bench.assign()
+        until(lambda: slice_states(bench) == {SliceState.LEASED})
+        process.kill()
+        until(lambda: state(bench) is InstanceState.LOST, 10.0)
+    assert slice_states(bench) == {SliceState.QUEUED}
+    assert {look.attempts for look in bench.harness.slices()} == {1}
+
+
+def test_a_worker_that_ends_with_a_hung_engine_counts_as_lost_at_once(
+    bench: Bench, postgres_url: str, redis_url: str, data_dir: Path
+) -> None:
+    submit(bench, 8)
+    command = ("-m", "tests.chaos.worker", str(data_dir / "answers"))
+    hanging = {"simulated_time_scale": 1.0, "stall_s": 0.5, "lease_s": 600.0}
+    with worker(bench, postgres_url, redis_url, data_dir, command, **hanging) as process:
+        process.send_signal(signal.SIGUSR1)
+        bench.assign()
+        assert process.wait(30) == Exit.ENGINE_HUNG
+        until(lambda: state(bench) is InstanceState.LOST, 10.0)
+    assert slice_states(bench) == {SliceState.QUEUED}
 
 
 def test_a_killed_worker_leaves_no_process_and_its_next_boot_takes_over(

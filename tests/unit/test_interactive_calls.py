@@ -255,6 +255,42 @@ async def test_a_request_that_ends_engines_is_not_handed_round() -> None:
         assert rig.stored().state is InteractiveState.FAILED
 
 
+async def test_a_request_in_hand_wherever_a_worker_dies_is_not_handed_round() -> None:
+    def act(rig: Rig, message: Interactive) -> None:
+        taken = InteractiveMark(message.request_id, message.epoch, InteractiveState.RUNNING)
+        rig.store.mark_interactive([taken])
+        rig.store.died(message.instance, message.boot_id)
+
+    async with at_work(act) as rig:
+        for n in range(1, 5):
+            rig.beat(f"gpu-{n}")
+        _, end = await rig.told(await rig.open())
+        assert end.status == 503
+        assert len(rig.sent) == 2
+
+
+async def test_a_request_no_dead_worker_had_taken_goes_on_to_the_next() -> None:
+    def act(rig: Rig, message: Interactive) -> None:
+        if len(rig.sent) < 5:
+            rig.store.died(message.instance, message.boot_id)
+        else:
+            rig.write(News(0, ("a",), End(200)))
+
+    async with at_work(act) as rig:
+        for n in range(1, 5):
+            rig.beat(f"gpu-{n}")
+        assert await rig.told(await rig.open()) == (["a"], End(200))
+
+
+async def test_what_a_worker_stored_before_it_died_is_told() -> None:
+    async with at_work() as rig:
+        rig.beat("gpu-1")
+        call = await rig.open()
+        rig.end("a\nb")
+        rig.store.died(*call.boot)
+        assert await rig.told(call) == (["a", "b"], End(200))
+
+
 async def test_a_request_nobody_else_can_take_ends_with_an_error() -> None:
     def act(rig: Rig, _: Interactive) -> None:
         rig.write(News(0, (), End(503, again=True)))

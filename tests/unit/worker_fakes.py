@@ -145,6 +145,9 @@ class FakeStore:
         with self._call():
             self.retired = True
 
+    def died(self, name: str, boot_id: str) -> None:
+        raise AssertionError("a worker does not tell of its own death")
+
     def instances(self) -> Sequence[InstanceView]:
         return ()
 

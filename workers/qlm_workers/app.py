@@ -27,6 +27,7 @@ from qlm_workers.meter import Meter
 from qlm_workers.naming import parse_model, served_name, told_length
 from qlm_workers.room import models_that_fit
 from qlm_workers.runner import Runner
+from qlm_workers.witness import Witness
 from qlm_workers.worker import ended, serve
 
 log = structlog.get_logger(__name__)
@@ -47,13 +48,23 @@ def run_worker(settings: Settings) -> int:
     gc.set_threshold(50_000, 20, 20)
     # A claim or a flush is a dozen waits for the server, and after each its thread needs a turn.
     sys.setswitchinterval(0.001)
+    boot_id = new_id(BOOT)
     try:
-        engines = EngineThread(make_runner(settings, store), on_end=ended)
+        engines = EngineThread(make_runner(settings, store, boot_id), on_end=ended)
+        witness = Witness(
+            settings.database_url,
+            settings.instance,
+            boot_id,
+            patience_s=settings.instance_silent_s,
+        )
         end_on_signals(engines)
         serve(celery, engines, settings.instance)
         verdict = engines.verdict
     finally:
         store.close()
+    if verdict is not Exit.ENGINE_HUNG:
+        # Only a boot with a hung engine leaves without giving back what it holds.
+        witness.release()
     if verdict is None or (verdict is Exit.OK and not engines.told_to_end):
         # Celery's own loop gave up: the engines ended in order, but nobody asked for it.
         verdict = Exit.CRASHED
@@ -64,8 +75,8 @@ class Storage(WorkerStore, InteractiveStore, Protocol):
     """The part of the store a worker process uses."""
 
 
-def make_runner(settings: Settings, store: Storage) -> Runner:
-    """The runner of a fresh boot, with an engine, not started yet, for each model."""
+def make_runner(settings: Settings, store: Storage, boot_id: str) -> Runner:
+    """The runner of a fresh boot, so named, with an engine, not started yet, for each model."""
     device = device_name(settings)
     fits = models_that_fit(settings, on_gpu=bool(_cards()))
     settings = settings.model_copy(update={"models_awake": fits})
@@ -82,7 +93,6 @@ def make_runner(settings: Settings, store: Storage) -> Runner:
         ]
         engine = make_engine(settings, model, kind, own)
         hosts.append(Host(name, kind, engine, *meters, told=told_length(settings, model)))
-    boot_id = new_id(BOOT)
     log.info("worker boots", instance=settings.instance, boot_id=boot_id, device=device)
     desk = InteractiveDesk(store, TokenWriter(settings.redis_url), flush_s=settings.flush_s)
     return Runner(store, hosts, settings, boot_id=boot_id, device=device, desk=desk)

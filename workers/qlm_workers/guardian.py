@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import subprocess
 import sys
 import time
 from collections.abc import Iterable
 
 import psutil
+
+from qlm_workers.parent import parent_died
 
 _EAGER_S = 0.25
 _CALM_S = 2.0
@@ -85,26 +86,13 @@ def watch(parent: int, spared: Iterable[int]) -> None:
                 for child in _descendants(process, left_alone):
                     known[child.pid] = child
                 eager = time.monotonic() - started < _EAGER_FOR_S
-                if _died(process, _EAGER_S if eager else _CALM_S):
+                if parent_died(parent, _EAGER_S if eager else _CALM_S):
                     break
     orphans = [child for child in known.values() if child.is_running()]
     for child in list(orphans):
         with contextlib.suppress(psutil.NoSuchProcess):
             orphans += child.children(recursive=True)
     _kill(orphans)
-
-
-def _died(process: psutil.Process, within_s: float) -> bool:
-    try:
-        descriptor = os.pidfd_open(process.pid)
-    except (AttributeError, OSError):
-        time.sleep(within_s)
-        return os.getppid() != process.pid
-    try:
-        readable, _, _ = select.select([descriptor], [], [], within_s)
-        return bool(readable)
-    finally:
-        os.close(descriptor)
 
 
 def _children_of(pid: int) -> set[int]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from qlm_batch.domain.ports import Heartbeat
-from qlm_batch.domain.snapshot import InstanceView
+from qlm_batch.domain.snapshot import InstanceState, InstanceView
 from qlm_batch.store.memory.planning import instance_views
 from qlm_batch.store.memory.state import Facet, InstanceData, locked
 from qlm_batch.store.memory.work import lose, requeue
@@ -26,13 +26,16 @@ class MemoryInstances(Facet):
             past = known.past_boots
             if known.beat.boot_id != beat.boot_id:
                 past = past | {known.beat.boot_id}
-                self._requeue_assigned(beat.name)
-                lose(self.state, list(self.state.leased[beat.name].values()))
+                self._take_back(beat.name)
         self.state.observations.extend(beat.observations)
         self.state.instances[beat.name] = InstanceData(
             replace(beat, observations=()), self.state.clock(), past
         )
         return True
+
+    def _take_back(self, name: str) -> None:
+        self._requeue_assigned(name)
+        lose(self.state, list(self.state.leased[name].values()))
 
     def _requeue_assigned(self, name: str) -> None:
         for part in list(self.state.assigned[name].values()):
@@ -49,6 +52,16 @@ class MemoryInstances(Facet):
         self._requeue_assigned(name)
         for part in list(self.state.leased[name].values()):
             requeue(self.state, part)
+
+    @locked
+    def died(self, name: str, boot_id: str) -> None:
+        """Take a boot whose process is dead for lost at once."""
+        known = self.state.instances.get(name)
+        if known is None or known.beat.boot_id != boot_id or known.gone:
+            return
+        known.beat = replace(known.beat, state=InstanceState.LOST)
+        known.past_boots.add(boot_id)
+        self._take_back(name)
 
     @locked
     def instances(self) -> Sequence[InstanceView]:

@@ -85,7 +85,7 @@ class MemoryPlanning(Facet):
         placed: Counter[str] = Counter()
         for wanted in assignments:
             instance = self.state.instances.get(wanted.instance)
-            if instance is None or instance.retired:
+            if instance is None or instance.gone:
                 continue
             for _ in range(wanted.slices):
                 part = take_queued(self.state, (wanted.run_id, wanted.generation))

@@ -129,6 +129,11 @@ class InstanceData:
     past_boots: set[str] = field(default_factory=set)
     retired: bool = False
 
+    @property
+    def gone(self) -> bool:
+        """Whether the boot has retired or died."""
+        return self.beat.boot_id in self.past_boots
+
 
 @dataclass(slots=True)
 class OutboxData:
