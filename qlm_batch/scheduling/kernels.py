@@ -2,7 +2,7 @@
 
 Written in the subset that compiles. Queues are rows of `place` (instance, position), filled up to
 `size`. What a group takes at instance i is `mean[kind, i] · amount`; its tail, beyond that,
-`tails[tail_kind, i]`.
+`tails[kind, i]`.
 `setup[i, a, b]` is the time lost between work of models a and b, a = -1 standing for the start.
 
 What is compiled is kept until its own file changes, so loops that call each other share this one.
@@ -44,7 +44,6 @@ class Columns(NamedTuple):
     amount: Floats
     mean: Floats
     var: Floats
-    tail_kind: Ints
     tails: Floats
     before: Ints
     serves: Flags
@@ -72,10 +71,10 @@ def in_order(c: Columns, order: Ints, shed: bool) -> Ints:
             if not c.serves[i, k]:
                 continue
             after = ends[i] + c.setup[i, last[i], k] + c.mean[kind, i] * count
-            if c.z >= 0.0 and (after + c.tails[c.tail_kind[g], i]) * c.inflation >= soonest:
+            if c.z >= 0.0 and (after + c.tails[c.kind[g], i]) * c.inflation >= soonest:
                 continue
             var = variances[i] + c.var[kind, i] * count
-            done = (after + c.tails[c.tail_kind[g], i]) * c.inflation + c.z * math.sqrt(var)
+            done = (after + c.tails[c.kind[g], i]) * c.inflation + c.z * math.sqrt(var)
             if done < soonest:
                 best, soonest = i, done
         if best < 0 or (shed and soonest > c.due[g]):
@@ -110,7 +109,7 @@ def walk(
     slack[size] = math.inf
     for p in range(size - 1, -1, -1):
         g = queue[p]
-        done = (ends[p] + c.tails[c.tail_kind[g], i]) * c.inflation + c.z * math.sqrt(variances[p])
+        done = (ends[p] + c.tails[c.kind[g], i]) * c.inflation + c.z * math.sqrt(variances[p])
         slack[p] = min(slack[p + 1], c.due[g] - done)
     return swap_s
 
@@ -139,7 +138,7 @@ def walk_all(c: Columns, flat: Ints, bounds: Ints) -> tuple[Floats, Floats, Floa
             end += c.mean[c.kind[g], i] * c.amount[g]
             var += c.var[c.kind[g], i] * c.amount[g]
             ends[p], variances[p] = end, var
-            tail = c.tails[c.tail_kind[g], i]
+            tail = c.tails[c.kind[g], i]
             done[p] = (end + tail) * c.inflation + c.z * math.sqrt(var)
     return starts, ends, variances, done, swap_s
 
@@ -194,6 +193,8 @@ def insert_late(
     due: Floats,
     lines: Floats,
     excess: Floats,
+    classes: Ints,
+    slow: Floats,
     place: Ints,
     size: Ints,
     order: Ints,
@@ -206,8 +207,8 @@ def insert_late(
     Groups are taken in `order`, each at least `least` of it in time and worth more than `price` for
     each second of swapping it adds, until `tries` positions were looked at. `due` are true
     deadlines; those in `c` are moved to the end of what is placed late, which must not become later
-    still. `lines` are the groups' requests. `place` has room; it and `size` are changed. Returns
-    which were placed.
+    still. `lines` are the groups' requests; `excess`, `classes` and `slow` as in a WorkTable.
+    `place` has room; it and `size` are changed. Returns which were placed.
     """
     m, room = place.shape
     ends, variances, slack = np.empty((m, room)), np.empty((m, room)), np.empty((m, room + 1))
@@ -240,12 +241,12 @@ def insert_late(
                     spread = c.z * math.sqrt(end_var + var)
                     begin = start * c.inflation + spread
                     for e in range(excess.shape[2]):
-                        left = (due[g] - begin - excess[kind, i, e]) / span
+                        left = (due[g] - begin - excess[kind, classes[i], e] * slow[i]) / span
                         made = math.floor(lines[g] * min(1.0, max(0.0, left)))
                         share += made / (lines[g] * excess.shape[2])
                     gain = c.weight[g] * share - price * (added - mean)
                     if share >= least and gain > best:
-                        done = (start + mean + c.tails[c.tail_kind[g], i]) * c.inflation
+                        done = (start + mean + c.tails[c.kind[g], i]) * c.inflation
                         ended = done + spread
                         best, owner, at = gain, i, p
                 if p < size[i]:
@@ -293,7 +294,7 @@ def by_insertion(
             if not c.serves[i, k]:
                 continue
             mean, var = c.mean[kind, i] * count, c.var[kind, i] * count
-            tail = c.tails[c.tail_kind[g], i]
+            tail = c.tails[c.kind[g], i]
             setup = c.setup[i, last[i], k]
             end = ends[i] + setup + mean
             least = min(end + swap_price * setup, ends[i] + mean)
@@ -321,7 +322,7 @@ def by_insertion(
             first = last[i] < 0
             ends[i] += c.setup[i, last[i], k] + c.mean[kind, i] * count
             variances[i] += c.var[kind, i] * count
-            done = (ends[i] + c.tails[c.tail_kind[g], i]) * c.inflation
+            done = (ends[i] + c.tails[c.kind[g], i]) * c.inflation
             done += c.z * math.sqrt(variances[i])
             for other in range(models):
                 # A run at the end has nothing behind it yet, and so no bound; now it has one.
@@ -376,7 +377,7 @@ def cheapest(
     """The least time a group adds to a walked queue, and where; inf where it fits nowhere."""
     k, due = c.model[g], c.due[g]
     mean, var = c.mean[c.kind[g], i] * c.amount[g], c.var[c.kind[g], i] * c.amount[g]
-    tail, push = c.tails[c.tail_kind[g], i], c.z * math.sqrt(var)
+    tail, push = c.tails[c.kind[g], i], c.z * math.sqrt(var)
     end, end_var, last = c.ready[i], c.ready_var[i], -1
     best, where = math.inf, -1
     for p in range(size + 1):

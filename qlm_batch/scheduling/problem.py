@@ -137,7 +137,7 @@ class Problem:
         self.table = estimator.table(self.groups)
         self._kind: list[int] = self.table.kind.tolist()
         self._count: list[float] = self.table.count.tolist()
-        self._tails: Floats = np.ascontiguousarray(self.table.excess[:, :, MOST])
+        self._tails: Floats = self.table.end(MOST)
         fastest = self.table.mean.min(axis=1, initial=math.inf)
         self.least: list[float] = (fastest[self.table.kind] * self.table.count).tolist()
         self.z = NormalDist().inv_cdf(estimator.config.quantile)
@@ -237,7 +237,6 @@ class Problem:
             amount=table.count,
             mean=table.mean,
             var=table.var,
-            tail_kind=table.kind,
             tails=self._tails,
             before=np.array(self.before, dtype=np.int64),
             serves=self.serves,
@@ -347,7 +346,7 @@ class Problem:
             group = times.flat[late]
             span = (times.ends[late] - times.starts[late]) * self.inflation
             start = times.starts[late] * self.inflation + self.z * np.sqrt(times.variances[late])
-            room = (due[late] - start)[:, None] - self.table.excess[self.table.kind[group], owner]
+            room = (due[late] - start)[:, None] - self.table.ends(group, owner)
             part = np.clip(room / np.maximum(span, _LEAST_S)[:, None], 0.0, 1.0)
             lines = self.lines[group][:, None]
             shares[late] = (np.floor(part * lines) / lines).mean(axis=1)

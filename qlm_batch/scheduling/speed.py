@@ -10,13 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 StepRow = tuple[int, int, int, float]
+Amount = TypeVar("Amount", float, Floats)
 
 FORGET = 0.999
 """What one newer step leaves of a weight: an effective window of 1,000 steps."""
@@ -41,8 +42,8 @@ class StepTime:
     per_kv: float
     per_prefill: float
 
-    def seconds(self, sequences: float, kv: float, prefill: float) -> float:
-        """Time of one step."""
+    def seconds(self, sequences: Amount, kv: Amount, prefill: Amount) -> Amount:
+        """Time of one step, or of each."""
         return (
             self.base
             + self.per_sequence * sequences

@@ -55,7 +55,7 @@ def to_plan(problem: Problem, queues: Queues, shed: Collection[int], policy: str
     times = problem.times(full)
     shares = problem.shares(times).tolist()
     where = np.repeat(np.arange(len(full)), np.diff(times.bounds))
-    tails = problem.table.tails[problem.table.tail_kind[times.flat], where]
+    tails = problem.table.tail(times.flat, where)
     starts, finish = (times.starts + now).tolist(), (times.ends + tails + now).tolist()
     variances, bounds = times.variances.tolist(), times.bounds.tolist()
     planned: list[VirtualQueue] = []

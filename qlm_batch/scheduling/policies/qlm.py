@@ -134,6 +134,8 @@ def _put_late(
         columns.due,
         problem.lines,
         problem.table.excess,
+        problem.table.classes,
+        problem.table.slow,
         place,
         size,
         order,
