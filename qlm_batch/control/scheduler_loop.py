@@ -22,7 +22,7 @@ from qlm_batch.domain.snapshot import Plan, RequestGroup, Snapshot
 from qlm_batch.scheduling.dispatching import DispatchConfig, recalls, rescues, top_up
 from qlm_batch.scheduling.estimator import Estimator, EstimatorConfig
 from qlm_batch.scheduling.forecasts import Forecasts
-from qlm_batch.scheduling.grouping import Grouper
+from qlm_batch.scheduling.grouping import form_groups
 from qlm_batch.scheduling.loops import COMPILED, loops
 from qlm_batch.scheduling.pacing import Pace
 from qlm_batch.scheduling.policies import Policy
@@ -152,7 +152,6 @@ class SchedulerLoop:
         self._unserved = Unserved(self._config.unserved)
         self._forecasts = Forecasts()
         self._known = Knowledge()
-        self._grouper = Grouper()
         self._pace = Pace()
         self._rescued: set[str] = set()
         self._pressed: dict[str, float] = {}
@@ -171,7 +170,7 @@ class SchedulerLoop:
             # What was closed must not be planned; the next pass sees the queue without it.
             return Tick(epoch, failed=failed, more=True)
         estimator = Estimator(snapshot, self._config.estimator, known)
-        groups = self._grouper.form(snapshot, estimator.capacities(snapshot))
+        groups = form_groups(snapshot, estimator.capacities(snapshot))
         plan, why = self._plan(snapshot, groups, estimator)
         plan = with_estimates(plan, snapshot, estimator)
         self._forecasts = self._forecasts.planned(plan, snapshot)

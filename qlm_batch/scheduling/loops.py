@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from qlm_batch.scheduling.compiled import AVAILABLE, plain
+from qlm_batch.scheduling.cutting import cut, packed
 from qlm_batch.scheduling.kernels import (
     Columns,
     Flags,
@@ -41,6 +42,8 @@ class Loops(NamedTuple):
     search: Callable[[Columns, Floats, Ints, Ints, Ints, int, int, int, float, float], int]
     survival: Callable[[Floats, Floats, Floats, float, float], tuple[Floats, Floats]]
     largest: Callable[[Floats, Floats, Ints, Ints, Floats], Floats]
+    cut: Callable[[Ints, Ints, Floats, Ints], tuple[Ints, Ints]]
+    packed: Callable[[Ints, Flags, Ints, Floats], tuple[Ints, Ints]]
 
 
 COMPILED = Loops(
@@ -54,6 +57,8 @@ COMPILED = Loops(
     search,
     survival,
     largest,
+    cut,
+    packed,
 )
 WRITTEN = Loops(**plain(globals(), Loops._fields))
 
@@ -100,4 +105,6 @@ def compile_all() -> None:
     COMPILED.search(columns, one, place, size, none.copy(), 0, 1, 0, 0.5, 0.5)
     COMPILED.survival(one, one, one, 1.0, 0.5)
     COMPILED.largest(one, one[:0], size + 1, size, one)
+    COMPILED.cut(size + 1, size + 1, one, size + 1)
+    COMPILED.packed(size, yes[0], np.array([0, 1]), one)
     _choice.compiled = True
