@@ -10,8 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from qlm_batch.domain.jobs import OnMiss, SloClass
 from qlm_batch.domain.snapshot import Observation, RequestGroup
+
+Floats = NDArray[np.float64]
 
 HALF_LIFE_S = 900.0
 FAIRNESS = 0.25
@@ -79,18 +84,19 @@ def virtual_times(
     return times
 
 
-def fair_factors(times: Sequence[float], tenants: int) -> list[float]:
+def fair_factors(times: Floats, tenants: int) -> Floats:
     """What to multiply weights by; 1 while there is only one tenant."""
     if tenants < 2:
-        return [1.0] * len(times)
-    return [1.0 + FAIRNESS * (1.0 - 0.5 * min(2.0, time)) for time in times]
+        return np.ones(times.size)
+    factors: Floats = 1.0 + FAIRNESS * (1.0 - 0.5 * np.minimum(2.0, times))
+    return factors
 
 
 def entitled(times: Sequence[float], work_s: Sequence[float], capacity_s: float) -> list[bool]:
     """Whose work comes first where only `capacity_s` of it can be on time: the earliest times."""
     chosen = [False] * len(times)
     left_s = capacity_s
-    for g in sorted(range(len(times)), key=lambda g: (times[g], g)):
+    for g in np.argsort(times, kind="stable").tolist():
         if work_s[g] > left_s:
             break
         left_s -= work_s[g]
