@@ -153,18 +153,26 @@ class Estimator:
 
     def capacities(self, snapshot: Snapshot) -> Mapping[str, ModelCapacity]:
         """For each model that is served, a typical instance as its queued work would find it."""
-        sums: dict[str, tuple[EngineKind, list[int]]] = {}
-        for run in snapshot.runs:
-            _, total = sums.setdefault(run.model, (run.kind, [0, 0, 0]))
-            total[0] += run.requests
-            total[1] += run.prompt_tokens
-            total[2] += run.max_tokens
+        runs = snapshot.runs
+        kinds = {run.model: run.kind for run in runs}
+        index = {model: n for n, model in enumerate(kinds)}
+        own = np.array([index[run.model] for run in runs], dtype=np.int64)
+        requests, prompts, limits = (
+            np.bincount(own, amounts, len(kinds)).tolist()
+            for amounts in (
+                [run.requests for run in runs],
+                [run.prompt_tokens for run in runs],
+                [run.max_tokens for run in runs],
+            )
+        )
         capacities: dict[str, ModelCapacity] = {}
-        for model, (kind, (requests, prompt, most)) in sums.items():
-            count = max(1, requests)
-            shape = (model, kind, "", to_grid(prompt / count), to_grid(most / count))
+        for (model, kind), count, prompt, most in zip(
+            kinds.items(), requests, prompts, limits, strict=True
+        ):
+            each = max(1.0, count)
+            shape = (model, kind, "", to_grid(prompt / each), to_grid(most / each))
             flows = sorted(
-                ((self._flow(int(own[0]), shape), own.size) for own in self.fleet.servers(model)),
+                ((self._flow(int(at[0]), shape), at.size) for at in self.fleet.servers(model)),
                 key=lambda entry: entry[0].running,
             )
             serving = sum(size for _, size in flows)

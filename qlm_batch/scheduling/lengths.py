@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from statistics import NormalDist
 
 import numpy as np
@@ -161,6 +161,7 @@ def kaplan_meier(
     return LengthDistribution(*loops().survival(finished[order], mass, running, age_weight, fading))
 
 
+@lru_cache
 def prior(kind: EngineKind) -> LengthDistribution:
     """What is assumed before anything was seen: chat-like lengths, or none for embeddings.
 

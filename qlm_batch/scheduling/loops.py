@@ -21,6 +21,7 @@ from qlm_batch.scheduling.kernels import (
     insert_late,
     insert_one,
     search,
+    tidied,
     walk,
     walk_all,
 )
@@ -33,6 +34,7 @@ class Loops(NamedTuple):
     in_order: Callable[[Columns, Ints, bool], Ints]
     walk: Callable[[Columns, int, Ints, int, Floats, Floats, Floats], float]
     walk_all: Callable[[Columns, Ints, Ints], tuple[Floats, Floats, Floats, Floats, Floats]]
+    tidied: Callable[[Columns, Ints, Ints, Ints], Ints]
     behind: Callable[[Columns, Ints, Floats, Ints], Ints]
     insert_one: Callable[[Columns, Ints, Ints, int, float], tuple[int, int]]
     insert_late: Callable[
@@ -50,6 +52,7 @@ COMPILED = Loops(
     in_order,
     walk,
     walk_all,
+    tidied,
     behind,
     insert_one,
     insert_late,
@@ -97,6 +100,7 @@ def compile_all() -> None:
     COMPILED.by_insertion(columns, none, place, size, 1.0, 0.5)
     COMPILED.walk(columns, 0, place[0], 1, many, many.copy(), many.copy())
     COMPILED.walk_all(columns, none, np.array([0, 1]))
+    COMPILED.tidied(columns, none, none, np.array([0, 1]))
     COMPILED.behind(columns, none, one.copy(), np.full(1, -1, dtype=np.int64))
     COMPILED.insert_one(columns, place, size, 0, 0.5)
     COMPILED.insert_late(

@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from statistics import NormalDist
 from typing import Final, Protocol
 
@@ -286,13 +287,12 @@ class Problem:
         return able
 
     @cached_property
-    def rank(self) -> list[int]:
+    def rank(self) -> Ints:
         """Each placeable group's position in `by_deadline`."""
         order = self.by_deadline
         rank = np.zeros(len(self.groups), dtype=np.int64)
         rank[order] = np.arange(order.size)
-        places: list[int] = rank.tolist()
-        return places
+        return rank
 
     def done(self, mean: float, var: float) -> float:
         """When something of this mean and variance is done, at the planning quantile."""
@@ -324,11 +324,16 @@ class Problem:
             slack[p] = min(slack[p + 1], self.due[queue[p]] - walk.done[p])
         return slack
 
-    def times(self, queues: Queues) -> Times:
-        """Times along all queues at once."""
+    def laid_out(self, queues: Queues) -> tuple[Ints, Ints]:
+        """All queues end to end, and where each begins and the last one ends."""
         bounds = np.zeros(len(queues) + 1, dtype=np.int64)
         np.cumsum([len(queue) for queue in queues], out=bounds[1:])
-        flat = np.fromiter((g for queue in queues for g in queue), np.int64, int(bounds[-1]))
+        flat = np.fromiter(chain.from_iterable(queues), np.int64, int(bounds[-1]))
+        return flat, bounds
+
+    def times(self, queues: Queues) -> Times:
+        """Times along all queues at once."""
+        flat, bounds = self.laid_out(queues)
         return Times(flat, bounds, *loops().walk_all(self.columns, flat, bounds))
 
     def shares(self, times: Times) -> Floats:

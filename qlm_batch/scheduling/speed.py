@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Final, TypeVar
 
 import numpy as np
@@ -66,6 +67,7 @@ _TABLE: Final[tuple[tuple[str, float, StepTime], ...]] = (
 )
 
 
+@lru_cache(maxsize=1024)
 def prior_step_time(model: str, device: str) -> StepTime:
     """What to expect of a pair not seen yet, from the nearest published one of its device.
 
