@@ -69,4 +69,6 @@ class WorkTable:
 
     def end(self, nth: int) -> Floats:
         """The nth of `excess` of each kind at every instance."""
-        return self.excess[:, self.classes, nth] * self.slow
+        # Laid out by rows, as the compiled loops expect it.
+        by_class = np.ascontiguousarray(self.excess[:, :, nth])
+        return np.ascontiguousarray(by_class[:, self.classes]) * self.slow

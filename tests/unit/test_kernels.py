@@ -13,9 +13,12 @@ from hypothesis import strategies as st
 from qlm_batch.domain.snapshot import RunView
 from qlm_batch.scheduling import loops
 from qlm_batch.scheduling.compiled import AVAILABLE
+from qlm_batch.scheduling.estimator import Estimator
+from qlm_batch.scheduling.grouping import form_groups
 from qlm_batch.scheduling.lengths import kaplan_meier
 from qlm_batch.scheduling.policies import policy
 from qlm_batch.scheduling.policies.base import standing, to_plan
+from tests.unit.planning_cases import instance, run_view, snapshot
 from tests.unit.test_grouping import groups_of, runs
 from tests.unit.test_planner import Case, case, cases
 
@@ -105,4 +108,12 @@ def test_compiling_ahead_covers_the_calls_of_a_plan() -> None:
     kept = standing(asked.problem, plan)
     assert kept is not None
     kept.insert(asked.problem)
+    queue = [
+        run_view(n, 9, deadline=200.0 * n, model=model, tenant=f"tenant-{n % 2}")
+        for n, model in enumerate("abab", 1)
+    ]
+    fleet = [instance("i", ("a", "b")), instance("j", ("b", "a"), device="A10")]
+    estimator = Estimator(seen := snapshot(runs=queue, instances=fleet))
+    groups = form_groups(seen, estimator.capacities(seen))
+    policy("qlm").plan(seen, groups, estimator, 25, 0)
     assert [len(loop.signatures) for loop in compiled] == known  # type: ignore[attr-defined]
