@@ -40,9 +40,9 @@ from qlm_batch.scheduling.flows import (
 from qlm_batch.scheduling.grouping import ModelCapacity
 from qlm_batch.scheduling.profile import Knowledge
 from qlm_batch.scheduling.running import Running
-from qlm_batch.scheduling.speed import Speed, StepTime
+from qlm_batch.scheduling.speed import Amount, Speed, StepTime
 from qlm_batch.scheduling.tabulating import tabulated
-from qlm_batch.scheduling.worktable import GroupWork, WorkTable
+from qlm_batch.scheduling.worktable import Floats, GroupWork, WorkTable
 
 VERSION = "flow-2"
 """Names this estimator in promises."""
@@ -300,32 +300,36 @@ class Estimator:
 
     # Distributions
 
-    def spread(self, mean: float, var: float) -> float:
-        """Standard deviation of a duration of this mean and variance, with the model's error."""
-        return math.sqrt(max(0.0, var) + (self.config.model_error * mean) ** 2)
+    def spread(self, mean: Amount, var: Amount) -> Amount:
+        """Standard deviation of durations of this mean and variance, with the model's error."""
+        found: Amount = np.sqrt(np.maximum(0.0, var) + (self.config.model_error * mean) ** 2)
+        return found
 
-    def quantile(self, mean: float, var: float, level: float) -> float:
+    def quantile(self, mean: Amount, var: Amount, level: float) -> Amount:
         """The duration not exceeded with probability `level`; never negative."""
-        return max(0.0, mean + _z(level) * self.spread(mean, var))
+        found: Amount = np.maximum(0.0, mean + _z(level) * self.spread(mean, var))
+        return found
 
-    def upper(self, mean: float, var: float, model: str, slo_class: SloClass) -> float:
-        """The 95 % bound shown to users, calibrated where enough outcomes were seen."""
+    def upper(self, mean: Floats, var: Floats, model: str, slo_class: SloClass) -> Floats:
+        """The 95 % bounds shown to users, calibrated where enough outcomes were seen."""
         key = (model, slo_class)
         if key not in self._bounds:
             self._bounds[key] = self.knowledge.calibration(model).factor(slo_class)
         factor = self._bounds[key]
         if factor is None:
             return self.quantile(mean, var, 0.95)
-        return max(EPSILON_S, mean * factor)
+        return np.maximum(EPSILON_S, mean * factor)
 
-    def miss_probability(self, mean: float, var: float, left_s: float) -> float:
-        """The chance that a duration exceeds `left_s`."""
-        if left_s <= 0.0:
-            return 1.0
+    def miss_probabilities(self, mean: Floats, var: Floats, left_s: Floats) -> list[float]:
+        """For each duration the chance that it exceeds its `left_s`."""
         spread = self.spread(mean, var)
-        if spread <= EPSILON_S:
-            return float(mean > left_s)
-        return 0.5 * math.erfc((left_s - mean) / (spread * math.sqrt(2.0)))
+        errors = (left_s - mean) / (np.maximum(EPSILON_S, spread) * math.sqrt(2.0))
+        chances = np.array([0.5 * math.erfc(error) for error in errors.tolist()])
+        certain = np.where(left_s <= 0.0, 1.0, mean > left_s)
+        found: list[float] = np.where(
+            (left_s <= 0.0) | (spread <= EPSILON_S), certain, chances
+        ).tolist()
+        return found
 
 
 @lru_cache

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from qlm_batch.domain.jobs import Estimate, SloClass
 from qlm_batch.domain.snapshot import Plan, Snapshot
 from qlm_batch.scheduling.estimator import VERSION, Estimator
@@ -17,12 +19,10 @@ def with_estimates(plan: Plan, snapshot: Snapshot, estimator: Estimator) -> Plan
     with a part that no instance serves has no quantiles.
     """
     ends: dict[str, _End] = {}
-    for mean, var, left_s, model, slo_class, reason, batches in (
-        *_planned(plan),
-        *_assigned(snapshot, estimator),
+    parts = [*_planned(plan), *_assigned(snapshot, estimator)]
+    for (mean, _, _, _, reason, batches), upper, miss in zip(
+        parts, *_told(parts, estimator), strict=True
     ):
-        upper = estimator.upper(mean, var, model, slo_class)
-        miss = estimator.miss_probability(mean, var, left_s)
         for batch_id in batches:
             known = ends.get(batch_id)
             if known is None:
@@ -61,8 +61,20 @@ class _End:
         return Estimate(now + p50, now + max(p50, self.upper), self.miss, self.reason, now)
 
 
-_Part = tuple[float, float, float, str, SloClass, str, Sequence[str]]
-"""Mean and variance of the end of some work, time to its deadline, model, class, why, batches."""
+_Part = tuple[float, float, float, tuple[str, SloClass], str, Sequence[str]]
+"""Mean and variance of the end of some work, time to its deadline, whose it is, why, batches."""
+
+
+def _told(parts: Sequence[_Part], estimator: Estimator) -> tuple[list[float], list[float]]:
+    """Of each part the bound shown to users and the chance that it misses its deadline."""
+    mean, var, left_s = (np.array([part[n] for part in parts]) for n in range(3))
+    owners: dict[tuple[str, SloClass], list[int]] = {}
+    for n, part in enumerate(parts):
+        owners.setdefault(part[3], []).append(n)
+    upper = np.empty(len(parts))
+    for (model, slo_class), own in owners.items():
+        upper[own] = estimator.upper(mean[own], var[own], model, slo_class)
+    return upper.tolist(), estimator.miss_probabilities(mean, var, left_s)
 
 
 def _planned(plan: Plan) -> Iterator[_Part]:
@@ -74,8 +86,7 @@ def _planned(plan: Plan) -> Iterator[_Part]:
                 placed.finish_mean - now,
                 placed.finish_var,
                 group.deadline - now,
-                group.model,
-                group.slo_class,
+                (group.model, group.slo_class),
                 f"let go: {placed.reason}" if placed.shed else placed.reason,
                 group.batches,
             )
@@ -90,8 +101,7 @@ def _assigned(snapshot: Snapshot, estimator: Estimator) -> Iterator[_Part]:
                     mean + estimator.tail_s(i, own),
                     var,
                     own.deadline - snapshot.now,
-                    own.model,
-                    SloClass.BATCH,
+                    (own.model, SloClass.BATCH),
                     f"running on {view.name}; model {own.model}",
                     (own.batch_id,),
                 )
