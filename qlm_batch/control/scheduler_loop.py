@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import structlog
 
+from qlm_batch.control.collecting import collector_held
 from qlm_batch.control.leadership import Leadership
 from qlm_batch.control.recording import RecordedPolicy, Recorder, recorded
 from qlm_batch.control.story import Story
@@ -169,10 +170,11 @@ class SchedulerLoop:
         if failed:
             # What was closed must not be planned; the next pass sees the queue without it.
             return Tick(epoch, failed=failed, more=True)
-        estimator = Estimator(snapshot, self._config.estimator, known)
-        groups = form_groups(snapshot, estimator.capacities(snapshot))
-        plan, why = self._plan(snapshot, groups, estimator)
-        plan = with_estimates(plan, snapshot, estimator)
+        with collector_held():
+            estimator = Estimator(snapshot, self._config.estimator, known)
+            groups = form_groups(snapshot, estimator.capacities(snapshot))
+            plan, why = self._plan(snapshot, groups, estimator)
+            plan = with_estimates(plan, snapshot, estimator)
         self._forecasts = self._forecasts.planned(plan, snapshot)
         recalled = self._recalled(snapshot, plan, estimator)
         self._save(epoch, plan, snapshot, recalled, changed=bool(why or recalled))
