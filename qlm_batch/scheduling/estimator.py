@@ -320,16 +320,13 @@ class Estimator:
             return self.quantile(mean, var, 0.95)
         return np.maximum(EPSILON_S, mean * factor)
 
-    def miss_probabilities(self, mean: Floats, var: Floats, left_s: Floats) -> list[float]:
+    def miss_probabilities(self, mean: Floats, var: Floats, left_s: Floats) -> Floats:
         """For each duration the chance that it exceeds its `left_s`."""
         spread = self.spread(mean, var)
         errors = (left_s - mean) / (np.maximum(EPSILON_S, spread) * math.sqrt(2.0))
         chances = np.array([0.5 * math.erfc(error) for error in errors.tolist()])
-        certain = np.where(left_s <= 0.0, 1.0, mean > left_s)
-        found: list[float] = np.where(
-            (left_s <= 0.0) | (spread <= EPSILON_S), certain, chances
-        ).tolist()
-        return found
+        chances = np.where(spread <= EPSILON_S, mean > left_s, chances)
+        return np.where(left_s <= 0.0, 1.0, chances)
 
 
 @lru_cache
