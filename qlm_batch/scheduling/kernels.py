@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from qlm_batch.scheduling.compiled import compiled
+from qlm_batch.scheduling.compiled import compiled, inlined
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -99,7 +99,7 @@ def in_order(c: Columns, order: Ints, shed: bool) -> Ints:
     return owner
 
 
-@compiled
+@inlined
 def walk(
     c: Columns, i: int, queue: Ints, size: int, ends: Floats, variances: Floats, slack: Floats
 ) -> float:
@@ -414,7 +414,7 @@ def by_insertion(
     return owner
 
 
-@compiled
+@inlined
 def cheapest(
     c: Columns,
     i: int,
@@ -450,7 +450,7 @@ def cheapest(
     return best, where
 
 
-@compiled
+@inlined
 def _below(state: Ints, bound: int) -> int:
     """The next pseudo-random number in [0, bound): Park and Miller's minimal generator."""
     state[0] = (state[0] * 48271) % _MODULUS

@@ -22,7 +22,6 @@ from qlm_batch.scheduling.kernels import (
     insert_one,
     search,
     tidied,
-    walk,
     walk_all,
 )
 from qlm_batch.scheduling.survival import largest, survival
@@ -32,7 +31,6 @@ class Loops(NamedTuple):
     """The loops, all compiled or all as written; they give equal results."""
 
     in_order: Callable[[Columns, Ints, bool], Ints]
-    walk: Callable[[Columns, int, Ints, int, Floats, Floats, Floats], float]
     walk_all: Callable[[Columns, Ints, Ints], tuple[Floats, Floats, Floats, Floats, Floats]]
     tidied: Callable[[Columns, Ints, Ints, Ints], Ints]
     behind: Callable[[Columns, Ints, Floats, Ints], Ints]
@@ -50,7 +48,6 @@ class Loops(NamedTuple):
 
 COMPILED = Loops(
     in_order,
-    walk,
     walk_all,
     tidied,
     behind,
@@ -95,10 +92,9 @@ def compile_all() -> None:
         tails=table, before=none, serves=yes, awake=yes, ready=one, ready_var=one,
         setup=np.zeros((1, 2, 1)), z=0.5, inflation=1.0,
     )  # fmt: skip
-    place, size, many = np.zeros((1, 2), dtype=np.int64), np.zeros(1, dtype=np.int64), np.ones(3)
+    place, size = np.zeros((1, 2), dtype=np.int64), np.zeros(1, dtype=np.int64)
     COMPILED.in_order(columns, none, True)
     COMPILED.by_insertion(columns, none, place, size, 1.0, 0.5)
-    COMPILED.walk(columns, 0, place[0], 1, many, many.copy(), many.copy())
     COMPILED.walk_all(columns, none, np.array([0, 1]))
     COMPILED.tidied(columns, none, none, np.array([0, 1]))
     COMPILED.behind(columns, none, one.copy(), np.full(1, -1, dtype=np.int64))
