@@ -17,6 +17,7 @@ from qlm_batch.domain.jobs import OnMiss, SloClass
 from qlm_batch.domain.snapshot import Observation, RequestGroup
 
 Floats = NDArray[np.float64]
+Flags = NDArray[np.bool_]
 
 HALF_LIFE_S = 900.0
 FAIRNESS = 0.25
@@ -69,18 +70,21 @@ class Served:
 
 def virtual_times(
     groups: Sequence[RequestGroup], work_s: Sequence[float], served: Served
-) -> list[float]:
+) -> Floats:
     """Each group's virtual time in [0, 2]: what its tenant had lately and queues up to its end.
 
     Both as shares of all. `work_s` is finite; groups stand in the order in which they are due.
     """
-    tenants = sorted({group.tenant for group in groups})
-    total = sum(work_s) or 1.0
-    clock = {tenant: served.share(tenant, tenants) for tenant in tenants}
-    times = []
-    for group, seconds in zip(groups, work_s, strict=True):
-        clock[group.tenant] += seconds / total
-        times.append(clock[group.tenant])
+    index = {tenant: n for n, tenant in enumerate(sorted({group.tenant for group in groups}))}
+    owner = np.array([index[group.tenant] for group in groups], dtype=np.int64)
+    shares = np.array(work_s) / (sum(work_s) or 1.0)
+    times = np.empty(len(groups))
+    by_tenant = np.argsort(owner, kind="stable")
+    bounds = np.searchsorted(owner[by_tenant], np.arange(len(index) + 1)).tolist()
+    for tenant, start, stop in zip(index, bounds[:-1], bounds[1:], strict=True):
+        own = by_tenant[start:stop]
+        had = served.share(tenant, index)
+        times[own] = np.cumsum(np.concatenate(([had], shares[own])))[1:]
     return times
 
 
@@ -92,26 +96,24 @@ def fair_factors(times: Floats, tenants: int) -> Floats:
     return factors
 
 
-def entitled(times: Sequence[float], work_s: Sequence[float], capacity_s: float) -> list[bool]:
+def entitled(times: Sequence[float], work_s: Sequence[float], capacity_s: float) -> Flags:
     """Whose work comes first where only `capacity_s` of it can be on time: the earliest times."""
-    chosen = [False] * len(times)
-    left_s = capacity_s
-    for g in np.argsort(times, kind="stable").tolist():
-        if work_s[g] > left_s:
-            break
-        left_s -= work_s[g]
-        chosen[g] = True
+    order = np.argsort(times, kind="stable")
+    work = np.array(work_s)[order]
+    left_s = np.subtract.accumulate(np.concatenate(([capacity_s], work)))[:-1]
+    chosen = np.zeros(work.size, dtype=np.bool_)
+    chosen[order[np.logical_and.accumulate(work <= left_s)]] = True
     return chosen
 
 
 def on_floor(
     groups: Sequence[RequestGroup], work_s: Sequence[float], fleet: int, now: float
-) -> list[bool]:
+) -> Flags:
     """Batch groups inside the floor kept for their class; none without interactive work beside.
 
     The floor is a share of what `fleet` instances do until the last interactive deadline.
     """
-    chosen = [False] * len(groups)
+    chosen = np.zeros(len(groups), dtype=np.bool_)
     urgent = [g.deadline - now for g in groups if g.slo_class is SloClass.INTERACTIVE]
     if not urgent:
         return chosen

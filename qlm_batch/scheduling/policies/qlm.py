@@ -22,7 +22,7 @@ import numpy as np
 
 from qlm_batch.domain.snapshot import Plan, RequestGroup, Snapshot
 from qlm_batch.scheduling.fairness import entitled
-from qlm_batch.scheduling.kernels import Columns, Ints
+from qlm_batch.scheduling.kernels import Columns, Flags, Ints
 from qlm_batch.scheduling.loops import loops
 from qlm_batch.scheduling.policies.base import to_plan
 from qlm_batch.scheduling.policies.listing import by_deadline, list_schedule
@@ -45,14 +45,14 @@ _ROOM = 64
 Schedule = tuple[Queues, list[int]]
 
 
-def insert_all(problem: Problem, first: Sequence[bool] = ()) -> Schedule:
+def insert_all(problem: Problem, first: Flags | None = None) -> Schedule:
     """Slack insertion by deadline: queues in which every group is on time, and those let go.
 
     Groups marked in `first` are inserted before all others.
     """
     order = problem.by_deadline
-    if first:
-        early = np.array(first)[order]
+    if first is not None:
+        early = first[order]
         order = np.concatenate((order[early], order[~early]))
     return _inserted(problem, order)
 
@@ -153,14 +153,13 @@ def _put_late(
 def _fairly(problem: Problem, schedule: Schedule) -> Schedule:
     """The better of this schedule and one that inserts first what tenants and classes are owed."""
     queues, let_go = schedule
-    tenants = {problem.groups[g].tenant for g in let_go}
-    owed = any(problem.floor[g] for g in let_go)
-    if not owed and len(tenants | {group.tenant for group in problem.groups}) < 2:
+    owed = problem.floor[let_go].any()
+    if not owed and len({group.tenant for group in problem.groups}) < 2:
         return schedule
-    work_s = [s if problem.placeable(g) else 0.0 for g, s in enumerate(problem.least)]
+    work_s = np.where(problem.able, problem.least, 0.0).tolist()
     placed_s = sum(work_s[g] for queue in queues for g in queue)
     first = entitled(problem.virtual, work_s, placed_s)
-    fair = insert_all(problem, [a or b for a, b in zip(first, problem.floor, strict=True)])
+    fair = insert_all(problem, first | problem.floor)
     worth, fair_worth = (problem.score(q).objective for q in (queues, fair[0]))
     return fair if fair_worth > worth else schedule
 
