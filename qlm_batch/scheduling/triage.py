@@ -6,14 +6,13 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from qlm_batch.scheduling.kernels import Ints
 from qlm_batch.scheduling.loops import loops
 from qlm_batch.scheduling.problem import CLASS_RANK, START, Problem, Queues
 
 _HOPELESS_S = 1e-9
 
 
-def tail_order(problem: Problem, shed: Iterable[int]) -> Ints:
+def tail_order(problem: Problem, shed: Iterable[int]) -> list[int]:
     """Groups let go in the order in which they are still tried, the most worthy first.
 
     By class, then by weight per second of work, then by deadline.
@@ -22,7 +21,7 @@ def tail_order(problem: Problem, shed: Iterable[int]) -> Ints:
     rank = np.array([CLASS_RANK[problem.groups[g].slo_class] for g in order.tolist()])
     least = np.array(problem.least)[order]
     per_second = problem.columns.weight[order] / np.maximum(_HOPELESS_S, least)
-    found: Ints = order[np.lexsort((problem.columns.due[order], -per_second, rank))]
+    found: list[int] = order[np.lexsort((problem.columns.due[order], -per_second, rank))].tolist()
     return found
 
 
@@ -31,7 +30,7 @@ def append_tail(problem: Problem, queues: Queues, shed: Iterable[int]) -> None:
 
     Groups that nobody serves are left out.
     """
-    order = tail_order(problem, shed)
+    order = np.array(tail_order(problem, shed), dtype=np.int64)
     order = order[problem.able[order]]
     if not order.size:
         return

@@ -104,7 +104,7 @@ def with_late(problem: Problem, schedule: Schedule) -> Schedule:
     estimates are exact.
     """
     cautious = problem.columns
-    order = tail_order(problem, schedule[1])
+    order = np.array(tail_order(problem, schedule[1]), dtype=np.int64)
     schedule = _put_late(problem, schedule, order, cautious, problem.price(1.0))
     hope = 1.0 - HOPE * problem.model_error
     if hope >= 1.0 or not schedule[1]:
