@@ -127,6 +127,14 @@ def test_an_arrival_joins_a_group_with_room_and_renames_none() -> None:
     assert "batch-9" in after[-1].batches
 
 
+def test_an_arrival_does_not_join_a_group_that_is_full() -> None:
+    queue = [run_view(n, 1, requests=60, deadline=DAY + n) for n in range(1, 3)]
+    before = groups_of(queue)
+    after = groups_of([*queue, run_view(9, 1, requests=10, deadline=DAY + 9)], before)
+    assert [g.batches for g in after] == [("batch-1", "batch-2"), ("batch-9",)]
+    assert after[0].key == before[0].key
+
+
 def test_the_last_members_of_a_group_keep_its_name_when_the_first_are_gone() -> None:
     queue = [run_view(n, 1, requests=30, deadline=DAY + n) for n in range(1, 9)]
     before = groups_of(queue)
