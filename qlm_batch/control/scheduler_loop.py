@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import structlog
 
+from qlm_batch.control.collecting import collector_held
 from qlm_batch.control.leadership import Leadership
 from qlm_batch.control.recording import RecordedPolicy, Recorder, recorded
 from qlm_batch.control.story import Story
@@ -22,7 +23,7 @@ from qlm_batch.domain.snapshot import Plan, RequestGroup, Snapshot
 from qlm_batch.scheduling.dispatching import DispatchConfig, recalls, rescues, top_up
 from qlm_batch.scheduling.estimator import Estimator, EstimatorConfig
 from qlm_batch.scheduling.forecasts import Forecasts
-from qlm_batch.scheduling.grouping import Grouper
+from qlm_batch.scheduling.grouping import form_groups
 from qlm_batch.scheduling.loops import COMPILED, loops
 from qlm_batch.scheduling.pacing import Pace
 from qlm_batch.scheduling.policies import Policy
@@ -152,7 +153,6 @@ class SchedulerLoop:
         self._unserved = Unserved(self._config.unserved)
         self._forecasts = Forecasts()
         self._known = Knowledge()
-        self._grouper = Grouper()
         self._pace = Pace()
         self._rescued: set[str] = set()
         self._pressed: dict[str, float] = {}
@@ -170,10 +170,11 @@ class SchedulerLoop:
         if failed:
             # What was closed must not be planned; the next pass sees the queue without it.
             return Tick(epoch, failed=failed, more=True)
-        estimator = Estimator(snapshot, self._config.estimator, known)
-        groups = self._grouper.form(snapshot, estimator.capacities(snapshot))
-        plan, why = self._plan(snapshot, groups, estimator)
-        plan = with_estimates(plan, snapshot, estimator)
+        with collector_held():
+            estimator = Estimator(snapshot, self._config.estimator, known)
+            groups = form_groups(snapshot, estimator.capacities(snapshot))
+            plan, why = self._plan(snapshot, groups, estimator)
+            plan = with_estimates(plan, snapshot, estimator)
         self._forecasts = self._forecasts.planned(plan, snapshot)
         recalled = self._recalled(snapshot, plan, estimator)
         self._save(epoch, plan, snapshot, recalled, changed=bool(why or recalled))

@@ -10,7 +10,8 @@ from enum import StrEnum
 from qlm_batch.domain.buckets import PromptMix
 from qlm_batch.domain.jobs import EngineKind, Estimate, OnMiss, SloClass
 from qlm_batch.domain.snapshot import Plan, RunView, Snapshot
-from qlm_batch.scheduling.estimator import SERVING, Estimator, EstimatorConfig
+from qlm_batch.scheduling.estimator import Estimator, EstimatorConfig
+from qlm_batch.scheduling.fleet import SERVING
 from qlm_batch.scheduling.grouping import form_groups
 from qlm_batch.scheduling.policies import Policy
 from qlm_batch.scheduling.promises import with_estimates

@@ -22,12 +22,22 @@ def compiled(function: F) -> F:
 
     Results are bit for bit those of the plain function.
     """
+    return _compiled(function, inline="never")
+
+
+def inlined(function: F) -> F:
+    """As `compiled`, and made part of whatever calls it: a call hands over every array anew."""
+    return _compiled(function, inline="always")
+
+
+def _compiled(function: F, inline: str) -> F:
     if njit is None:
         return function
+    options = {"error_model": "numpy", "inline": inline}
     try:
-        return cast(F, njit(cache=True, error_model="numpy")(function))
+        return cast(F, njit(cache=True, **options)(function))
     except RuntimeError:  # no folder to keep the compiled code in
-        return cast(F, njit(error_model="numpy")(function))
+        return cast(F, njit(**options)(function))
 
 
 def plain(module: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:

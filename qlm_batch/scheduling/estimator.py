@@ -14,19 +14,18 @@ from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
-from numpy.typing import NDArray
 
 from qlm_batch.domain.jobs import EngineKind, SloClass
 from qlm_batch.domain.snapshot import (
     AssignedView,
     InstanceState,
-    InstanceView,
     RequestGroup,
     Residency,
     Snapshot,
 )
 from qlm_batch.scheduling.expectations import ExpectedLengths
 from qlm_batch.scheduling.fairness import Served
+from qlm_batch.scheduling.fleet import Fleet
 from qlm_batch.scheduling.flows import (
     EPSILON_S,
     Flow,
@@ -37,19 +36,16 @@ from qlm_batch.scheduling.flows import (
     shape_of_assigned,
     shape_of_group,
     to_grid,
-    to_grids,
 )
 from qlm_batch.scheduling.grouping import ModelCapacity
 from qlm_batch.scheduling.profile import Knowledge
 from qlm_batch.scheduling.running import Running
-from qlm_batch.scheduling.speed import Speed, StepTime
-from qlm_batch.scheduling.worktable import EXCESS, Floats, GroupWork, Ints, WorkTable
+from qlm_batch.scheduling.speed import Amount, Speed, StepTime
+from qlm_batch.scheduling.tabulating import tabulated
+from qlm_batch.scheduling.worktable import Floats, GroupWork, WorkTable
 
 VERSION = "flow-2"
 """Names this estimator in promises."""
-
-SERVING = frozenset({InstanceState.READY, InstanceState.STARTING, InstanceState.SWAPPING})
-"""States in which an instance has, or will shortly have, time to give."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,29 +92,14 @@ class Estimator:
         self.now = snapshot.now
         self.instances = snapshot.instances
         self.knowledge = knowledge or Knowledge.of(snapshot.profiles)
+        self.fleet = Fleet(snapshot.instances)
         self._running = Running(snapshot.instances)
-        self._views = [{model.name: model for model in i.models} for i in snapshot.instances]
         self._expected = ExpectedLengths(self.knowledge, self._running)
         self._flows: dict[tuple[Shape, int], Flow] = {}
         self._speeds: dict[tuple[str, str], tuple[Speed, StepTime]] = {}
         self._drains: dict[tuple[str, int], float] = {}
         self._bounds: dict[tuple[str, SloClass], float | None] = {}
         self._ready: dict[tuple[int, bool], Ready] = {}
-        # Instances alike in device, slots and memory are told apart only by their slowdown.
-        alike: dict[tuple[str, int, int], list[int]] = {}
-        for i, view in enumerate(snapshot.instances):
-            alike.setdefault((view.device, view.slots, view.kv_tokens), []).append(i)
-        self._kinds = [0] * len(snapshot.instances)
-        for kind, members in enumerate(alike.values()):
-            for i in members:
-                self._kinds[i] = kind
-        self._alike = [np.array(members, dtype=np.int64) for members in alike.values()]
-        self._slow = np.array([_slowdown(view) for view in snapshot.instances])
-        self._hosts: dict[str, NDArray[np.bool_]] = {}
-        self._roots = {
-            model.name: model.root for view in snapshot.instances for model in view.models
-        }
-        self._serving: dict[str, list[Ints]] = {}
 
     @property
     def served(self) -> Served:
@@ -129,9 +110,7 @@ class Estimator:
 
     def serves(self, instance: int, model: str) -> bool:
         """Whether this instance (by index) takes work of `model`."""
-        view = self._views[instance].get(model)
-        ready = self.instances[instance].state in SERVING
-        return ready and view is not None and view.residency is not Residency.FAILED
+        return self.fleet.serves(instance, model)
 
     def flow(
         self, instance: int, model: str, kind: EngineKind, tenant: str, prompt: float, cap: float
@@ -143,36 +122,57 @@ class Estimator:
         return self._flow(instance, (model, kind, tenant, to_grid(prompt), to_grid(cap)))
 
     def _flow(self, instance: int, shape: Shape) -> Flow:
-        key = (shape, self._kinds[instance])
+        key = (shape, self.fleet.class_of[instance])
         found = self._flows.get(key)
         if found is None:
             view = self.instances[instance]
             model, kind, tenant, prompt, cap = shape
             lengths = self._expected.capped(model, kind, tenant, cap)
-            pair = (self._roots.get(model, model), view.device)
-            if pair not in self._speeds:
-                speed = self.knowledge.speed(*pair)
-                self._speeds[pair] = (speed, speed.step_time())
-            found = saturated(
-                *self._speeds[pair], lengths, from_grid(prompt), view.slots, view.kv_tokens, kind
+            asked = np.array([[lengths.mean], [lengths.var], [from_grid(prompt)]])
+            speed = self._speed(self.fleet.roots.get(model, model), view.device)
+            steady = saturated(
+                *speed, asked[0], asked[1], asked[2], view.slots, view.kv_tokens, kind
             )
-            self._flows[key] = found
+            running, step_s = (float(value[0]) for value in steady)
+            per_token = step_s / running
+            found = self._flows[key] = Flow(
+                running,
+                step_s,
+                max(1.0, lengths.mean) * per_token,
+                lengths.var * per_token**2,
+                lengths,
+            )
+        return found
+
+    def _speed(self, model: str, device: str) -> tuple[Speed, StepTime]:
+        found = self._speeds.get((model, device))
+        if found is None:
+            speed = self.knowledge.speed(model, device)
+            found = self._speeds[model, device] = (speed, speed.step_time())
         return found
 
     def capacities(self, snapshot: Snapshot) -> Mapping[str, ModelCapacity]:
         """For each model that is served, a typical instance as its queued work would find it."""
-        sums: dict[str, tuple[EngineKind, list[int]]] = {}
-        for run in snapshot.runs:
-            _, total = sums.setdefault(run.model, (run.kind, [0, 0, 0]))
-            total[0] += run.requests
-            total[1] += run.prompt_tokens
-            total[2] += run.max_tokens
+        runs = snapshot.runs
+        kinds = {run.model: run.kind for run in runs}
+        index = {model: n for n, model in enumerate(kinds)}
+        own = np.array([index[run.model] for run in runs], dtype=np.int64)
+        requests, prompts, limits = (
+            np.bincount(own, amounts, len(kinds)).tolist()
+            for amounts in (
+                [run.requests for run in runs],
+                [run.prompt_tokens for run in runs],
+                [run.max_tokens for run in runs],
+            )
+        )
         capacities: dict[str, ModelCapacity] = {}
-        for model, (kind, (requests, prompt, most)) in sums.items():
-            count = max(1, requests)
-            shape = (model, kind, "", to_grid(prompt / count), to_grid(most / count))
+        for (model, kind), count, prompt, most in zip(
+            kinds.items(), requests, prompts, limits, strict=True
+        ):
+            each = max(1.0, count)
+            shape = (model, kind, "", to_grid(prompt / each), to_grid(most / each))
             flows = sorted(
-                ((self._flow(int(own[0]), shape), own.size) for own in self._servers(model)),
+                ((self._flow(int(at[0]), shape), at.size) for at in self.fleet.servers(model)),
                 key=lambda entry: entry[0].running,
             )
             serving = sum(size for _, size in flows)
@@ -189,70 +189,16 @@ class Estimator:
     def work(self, group: RequestGroup) -> GroupWork:
         """What the group would take at each instance, in the snapshot's order."""
         table = self.table((group,))
-        count = table.count[0]
-        return GroupWork(table.mean[0] * count, table.var[0] * count, table.tails[0])
+        count, mean = table.count[0], table.mean[0]
+        everywhere = np.arange(mean.size)
+        tail = np.where(
+            np.isfinite(mean), table.tail(np.zeros_like(everywhere), everywhere), np.inf
+        )
+        return GroupWork(mean * count, table.var[0] * count, tail)
 
     def table(self, groups: Sequence[RequestGroup]) -> WorkTable:
         """What these groups would take at each instance, in the snapshot's order."""
-        count = np.array([max(1, group.requests) for group in groups], dtype=np.float64)
-        kinds: dict[Shape, int] = {}
-        tails: dict[tuple[int, int], int] = {}
-        kind: list[int] = []
-        amount: list[float] = []
-        tail_kind: list[int] = []
-        flows: list[list[tuple[int, Flow]]] = []
-        largest: list[int] = []
-        prompts = to_grids(np.array([group.prompt_tokens for group in groups]) / count)
-        limits = to_grids(np.array([group.max_tokens for group in groups]) / count)
-        for group, prompt, most, own in zip(groups, prompts, limits, count.tolist(), strict=True):
-            shape = (group.model, group.kind, group.tenant, prompt, most)
-            row = kinds.get(shape)
-            if row is None:
-                row = kinds[shape] = len(kinds)
-                flows.append(self._flows_of(shape))
-                running = [flow.running for _, flow in flows[-1]]
-                largest.append(math.ceil(max(running, default=1.0)))
-            kind.append(row)
-            amount.append(
-                own * self._expected.factor(shape, group.prompts) if group.prompts else own
-            )
-            last = (row, few(min(group.requests, largest[row])))
-            tail_kind.append(tails.setdefault(last, len(tails)))
-        each, excess, ends = self._by_class(flows, list(tails))
-        hosts = [self._hosting(shape[0]) for shape in kinds]
-        absent = ~np.array(hosts, dtype=np.bool_).reshape(len(kinds), len(self.instances))
-        return WorkTable(
-            np.array(kind, dtype=np.int64),
-            np.array(amount, dtype=np.float64),
-            self._everywhere(each[:, :, 0], self._slow, absent),
-            self._everywhere(each[:, :, 1], self._slow**2, absent),
-            np.array(tail_kind, dtype=np.int64),
-            self._everywhere(ends, self._slow, absent[[row for row, _ in tails]]),
-            self._everywhere(excess, self._slow[:, None], absent),
-        )
-
-    def _by_class(
-        self, flows: Sequence[Sequence[tuple[int, Flow]]], tails: Sequence[tuple[int, int]]
-    ) -> tuple[Floats, Floats, Floats]:
-        """By row and class of instances a request's mean and variance, the excess, and tails."""
-        classes = len(self._alike)
-        each = np.full((len(flows), classes, 2), np.inf)
-        excess = np.full((len(flows), classes, EXCESS), np.inf)
-        ends = np.full((len(tails), classes), np.inf)
-        for row, own in enumerate(flows):
-            for place, flow in own:
-                each[row, place] = flow.request_s, flow.request_var
-                excess[row, place] = flow.excess_s
-        for n, (row, last) in enumerate(tails):
-            for place, flow in flows[row]:
-                ends[n, place] = flow.tail_s(last)
-        return each, excess, ends
-
-    def _everywhere(self, each: Floats, factor: Floats, absent: NDArray[np.bool_]) -> Floats:
-        """Values by class of instances spread over the instances, times their factors."""
-        found: Floats = each[:, self._kinds] * factor
-        found[absent] = np.inf
-        return found
+        return tabulated(groups, self.fleet, self._expected, self._speed)
 
     def expected_tokens(self, group: RequestGroup) -> float:
         """The output tokens the group's requests are expected to have in all."""
@@ -260,31 +206,6 @@ class Estimator:
         model, kind, tenant, _, cap = shape
         usual = self._expected.capped(model, kind, tenant, cap).mean
         return usual * group.requests * self._expected.factor(shape, group.prompts)
-
-    def _flows_of(self, shape: Shape) -> list[tuple[int, Flow]]:
-        """The kind of work on each class of instances that serves it."""
-        return [
-            (self._kinds[int(own[0])], self._flow(int(own[0]), shape))
-            for own in self._servers(shape[0])
-        ]
-
-    def _servers(self, model: str) -> list[Ints]:
-        """The instances that serve the model, those of one class together."""
-        found = self._serving.get(model)
-        if found is None:
-            hosts = self._hosting(model)
-            found = self._serving[model] = [
-                own for members in self._alike if (own := members[hosts[members]]).size
-            ]
-        return found
-
-    def _hosting(self, model: str) -> NDArray[np.bool_]:
-        """Which instances serve the model."""
-        found = self._hosts.get(model)
-        if found is None:
-            serving = [self.serves(i, model) for i in range(len(self.instances))]
-            found = self._hosts[model] = np.array(serving, dtype=np.bool_)
-        return found
 
     # The state of an instance
 
@@ -311,12 +232,12 @@ class Estimator:
         return found
 
     def _make_ready(self, instance: int, claimed_only: bool) -> Ready:
-        view, models = self.instances[instance], self._views[instance]
+        view, models = self.instances[instance], self.fleet.views[instance]
         awake = frozenset(m.name for m in view.models if m.residency is Residency.AWAKE)
         mean, var = 0.0, 0.0
         if view.state is InstanceState.STARTING:
             mean += self.config.start_s
-        sole, slow = self._running.sole[instance], float(self._slow[instance])
+        sole, slow = self._running.sole[instance], float(self.fleet.slow[instance])
         order = sorted(
             (own for own in view.assigned if own.requests > 0 and own.model in models),
             key=lambda own: (own.model not in awake, own.model, own.deadline, own.run_id),
@@ -350,10 +271,10 @@ class Estimator:
 
     def tail_s(self, instance: int, own: AssignedView) -> float:
         """How much later than its occupation the last of an instance's own work ends."""
-        shape = shape_of_assigned(own, self._views[instance][own.model])
+        shape = shape_of_assigned(own, self.fleet.views[instance][own.model])
         flow = self._flow(instance, shape)
         last = few(min(own.requests, math.ceil(flow.running)))
-        return flow.tail_s(last) * float(self._slow[instance])
+        return flow.tail_s(last) * float(self.fleet.slow[instance])
 
     def flow_of(self, instance: int, group: RequestGroup) -> Flow:
         """The group's kind of work at an instance that hosts its model."""
@@ -361,7 +282,7 @@ class Estimator:
 
     def swap_s(self, instance: int, model: str) -> float:
         """Time to make a hosted model the awake one: what was measured, else what is assumed."""
-        view = self._views[instance][model]
+        view = self.fleet.views[instance][model]
         if view.wake_s is not None and view.wake_s > 0.0:
             return view.wake_s
         cold = view.residency is Residency.COLD
@@ -369,42 +290,43 @@ class Estimator:
 
     def drain_s(self, instance: int, model: str) -> float:
         """Time lost while the running batch of `model` empties before another model can run."""
-        key = (model, self._kinds[instance])
+        key = (model, self.fleet.class_of[instance])
         half_s = self._drains.get(key)
         if half_s is None:
             shape = (model, EngineKind.GENERATE, "", to_grid(256.0), to_grid(1024.0))
             flow = self._flow(instance, shape)
             half_s = self._drains[key] = 0.5 * flow.lengths.mean * flow.step_s
-        return half_s * float(self._slow[instance])
+        return half_s * float(self.fleet.slow[instance])
 
     # Distributions
 
-    def spread(self, mean: float, var: float) -> float:
-        """Standard deviation of a duration of this mean and variance, with the model's error."""
-        return math.sqrt(max(0.0, var) + (self.config.model_error * mean) ** 2)
+    def spread(self, mean: Amount, var: Amount) -> Amount:
+        """Standard deviation of durations of this mean and variance, with the model's error."""
+        found: Amount = np.sqrt(np.maximum(0.0, var) + (self.config.model_error * mean) ** 2)
+        return found
 
-    def quantile(self, mean: float, var: float, level: float) -> float:
+    def quantile(self, mean: Amount, var: Amount, level: float) -> Amount:
         """The duration not exceeded with probability `level`; never negative."""
-        return max(0.0, mean + _z(level) * self.spread(mean, var))
+        found: Amount = np.maximum(0.0, mean + _z(level) * self.spread(mean, var))
+        return found
 
-    def upper(self, mean: float, var: float, model: str, slo_class: SloClass) -> float:
-        """The 95 % bound shown to users, calibrated where enough outcomes were seen."""
+    def upper(self, mean: Floats, var: Floats, model: str, slo_class: SloClass) -> Floats:
+        """The 95 % bounds shown to users, calibrated where enough outcomes were seen."""
         key = (model, slo_class)
         if key not in self._bounds:
             self._bounds[key] = self.knowledge.calibration(model).factor(slo_class)
         factor = self._bounds[key]
         if factor is None:
             return self.quantile(mean, var, 0.95)
-        return max(EPSILON_S, mean * factor)
+        return np.maximum(EPSILON_S, mean * factor)
 
-    def miss_probability(self, mean: float, var: float, left_s: float) -> float:
-        """The chance that a duration exceeds `left_s`."""
-        if left_s <= 0.0:
-            return 1.0
+    def miss_probabilities(self, mean: Floats, var: Floats, left_s: Floats) -> Floats:
+        """For each duration the chance that it exceeds its `left_s`."""
         spread = self.spread(mean, var)
-        if spread <= EPSILON_S:
-            return float(mean > left_s)
-        return 0.5 * math.erfc((left_s - mean) / (spread * math.sqrt(2.0)))
+        errors = (left_s - mean) / (np.maximum(EPSILON_S, spread) * math.sqrt(2.0))
+        chances = np.array([0.5 * math.erfc(error) for error in errors.tolist()])
+        chances = np.where(spread <= EPSILON_S, mean > left_s, chances)
+        return np.where(left_s <= 0.0, 1.0, chances)
 
 
 @lru_cache
@@ -416,8 +338,3 @@ def _z(level: float) -> float:
 def _claimed(own: AssignedView) -> int:
     """Its requests in leased slices, all slices taken for equally full."""
     return math.ceil(own.requests * own.leased_slices / max(1, own.slices))
-
-
-def _slowdown(view: InstanceView) -> float:
-    """How much longer everything takes while interactive work is served first."""
-    return 1.0 / (1.0 - min(0.95, max(0.0, view.interactive_share)))

@@ -49,6 +49,11 @@ class ExpectedLengths:
         if not prompts:
             return 1.0
         model, kind, tenant, _, cap = shape
+        usual = max(1.0, self.capped(model, kind, tenant, cap).mean)
+        return min(max(1.0, from_grid(cap) / usual), self.of_prompts(model, tenant, prompts))
+
+    def of_prompts(self, model: str, tenant: str, prompts: PromptMix) -> float:
+        """The same where no limit on output tokens bounds it."""
         # By identity, which is told faster than equality; kept here, an object keeps its own.
         key = (model, tenant, id(prompts))
         found = self._factors.get(key)
@@ -58,8 +63,7 @@ class ExpectedLengths:
                 answers = self._knowledge.book(model).answers(tenant)
                 self._answers[model, tenant] = answers
             found = self._factors[key] = (prompts, answers.factor(prompts))
-        usual = max(1.0, self.capped(model, kind, tenant, cap).mean)
-        return min(max(1.0, from_grid(cap) / usual), found[1])
+        return found[1]
 
     def still(self, model: str, shape: Shape) -> tuple[Floats, Floats]:
         """By instance, the tokens its running requests of the model still have before them.

@@ -10,8 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from qlm_batch.domain.jobs import OnMiss, SloClass
 from qlm_batch.domain.snapshot import Observation, RequestGroup
+
+Floats = NDArray[np.float64]
+Flags = NDArray[np.bool_]
 
 HALF_LIFE_S = 900.0
 FAIRNESS = 0.25
@@ -64,48 +70,50 @@ class Served:
 
 def virtual_times(
     groups: Sequence[RequestGroup], work_s: Sequence[float], served: Served
-) -> list[float]:
+) -> Floats:
     """Each group's virtual time in [0, 2]: what its tenant had lately and queues up to its end.
 
     Both as shares of all. `work_s` is finite; groups stand in the order in which they are due.
     """
-    tenants = sorted({group.tenant for group in groups})
-    total = sum(work_s) or 1.0
-    clock = {tenant: served.share(tenant, tenants) for tenant in tenants}
-    times = []
-    for group, seconds in zip(groups, work_s, strict=True):
-        clock[group.tenant] += seconds / total
-        times.append(clock[group.tenant])
+    index = {tenant: n for n, tenant in enumerate(sorted({group.tenant for group in groups}))}
+    owner = np.array([index[group.tenant] for group in groups], dtype=np.int64)
+    shares = np.array(work_s) / (sum(work_s) or 1.0)
+    times = np.empty(len(groups))
+    by_tenant = np.argsort(owner, kind="stable")
+    bounds = np.searchsorted(owner[by_tenant], np.arange(len(index) + 1)).tolist()
+    for tenant, start, stop in zip(index, bounds[:-1], bounds[1:], strict=True):
+        own = by_tenant[start:stop]
+        had = served.share(tenant, index)
+        times[own] = np.cumsum(np.concatenate(([had], shares[own])))[1:]
     return times
 
 
-def fair_factors(times: Sequence[float], tenants: int) -> list[float]:
+def fair_factors(times: Floats, tenants: int) -> Floats:
     """What to multiply weights by; 1 while there is only one tenant."""
     if tenants < 2:
-        return [1.0] * len(times)
-    return [1.0 + FAIRNESS * (1.0 - 0.5 * min(2.0, time)) for time in times]
+        return np.ones(times.size)
+    factors: Floats = 1.0 + FAIRNESS * (1.0 - 0.5 * np.minimum(2.0, times))
+    return factors
 
 
-def entitled(times: Sequence[float], work_s: Sequence[float], capacity_s: float) -> list[bool]:
+def entitled(times: Sequence[float], work_s: Sequence[float], capacity_s: float) -> Flags:
     """Whose work comes first where only `capacity_s` of it can be on time: the earliest times."""
-    chosen = [False] * len(times)
-    left_s = capacity_s
-    for g in sorted(range(len(times)), key=lambda g: (times[g], g)):
-        if work_s[g] > left_s:
-            break
-        left_s -= work_s[g]
-        chosen[g] = True
+    order = np.argsort(times, kind="stable")
+    work = np.array(work_s)[order]
+    left_s = np.subtract.accumulate(np.concatenate(([capacity_s], work)))[:-1]
+    chosen = np.zeros(work.size, dtype=np.bool_)
+    chosen[order[np.logical_and.accumulate(work <= left_s)]] = True
     return chosen
 
 
 def on_floor(
     groups: Sequence[RequestGroup], work_s: Sequence[float], fleet: int, now: float
-) -> list[bool]:
+) -> Flags:
     """Batch groups inside the floor kept for their class; none without interactive work beside.
 
     The floor is a share of what `fleet` instances do until the last interactive deadline.
     """
-    chosen = [False] * len(groups)
+    chosen = np.zeros(len(groups), dtype=np.bool_)
     urgent = [g.deadline - now for g in groups if g.slo_class is SloClass.INTERACTIVE]
     if not urgent:
         return chosen

@@ -19,11 +19,13 @@ from qlm_batch.scheduling.lengths import LengthDistribution
 from qlm_batch.scheduling.speed import Speed, StepTime
 
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 
 EPSILON_S = 1e-6
 """The shortest duration that is told apart from none."""
 _GRID = 1.1
 _LOG_GRID = math.log(_GRID)
+_LOG_FEW = math.log(1.25)
 
 Shape = tuple[str, EngineKind, str, int, int]
 """Model, kind, tenant, and the grid points of mean prompt and output limit."""
@@ -52,11 +54,6 @@ class Flow:
         """Requests per second."""
         return 1.0 / self.request_s
 
-    @property
-    def excess_s(self) -> Floats:
-        """How much later than a request of mean length one ends: equally likely values."""
-        return (self.lengths.equally_likely - self.lengths.mean) * self.step_s
-
     def tail_s(self, requests: float) -> float:
         """How much later than its occupation a group's last request is expected to end."""
         last = min(max(1.0, requests), self.running)
@@ -68,22 +65,24 @@ class Flow:
 def saturated(
     speed: Speed,
     step: StepTime,
-    lengths: LengthDistribution,
-    prompt: float,
+    mean: Floats,
+    var: Floats,
+    prompt: Floats,
     slots: int,
     kv_tokens: int,
     kind: EngineKind,
-) -> Flow:
+) -> tuple[Floats, Floats]:
     """The steady state of a full instance: every step one token each, ended ones replaced at once.
 
-    A running request holds its prompt and, by the inspection paradox, E[L²] / 2 E[L] output tokens.
+    Requests running at once, and the time of a step, for kinds of work whose output lengths have
+    this mean and variance. A running request holds its prompt and, by the inspection paradox,
+    E[L²] / 2 E[L] output tokens.
     """
-    mean = max(1.0, lengths.mean)
-    second = lengths.var + lengths.mean**2
-    held = prompt + (second / (2.0 * mean) if kind is EngineKind.GENERATE else 0.0)
-    running = float(max(1, slots))
+    second, mean = var + mean**2, np.maximum(1.0, mean)
+    held = prompt + second / (2.0 * mean) if kind is EngineKind.GENERATE else prompt
+    running = np.full(mean.shape, float(max(1, slots)))
     if kv_tokens > 0:
-        running = max(1.0, min(running, kv_tokens / max(1.0, held)))
+        running = np.maximum(1.0, np.minimum(running, kv_tokens / np.maximum(1.0, held)))
     if not speed.fitted and speed.measured:
         if speed.tokens > 0.0 and kind is EngineKind.GENERATE:
             step_s = running * speed.busy_s / speed.tokens
@@ -92,9 +91,7 @@ def saturated(
     else:
         seconds = step.seconds(running, running * held, running * prompt / mean)
         step_s = seconds / speed.efficiency
-    step_s = max(EPSILON_S, step_s)
-    per_token = step_s / running
-    return Flow(running, step_s, mean * per_token, lengths.var * per_token**2, lengths)
+    return running, np.maximum(EPSILON_S, step_s)
 
 
 def shape_of_group(group: RequestGroup) -> Shape:
@@ -117,17 +114,29 @@ def few(count: int) -> int:
     return count if count <= 8 else round(1.25 ** round(math.log(count, 1.25)))
 
 
-def to_grids(tokens: Floats) -> list[int]:
+def fews(counts: Floats) -> Ints:
+    """`few` of each, rounded first."""
+    exact = np.rint(counts)
+    coarse = np.rint(1.25 ** np.rint(np.log(np.maximum(1.0, exact)) / _LOG_FEW))
+    found: Ints = np.where(exact <= 8.0, exact, coarse).astype(np.int64)
+    return found
+
+
+def to_grids(tokens: Floats) -> Ints:
     """`to_grid` of each."""
-    points: list[int] = (
-        np.rint(np.log(np.maximum(1.0, tokens)) / _LOG_GRID).astype(np.int64).tolist()
-    )
+    points: Ints = np.rint(np.log(np.maximum(1.0, tokens)) / _LOG_GRID).astype(np.int64)
     return points
 
 
 def to_grid(tokens: float) -> int:
     """Tokens on a 10 % grid."""
     return round(math.log(max(1.0, tokens)) / _LOG_GRID)
+
+
+def from_grids(points: Ints) -> Floats:
+    """`from_grid` of each."""
+    tokens = np.array([from_grid(point) for point in range(int(points.max(initial=0)) + 1)])
+    return tokens[points]
 
 
 def from_grid(point: int) -> float:

@@ -16,17 +16,18 @@ has room instead of renaming it.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import groupby, pairwise
-from operator import itemgetter
-from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from qlm_batch.domain.buckets import PromptMix
-from qlm_batch.domain.jobs import EngineKind, OnMiss, SloClass
 from qlm_batch.domain.snapshot import GroupPart, RequestGroup, RunView, Snapshot
+from qlm_batch.scheduling.loops import loops
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 
 BATCHES_PER_GROUP = 4.0
 """δ: running batches in a group; the paper found 4 to cost nothing against smaller ones."""
@@ -52,74 +53,6 @@ class ModelCapacity:
     instances: int = 1
 
 
-class _Piece(NamedTuple):
-    """The slices of one run in front of `behind` others; `label` keeps while any are left."""
-
-    run: RunView
-    label: str
-    slices: int
-    requests: int
-    prompt_tokens: int
-    max_tokens: int
-
-
-_Key = tuple[str, EngineKind, SloClass, str, OnMiss, float]
-_Entry = tuple[_Key, float, float, int, int, RunView]
-
-
-class _Formed(NamedTuple):
-    """What was made of the runs of one key, and of what: it holds while that is the same."""
-
-    runs: tuple[RunView, ...]
-    per_size: int
-    names: frozenset[str]
-    groups: tuple[RequestGroup, ...]
-
-
-class Grouper:
-    """Forms groups pass by pass and takes over what did not change, which only spares work."""
-
-    def __init__(self) -> None:
-        self._formed: dict[tuple[_Key, float], _Formed] = {}
-        self._known: frozenset[str] = frozenset()
-
-    def form(
-        self, snapshot: Snapshot, capacity: Mapping[str, ModelCapacity]
-    ) -> tuple[RequestGroup, ...]:
-        """See `form_groups`."""
-        # A run's id and generation tell entries apart before the run itself would be compared.
-        runs = sorted([_entry(run) for run in snapshot.runs if run.slices > 0])
-        families = [
-            (key, tuple(entry[-1] for entry in members))
-            for key, members in groupby(runs, key=itemgetter(0))
-        ]
-        known = frozenset(entry.group_key for entry in snapshot.queues)
-        renamed = {_run_of(name) for name in known ^ self._known}
-        before, self._formed, self._known = self._formed, {}, known
-        largest, grow = max((entry[-1].slices for entry in runs), default=0), 1
-        while True:
-            groups: list[RequestGroup] = []
-            for key, own in families:
-                server = capacity.get(key[0])
-                limit = _limit(own, snapshot.now, server) * grow
-                spread = 4 * server.instances if server else 0
-                per_size = min(MOST_PIECES_PER_SIZE, max(PIECES_PER_SIZE, spread))
-                made = before.get((key, limit))
-                stands = made and made.runs == own and made.per_size == per_size
-                if not (made and stands and renamed.isdisjoint(made.names)):
-                    made = _formed(own, limit, per_size, known)
-                self._formed[key, limit] = made
-                groups += made.groups
-                if len(groups) > MAX_GROUPS and grow <= largest:
-                    break
-            else:
-                break
-            grow *= 2
-        # Stable, so that a run's groups stay in order from its head to its tail.
-        groups.sort(key=lambda group: (group.deadline, group.arrived_at))
-        return tuple(groups)
-
-
 def form_groups(
     snapshot: Snapshot, capacity: Mapping[str, ModelCapacity]
 ) -> tuple[RequestGroup, ...]:
@@ -128,180 +61,197 @@ def form_groups(
     `capacity` is by model; a model without an entry is served nowhere, and its groups take the
     largest size. Sizes are powers of two of slices, at least one.
     """
-    return Grouper().form(snapshot, capacity)
+    runs, bounds = _families([run for run in snapshot.runs if run.slices > 0])
+    if not runs:
+        return ()
+    first = [runs[n] for n in bounds[:-1].tolist()]
+    servers = [capacity.get(run.model) for run in first]
+    limits = _limits([run.deadline - snapshot.now for run in first], servers)
+    per_size = [
+        min(MOST_PIECES_PER_SIZE, max(PIECES_PER_SIZE, 4 * server.instances if server else 0))
+        for server in servers
+    ]
+    known = frozenset(entry.group_key for entry in snapshot.queues)
+    queued = _Queued(runs, bounds, np.array(per_size, dtype=np.int64), known)
+    largest, grow = int(queued.slices.max()), 1
+    while True:
+        formed = _formed(queued, limits * grow)
+        if formed.first.size <= MAX_GROUPS or grow > largest:
+            return _groups(queued, formed)
+        grow *= 2
 
 
-@lru_cache(maxsize=1 << 15)
-def deadline_bucket(created_at: float, deadline: float) -> float:
-    """The bucket a deadline falls in: its end, on a grid of about 1/16 of its window."""
-    window_s = max(1.0, deadline - created_at)
-    width = 2.0 ** math.floor(math.log2(window_s / BUCKETS_PER_WINDOW))
-    return math.ceil(deadline / width) * width
+def _families(runs: Sequence[RunView]) -> tuple[list[RunView], Ints]:
+    """Runs that may share groups beside each other, in order, and where each family begins."""
+    kinds = [(run.model, run.kind, run.slo_class, run.tenant, run.on_miss) for run in runs]
+    rank = {kind: n for n, kind in enumerate(sorted(set(kinds)))}
+    family = np.array([rank[kind] for kind in kinds], dtype=np.int64)
+    deadline = np.array([run.deadline for run in runs], dtype=np.float64)
+    created = np.array([run.created_at for run in runs], dtype=np.float64)
+    bucket = _deadline_buckets(created, deadline)
+    run_id = np.array([run.run_id for run in runs], dtype=np.int64)
+    generation = np.array([run.generation for run in runs], dtype=np.int64)
+    order = np.lexsort((generation, run_id, created, deadline, bucket, family))
+    begins = np.flatnonzero((np.diff(family[order]) != 0) | (np.diff(bucket[order]) != 0.0)) + 1
+    bounds = np.concatenate(([0], begins, [len(runs)]))
+    return [runs[n] for n in order.tolist()], bounds
 
 
-def _entry(run: RunView) -> _Entry:
-    bucket = deadline_bucket(run.created_at, run.deadline)
-    key = (run.model, run.kind, run.slo_class, run.tenant, run.on_miss, bucket)
-    return (key, run.deadline, run.created_at, run.run_id, run.generation, run)
+def _deadline_buckets(created: Floats, deadline: Floats) -> Floats:
+    """The bucket each deadline falls in: its end, on a grid of about 1/16 of its window."""
+    width = _power_of_two(np.maximum(1.0, deadline - created) / BUCKETS_PER_WINDOW)
+    found: Floats = np.ceil(deadline / width) * width
+    return found
 
 
-def _run_of(name: str) -> str:
-    """The part of a group's name that names its run."""
-    return name.rpartition(".")[0]
+def _power_of_two(values: Floats) -> Floats:
+    """The largest power of two within each."""
+    found: Floats = np.ldexp(1.0, np.frexp(values)[1] - 1)
+    return found
 
 
-def _formed(
-    runs: tuple[RunView, ...], limit: float, per_size: int, known: frozenset[str]
-) -> _Formed:
-    pieces: list[_Piece] = []
-    for run in runs:
-        if run.slices == 1:
-            pieces.append(_whole(run))
-        else:
-            pieces += _cut(run, limit, per_size)
-    names = frozenset(f"{run.run_id}.{run.generation}" for run in runs)
-    groups = tuple(_group(name, own) for name, own in _pack(pieces, limit, known))
-    return _Formed(runs, per_size, names, groups)
+def _limits(left_s: Sequence[float], servers: Sequence[ModelCapacity | None]) -> Floats:
+    """Requests a group may hold: δ running batches, within a quarter of the time left.
 
-
-def _limit(runs: Sequence[RunView], now: float, capacity: ModelCapacity | None) -> float:
-    """Requests a group may hold: δ running batches, within a quarter of the time left."""
-    if capacity is None:
-        return math.inf
-    wanted = BATCHES_PER_GROUP * max(1.0, capacity.running_batch)
-    # The first is due first.
-    left_s = runs[0].deadline - now
-    if left_s > 0.0 and capacity.request_s > 0.0:
-        wanted = min(wanted, DEADLINE_SHARE * left_s / capacity.request_s)
+    By family, whose first run is due after `left_s`.
+    """
+    limits = np.full(len(servers), np.inf)
+    for n, (left, server) in enumerate(zip(left_s, servers, strict=True)):
+        if server is not None:
+            limits[n] = BATCHES_PER_GROUP * max(1.0, server.running_batch)
+            if left > 0.0 and server.request_s > 0.0:
+                limits[n] = min(limits[n], DEADLINE_SHARE * left / server.request_s)
+    served = np.isfinite(limits)
     # Powers of two: sizes change seldom, and the cuts of one are cuts of the next smaller one.
-    return float(2.0 ** math.floor(math.log2(max(1.0, wanted))))
+    limits[served] = _power_of_two(np.maximum(1.0, limits[served]))
+    return limits
 
 
-def _cut(run: RunView, limit: float, per_size: int) -> Iterator[_Piece]:
-    """The run's pieces from head to tail."""
-    per_slice = max(1.0, run.requests / run.slices)
-    base = 1
-    while base < run.slices and 2 * base * per_slice <= limit:
-        base *= 2
-    whole = run.slices
-    if base >= whole:
-        yield _whole(run)
-        return
-    position, size, made = whole, base, 0
-    bounds = [whole]
-    while position > 0:
-        if made == per_size and position % (2 * size) == 0:
-            size, made = 2 * size, 0
-        made = min(per_size, made + 1)
-        position = (math.ceil(position / size) - 1) * size
-        bounds.append(position)
-    for front, back in pairwise(bounds):
-        start, end = whole - front, whole - back
-        yield _Piece(
-            run,
-            _label(run, back),
-            end - start,
-            run.requests * end // whole - run.requests * start // whole,
-            run.prompt_tokens * end // whole - run.prompt_tokens * start // whole,
-            run.max_tokens * end // whole - run.max_tokens * start // whole,
-        )
+class _Queued:
+    """The queued runs, family by family, and their numbers as arrays.
+
+    `known` are the names of groups formed before.
+    """
+
+    def __init__(
+        self, runs: Sequence[RunView], bounds: Ints, per_size: Ints, known: frozenset[str]
+    ) -> None:
+        self.runs, self.bounds, self.per_size, self.known = runs, bounds, per_size, known
+        self.family = np.repeat(np.arange(per_size.size), np.diff(bounds))
+        self.slices = np.array([run.slices for run in runs], dtype=np.int64)
+        self.requests = np.array([run.requests for run in runs], dtype=np.int64)
+        self.prompt_tokens = np.array([run.prompt_tokens for run in runs], dtype=np.int64)
+        self.max_tokens = np.array([run.max_tokens for run in runs], dtype=np.int64)
+
+    def label(self, run: int, behind: int) -> str:
+        """The name of the piece with so many slices behind it; it keeps while any are left."""
+        return f"{self.runs[run].run_id}.{self.runs[run].generation}.{behind}"
 
 
-def _whole(run: RunView) -> _Piece:
-    label = f"{run.run_id}.{run.generation}.0"
-    return _Piece(run, label, run.slices, run.requests, run.prompt_tokens, run.max_tokens)
+@dataclass(frozen=True, slots=True, eq=False)
+class _Formed:
+    """Pieces of runs, and groups of consecutive pieces by their first; `name` is a piece of each.
+
+    Of each piece its run, the slices `behind` it in its run, and what of the run is in it.
+    """
+
+    run: Ints
+    behind: Ints
+    slices: Ints
+    requests: Ints
+    prompt_tokens: Ints
+    max_tokens: Ints
+    first: Ints
+    name: Ints
 
 
-def _label(run: RunView, behind: int) -> str:
-    return f"{run.run_id}.{run.generation}.{behind}"
-
-
-def _pack(
-    pieces: Sequence[_Piece], limit: float, known: frozenset[str]
-) -> Iterable[tuple[str, list[_Piece]]]:
-    """Named groups of consecutive pieces: up to each known name, then as many as fit."""
-    if len(pieces) == 1:
-        return [(pieces[0].label, [pieces[0]])]
-    groups: list[tuple[str, list[_Piece]]] = []
-    waiting: list[_Piece] = []
-    for piece in pieces:
-        waiting.append(piece)
-        if piece.label in known:
-            # Filled from the back, so that what returned to the queue's head splits off.
-            backwards = list(_fill(waiting[::-1], limit))
-            groups += [(part[0].label, part[::-1]) for part in reversed(backwards)]
-            waiting = []
-    if groups and waiting:
-        name, last = groups[-1]
-        first, *others = _fill([*last, *waiting], limit)
-        if len(first) > len(last):
-            groups[-1] = (name, first)
-            groups += [(part[-1].label, part) for part in others]
-            return groups
-    groups += [(part[-1].label, part) for part in _fill(waiting, limit)]
-    return groups
-
-
-def _fill(pieces: Sequence[_Piece], limit: float) -> Iterator[list[_Piece]]:
-    """Consecutive pieces, as many together as stay within `limit` requests, at least one."""
-    part: list[_Piece] = []
-    requests = 0
-    for piece in pieces:
-        if part and requests + piece.requests > limit:
-            yield part
-            part, requests = [], 0
-        part.append(piece)
-        requests += piece.requests
-    if part:
-        yield part
-
-
-def _group(key: str, pieces: Sequence[_Piece]) -> RequestGroup:
-    first = pieces[0].run
-    if len(pieces) == 1:
-        parts: tuple[GroupPart, ...] = (
-            GroupPart(first.run_id, first.generation, pieces[0].slices),
-        )
-        batches: tuple[str, ...] = (first.batch_id,)
-        deadline, arrived_at = first.deadline, first.created_at
-        _, _, _, requests, prompt_tokens, max_tokens = pieces[0]
-        prompts = first.prompts
-    else:
-        slices: dict[tuple[int, int], int] = {}
-        for piece in pieces:
-            run = (piece.run.run_id, piece.run.generation)
-            slices[run] = slices.get(run, 0) + piece.slices
-        parts = tuple(GroupPart(*run, n) for run, n in slices.items())
-        batches = tuple(dict.fromkeys([piece.run.batch_id for piece in pieces]))
-        deadline = min([piece.run.deadline for piece in pieces])
-        arrived_at = min([piece.run.created_at for piece in pieces])
-        requests = sum([piece.requests for piece in pieces])
-        prompt_tokens = sum([piece.prompt_tokens for piece in pieces])
-        max_tokens = sum([piece.max_tokens for piece in pieces])
-        prompts = _mixed(pieces)
-    return RequestGroup(
-        key=key,
-        model=first.model,
-        kind=first.kind,
-        slo_class=first.slo_class,
-        tenant=first.tenant,
-        deadline=deadline,
-        arrived_at=arrived_at,
-        parts=parts,
-        batches=batches,
-        requests=requests,
-        prompt_tokens=prompt_tokens,
-        max_tokens=max_tokens,
-        on_miss=first.on_miss,
-        prompts=prompts,
+def _formed(queued: _Queued, limits: Floats) -> _Formed:
+    cut, packed = loops().cut, loops().packed
+    run, behind = cut(
+        queued.slices, queued.requests, limits[queued.family], queued.per_size[queued.family]
     )
+    whole = queued.slices[run]
+    # Within a run each piece begins where the one before it ends.
+    front = np.where(np.diff(run, prepend=-1) != 0, whole, np.roll(behind, 1))
+    start, end = whole - front, whole - behind
+    requests, prompt_tokens, max_tokens = (
+        total[run] * end // whole - total[run] * start // whole
+        for total in (queued.requests, queued.prompt_tokens, queued.max_tokens)
+    )
+    known = np.zeros(run.size, dtype=np.bool_)
+    if queued.known:
+        labels = map(queued.label, run.tolist(), behind.tolist())
+        known[:] = [label in queued.known for label in labels]
+    bounds = np.searchsorted(run, queued.bounds)
+    first, name = packed(requests, known, bounds, limits)
+    return _Formed(run, behind, end - start, requests, prompt_tokens, max_tokens, first, name)
 
 
-def _mixed(pieces: Sequence[_Piece]) -> PromptMix:
-    """Prompts of the runs in a group, each run once; unknown where one of them is."""
-    runs = {id(piece.run): piece.run for piece in pieces}.values()
-    if len(runs) == 1 or not all(run.prompts for run in runs):
-        return pieces[0].run.prompts if len(runs) == 1 else ()
+def _groups(queued: _Queued, formed: _Formed) -> tuple[RequestGroup, ...]:
+    """The groups, ordered by deadline and arrival."""
+    runs, first = queued.runs, formed.first
+    # Runs of a family are in order of deadline.
+    deadline = np.array([runs[n].deadline for n in formed.run[first].tolist()])
+    created = np.array([run.created_at for run in runs])
+    arrivals = np.minimum.reduceat(created[formed.run], first)
+    arrived = arrivals.tolist()
+    requests, prompt_tokens, max_tokens = (
+        np.add.reduceat(amount, first).tolist()
+        for amount in (formed.requests, formed.prompt_tokens, formed.max_tokens)
+    )
+    stops = np.append(first[1:], formed.run.size).tolist()
+    starts, of_piece, slices = first.tolist(), formed.run.tolist(), formed.slices.tolist()
+    names = zip(formed.run[formed.name].tolist(), formed.behind[formed.name].tolist(), strict=True)
+    keys = [queued.label(run, behind) for run, behind in names]
+    groups = []
+    # Stable, so that a run's groups stay in order from its head to its tail.
+    for g in np.lexsort((arrivals, deadline)).tolist():
+        start, stop = starts[g], stops[g]
+        run = runs[of_piece[start]]
+        if stop - start == 1:
+            parts: tuple[GroupPart, ...] = (GroupPart(run.run_id, run.generation, slices[start]),)
+            batches: tuple[str, ...] = (run.batch_id,)
+            prompts = run.prompts
+        else:
+            inside: dict[int, int] = {}
+            for n, size in zip(of_piece[start:stop], slices[start:stop], strict=True):
+                inside[n] = inside.get(n, 0) + size
+            members = [runs[n] for n in inside]
+            parts = tuple(
+                [
+                    GroupPart(own.run_id, own.generation, size)
+                    for own, size in zip(members, inside.values(), strict=True)
+                ]
+            )
+            batches = tuple(dict.fromkeys([own.batch_id for own in members]))
+            prompts = _mixed(members)
+        groups.append(
+            RequestGroup(
+                keys[g],
+                run.model,
+                run.kind,
+                run.slo_class,
+                run.tenant,
+                run.deadline,
+                arrived[g],
+                parts,
+                batches,
+                requests[g],
+                prompt_tokens[g],
+                max_tokens[g],
+                run.on_miss,
+                prompts,
+            )
+        )
+    return tuple(groups)
+
+
+def _mixed(runs: Sequence[RunView]) -> PromptMix:
+    """Prompts of the runs in a group; unknown where one of them is."""
+    if len(runs) == 1:
+        return runs[0].prompts
+    if not all(run.prompts for run in runs):
+        return ()
     counts: dict[int, int] = {}
     for run in runs:
         for bucket, count in run.prompts:

@@ -2,7 +2,7 @@
 
 Written in the subset that compiles. Queues are rows of `place` (instance, position), filled up to
 `size`. What a group takes at instance i is `mean[kind, i] · amount`; its tail, beyond that,
-`tails[tail_kind, i]`.
+`tails[kind, i]`.
 `setup[i, a, b]` is the time lost between work of models a and b, a = -1 standing for the start.
 
 What is compiled is kept until its own file changes, so loops that call each other share this one.
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from qlm_batch.scheduling.compiled import compiled
+from qlm_batch.scheduling.compiled import compiled, inlined
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -44,7 +44,6 @@ class Columns(NamedTuple):
     amount: Floats
     mean: Floats
     var: Floats
-    tail_kind: Ints
     tails: Floats
     before: Ints
     serves: Flags
@@ -57,6 +56,19 @@ class Columns(NamedTuple):
 
 
 @compiled
+def _hosts(c: Columns) -> tuple[Ints, Ints]:
+    """The instances that serve each model, ascending in its row, and how many these are."""
+    m, models = c.serves.shape
+    hosts, many = np.empty((models, m), dtype=np.int64), np.zeros(models, dtype=np.int64)
+    for i in range(m):
+        for k in range(models):
+            if c.serves[i, k]:
+                hosts[k, many[k]] = i
+                many[k] += 1
+    return hosts, many
+
+
+@compiled
 def in_order(c: Columns, order: Ints, shed: bool) -> Ints:
     """The instance of each group, or NOWHERE: taken in `order`, each where it is done soonest.
 
@@ -64,30 +76,30 @@ def in_order(c: Columns, order: Ints, shed: bool) -> Ints:
     """
     owner = np.full(c.due.size, NOWHERE, dtype=np.int64)
     ends, variances = c.ready.copy(), c.ready_var.copy()
-    last = np.full(c.ready.size, -1, dtype=np.int64)
+    hosts, many = _hosts(c)
+    lost = c.setup[:, -1, :].T.copy()
     for g in order:
         k, kind, count = c.model[g], c.kind[g], c.amount[g]
         best, soonest = NOWHERE, math.inf
-        for i in range(c.ready.size):
-            if not c.serves[i, k]:
-                continue
-            after = ends[i] + c.setup[i, last[i], k] + c.mean[kind, i] * count
-            if c.z >= 0.0 and (after + c.tails[c.tail_kind[g], i]) * c.inflation >= soonest:
+        for h in range(many[k]):
+            i = hosts[k, h]
+            after = ends[i] + lost[k, i] + c.mean[kind, i] * count
+            if c.z >= 0.0 and (after + c.tails[kind, i]) * c.inflation >= soonest:
                 continue
             var = variances[i] + c.var[kind, i] * count
-            done = (after + c.tails[c.tail_kind[g], i]) * c.inflation + c.z * math.sqrt(var)
+            done = (after + c.tails[kind, i]) * c.inflation + c.z * math.sqrt(var)
             if done < soonest:
                 best, soonest = i, done
         if best < 0 or (shed and soonest > c.due[g]):
             continue
         owner[g] = best
-        ends[best] += c.setup[best, last[best], k] + c.mean[kind, best] * count
+        ends[best] += lost[k, best] + c.mean[kind, best] * count
         variances[best] += c.var[kind, best] * count
-        last[best] = k
+        lost[:, best] = c.setup[best, k]
     return owner
 
 
-@compiled
+@inlined
 def walk(
     c: Columns, i: int, queue: Ints, size: int, ends: Floats, variances: Floats, slack: Floats
 ) -> float:
@@ -110,7 +122,7 @@ def walk(
     slack[size] = math.inf
     for p in range(size - 1, -1, -1):
         g = queue[p]
-        done = (ends[p] + c.tails[c.tail_kind[g], i]) * c.inflation + c.z * math.sqrt(variances[p])
+        done = (ends[p] + c.tails[c.kind[g], i]) * c.inflation + c.z * math.sqrt(variances[p])
         slack[p] = min(slack[p + 1], c.due[g] - done)
     return swap_s
 
@@ -139,30 +151,64 @@ def walk_all(c: Columns, flat: Ints, bounds: Ints) -> tuple[Floats, Floats, Floa
             end += c.mean[c.kind[g], i] * c.amount[g]
             var += c.var[c.kind[g], i] * c.amount[g]
             ends[p], variances[p] = end, var
-            tail = c.tails[c.tail_kind[g], i]
+            tail = c.tails[c.kind[g], i]
             done[p] = (end + tail) * c.inflation + c.z * math.sqrt(var)
     return starts, ends, variances, done, swap_s
+
+
+@compiled
+def tidied(c: Columns, rank: Ints, flat: Ints, bounds: Ints) -> Ints:
+    """Queues, laid out as for `walk_all`, with each run of one model by rank.
+
+    A queue in which that would make something late stays as it is.
+    """
+    tidy = flat.copy()
+    longest = 0
+    for i in range(bounds.size - 1):
+        longest = max(longest, bounds[i + 1] - bounds[i])
+    ends, variances, slack = np.empty(longest), np.empty(longest), np.empty(longest + 1)
+    for i in range(bounds.size - 1):
+        changed, start = False, bounds[i]
+        for p in range(bounds[i] + 1, bounds[i + 1] + 1):
+            if p < bounds[i + 1] and c.model[flat[p]] == c.model[flat[start]]:
+                continue
+            run = flat[start:p]
+            order = np.argsort(rank[run])
+            for n in range(order.size):
+                changed = changed or order[n] != n
+                tidy[start + n] = run[order[n]]
+            start = p
+        if changed:
+            queue = tidy[bounds[i] : bounds[i + 1]]
+            walk(c, i, queue, queue.size, ends, variances, slack)
+            if slack[0] < 0.0:
+                queue[:] = flat[bounds[i] : bounds[i + 1]]
+    return tidy
 
 
 @compiled
 def behind(c: Columns, order: Ints, ends: Floats, last: Ints) -> Ints:
     """The instance of each group of `order` when all are put behind what ends at `ends`.
 
-    Each goes where it would end soonest; `last` is the model of each queue's last group. Both are
+    Each goes where it would end soonest; `last` is the model of each queue's last group. `ends` are
     changed.
     """
     owner = np.full(order.size, NOWHERE, dtype=np.int64)
+    hosts, many = _hosts(c)
+    lost = np.empty((c.serves.shape[1], ends.size))
+    for i in range(ends.size):
+        lost[:, i] = c.setup[i, last[i]]
     for n in range(order.size):
-        g = order[n]
-        k, kind, amount = c.model[g], c.kind[g], c.amount[g]
+        k, kind, amount = c.model[order[n]], c.kind[order[n]], c.amount[order[n]]
         soonest = math.inf
-        for i in range(ends.size):
-            if c.serves[i, k]:
-                end = ends[i] + c.setup[i, last[i], k] + c.mean[kind, i] * amount
-                if end < soonest:
-                    soonest, owner[n] = end, i
+        for h in range(many[k]):
+            i = hosts[k, h]
+            end = ends[i] + lost[k, i] + c.mean[kind, i] * amount
+            if end < soonest:
+                soonest, owner[n] = end, i
         if owner[n] >= 0:
-            ends[owner[n]], last[owner[n]] = soonest, k
+            ends[owner[n]] = soonest
+            lost[:, owner[n]] = c.setup[owner[n], k]
     return owner
 
 
@@ -194,6 +240,8 @@ def insert_late(
     due: Floats,
     lines: Floats,
     excess: Floats,
+    classes: Ints,
+    slow: Floats,
     place: Ints,
     size: Ints,
     order: Ints,
@@ -206,8 +254,8 @@ def insert_late(
     Groups are taken in `order`, each at least `least` of it in time and worth more than `price` for
     each second of swapping it adds, until `tries` positions were looked at. `due` are true
     deadlines; those in `c` are moved to the end of what is placed late, which must not become later
-    still. `lines` are the groups' requests. `place` has room; it and `size` are changed. Returns
-    which were placed.
+    still. `lines` are the groups' requests; `excess`, `classes` and `slow` as in a WorkTable.
+    `place` has room; it and `size` are changed. Returns which were placed.
     """
     m, room = place.shape
     ends, variances, slack = np.empty((m, room)), np.empty((m, room)), np.empty((m, room + 1))
@@ -240,12 +288,12 @@ def insert_late(
                     spread = c.z * math.sqrt(end_var + var)
                     begin = start * c.inflation + spread
                     for e in range(excess.shape[2]):
-                        left = (due[g] - begin - excess[kind, i, e]) / span
+                        left = (due[g] - begin - excess[kind, classes[i], e] * slow[i]) / span
                         made = math.floor(lines[g] * min(1.0, max(0.0, left)))
                         share += made / (lines[g] * excess.shape[2])
                     gain = c.weight[g] * share - price * (added - mean)
                     if share >= least and gain > best:
-                        done = (start + mean + c.tails[c.tail_kind[g], i]) * c.inflation
+                        done = (start + mean + c.tails[c.kind[g], i]) * c.inflation
                         ended = done + spread
                         best, owner, at = gain, i, p
                 if p < size[i]:
@@ -274,42 +322,45 @@ def by_insertion(
     m, models = c.serves.shape
     owner = np.full(c.due.size, NOWHERE, dtype=np.int64)
     ends, variances = c.ready.copy(), c.ready_var.copy()
+    hosts, many = _hosts(c)
+    lost = c.setup[:, -1, :].T.copy()
     last = np.full(m, -1, dtype=np.int64)
-    spot = np.zeros((m, models), dtype=np.int64)
-    spot_end = np.full((m, models), math.inf)
-    spot_var = np.zeros((m, models))
-    spot_slack = np.full((m, models), math.inf)
+    spot = np.zeros((models, m), dtype=np.int64)
+    spot_end = np.full((models, m), math.inf)
+    spot_var = np.zeros((models, m))
+    spot_slack = np.full((models, m), math.inf)
     for i in range(m):
         for k in range(models):
-            spot_var[i, k] = c.ready_var[i]
+            spot_var[k, i] = c.ready_var[i]
             if c.awake[i, k]:
-                spot_end[i, k] = c.ready[i]
+                spot_end[k, i] = c.ready[i]
     room = place.shape[1]
     q_ends, q_vars, q_slack = np.empty(room + 1), np.empty(room + 1), np.empty(room + 2)
     for g in order:
         k, kind, count, due = c.model[g], c.kind[g], c.amount[g], c.due[g]
         best, cheapest, appended = NOWHERE, math.inf, False
-        for i in range(m):
-            if not c.serves[i, k]:
+        for h in range(many[k]):
+            i = hosts[k, h]
+            mean = c.mean[kind, i] * count
+            stay = stay_s if i == c.before[g] else 0.0
+            # No swap makes it less.
+            if ends[i] + mean - stay >= cheapest:
                 continue
-            mean, var = c.mean[kind, i] * count, c.var[kind, i] * count
-            tail = c.tails[c.tail_kind[g], i]
-            setup = c.setup[i, last[i], k]
-            end = ends[i] + setup + mean
-            least = min(end + swap_price * setup, ends[i] + mean)
-            if least - (stay_s if i == c.before[g] else 0.0) >= cheapest:
-                continue
+            tail, var = c.tails[kind, i], c.var[kind, i] * count
+            end = ends[i] + lost[k, i] + mean
             price = in_run = math.inf
-            late = (end + tail) * c.inflation + c.z * math.sqrt(variances[i] + var) - due
-            if late <= 0.0:
-                price = end + swap_price * setup
-            in_time = (spot_end[i, k] + mean + tail) * c.inflation
-            in_time += c.z * math.sqrt(spot_var[i, k] + var) - due
-            if in_time <= 0.0 and mean * c.inflation + c.z * math.sqrt(var) <= spot_slack[i, k]:
-                in_run = ends[i] + mean
-            cost = min(price, in_run)
-            if i == c.before[g]:
-                cost -= stay_s
+            done = (end + tail) * c.inflation
+            if c.z < 0.0 or done <= due:
+                late = done + c.z * math.sqrt(variances[i] + var) - due
+                if late <= 0.0:
+                    price = end + swap_price * lost[k, i]
+            done = (spot_end[k, i] + mean + tail) * c.inflation
+            if c.z < 0.0 or done <= due:
+                late = done + c.z * math.sqrt(spot_var[k, i] + var) - due
+                push = mean * c.inflation + c.z * math.sqrt(var)
+                if late <= 0.0 and push <= spot_slack[k, i]:
+                    in_run = ends[i] + mean
+            cost = min(price, in_run) - stay
             if cost < cheapest:
                 best, cheapest, appended = i, cost, price <= in_run
         if best < 0:
@@ -319,25 +370,26 @@ def by_insertion(
         queue = place[i]
         if appended:
             first = last[i] < 0
-            ends[i] += c.setup[i, last[i], k] + c.mean[kind, i] * count
+            ends[i] += lost[k, i] + c.mean[kind, i] * count
             variances[i] += c.var[kind, i] * count
-            done = (ends[i] + c.tails[c.tail_kind[g], i]) * c.inflation
+            done = (ends[i] + c.tails[kind, i]) * c.inflation
             done += c.z * math.sqrt(variances[i])
             for other in range(models):
                 # A run at the end has nothing behind it yet, and so no bound; now it has one.
-                spot_slack[i, other] = min(spot_slack[i, other], due - done)
+                spot_slack[other, i] = min(spot_slack[other, i], due - done)
                 # A head spot stays only where using it would not make the first swap longer.
                 longer = c.setup[i, other, k] - c.setup[i, -1, k] > 0.0
                 if first and c.awake[i, other] and longer:
-                    spot_end[i, other] = math.inf
+                    spot_end[other, i] = math.inf
             queue[size[i]] = g
             size[i] += 1
             last[i] = k
-            spot[i, k] = size[i]
-            spot_end[i, k], spot_var[i, k] = ends[i], variances[i]
-            spot_slack[i, k] = math.inf
+            lost[:, i] = c.setup[i, k]
+            spot[k, i] = size[i]
+            spot_end[k, i], spot_var[k, i] = ends[i], variances[i]
+            spot_slack[k, i] = math.inf
             continue
-        at = spot[i, k]
+        at = spot[k, i]
         for p in range(size[i], at, -1):
             queue[p] = queue[p - 1]
         queue[at] = g
@@ -347,21 +399,22 @@ def by_insertion(
         for other in range(models):
             if c.awake[i, other]:
                 free = c.setup[i, other, head] <= c.setup[i, -1, head]
-                spot[i, other] = 0
-                spot_end[i, other] = c.ready[i] if free else math.inf
-                spot_var[i, other] = c.ready_var[i]
-                spot_slack[i, other] = q_slack[0]
+                spot[other, i] = 0
+                spot_end[other, i] = c.ready[i] if free else math.inf
+                spot_var[other, i] = c.ready_var[i]
+                spot_slack[other, i] = q_slack[0]
         for p in range(size[i]):
             other = c.model[queue[p]]
-            spot[i, other] = p + 1
-            spot_end[i, other], spot_var[i, other] = q_ends[p], q_vars[p]
-            spot_slack[i, other] = q_slack[p + 1]
+            spot[other, i] = p + 1
+            spot_end[other, i], spot_var[other, i] = q_ends[p], q_vars[p]
+            spot_slack[other, i] = q_slack[p + 1]
         ends[i], variances[i] = q_ends[size[i] - 1], q_vars[size[i] - 1]
         last[i] = c.model[queue[size[i] - 1]]
+        lost[:, i] = c.setup[i, last[i]]
     return owner
 
 
-@compiled
+@inlined
 def cheapest(
     c: Columns,
     i: int,
@@ -376,7 +429,7 @@ def cheapest(
     """The least time a group adds to a walked queue, and where; inf where it fits nowhere."""
     k, due = c.model[g], c.due[g]
     mean, var = c.mean[c.kind[g], i] * c.amount[g], c.var[c.kind[g], i] * c.amount[g]
-    tail, push = c.tails[c.tail_kind[g], i], c.z * math.sqrt(var)
+    tail, push = c.tails[c.kind[g], i], c.z * math.sqrt(var)
     end, end_var, last = c.ready[i], c.ready_var[i], -1
     best, where = math.inf, -1
     for p in range(size + 1):
@@ -397,7 +450,7 @@ def cheapest(
     return best, where
 
 
-@compiled
+@inlined
 def _below(state: Ints, bound: int) -> int:
     """The next pseudo-random number in [0, bound): Park and Miller's minimal generator."""
     state[0] = (state[0] * 48271) % _MODULUS

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from statistics import NormalDist
 
 import numpy as np
@@ -19,6 +19,7 @@ from qlm_batch.scheduling.loops import loops
 from qlm_batch.scheduling.worktable import EXCESS
 
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 
 _LEVELS = (np.arange(EXCESS) + 0.5) / EXCESS
 
@@ -64,6 +65,14 @@ class LengthDistribution:
             np.append(self.values[:kept], limit), np.append(self.probabilities[:kept], rest)
         )
 
+    def capped_moments(self, limits: Floats) -> tuple[Floats, Floats]:
+        """Mean and variance under each of these limits."""
+        kept = np.searchsorted(self.values, limits)
+        mass, first, second = self._beyond
+        mean = first[0] - first[kept] + limits * mass[kept]
+        square = second[0] - second[kept] + limits**2 * mass[kept]
+        return mean, np.maximum(0.0, square - mean**2)
+
     def residual(self, age: float) -> tuple[float, float]:
         """Mean and variance of what is still to come after `age` tokens.
 
@@ -101,6 +110,16 @@ class LengthDistribution:
     def _largest(self) -> dict[float, float]:
         """What `largest_of` answered."""
         return {}
+
+    def largest_under(self, limits: Floats, counts: Ints) -> Floats:
+        """Expected largest of each of these counts, at least 1, of lengths under each limit."""
+        order = np.argsort(counts, kind="stable")
+        kept = np.searchsorted(self.values, limits)
+        found = np.empty(counts.size)
+        found[order] = loops().largest(
+            self.values, self._up_to, counts[order], kept[order], limits[order]
+        )
+        return found
 
     @cached_property
     def equally_likely(self) -> Floats:
@@ -142,6 +161,7 @@ def kaplan_meier(
     return LengthDistribution(*loops().survival(finished[order], mass, running, age_weight, fading))
 
 
+@lru_cache
 def prior(kind: EngineKind) -> LengthDistribution:
     """What is assumed before anything was seen: chat-like lengths, or none for embeddings.
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from qlm_batch.scheduling.compiled import AVAILABLE, plain
+from qlm_batch.scheduling.cutting import cut, packed
 from qlm_batch.scheduling.kernels import (
     Columns,
     Flags,
@@ -20,30 +21,44 @@ from qlm_batch.scheduling.kernels import (
     insert_late,
     insert_one,
     search,
-    walk,
+    tidied,
     walk_all,
 )
-from qlm_batch.scheduling.survival import survival
+from qlm_batch.scheduling.survival import largest, survival
 
 
 class Loops(NamedTuple):
     """The loops, all compiled or all as written; they give equal results."""
 
     in_order: Callable[[Columns, Ints, bool], Ints]
-    walk: Callable[[Columns, int, Ints, int, Floats, Floats, Floats], float]
     walk_all: Callable[[Columns, Ints, Ints], tuple[Floats, Floats, Floats, Floats, Floats]]
+    tidied: Callable[[Columns, Ints, Ints, Ints], Ints]
     behind: Callable[[Columns, Ints, Floats, Ints], Ints]
     insert_one: Callable[[Columns, Ints, Ints, int, float], tuple[int, int]]
     insert_late: Callable[
-        [Columns, Floats, Floats, Floats, Ints, Ints, Ints, float, float, int], Flags
+        [Columns, Floats, Floats, Floats, Ints, Floats, Ints, Ints, Ints, float, float, int], Flags
     ]
     by_insertion: Callable[[Columns, Ints, Ints, Ints, float, float], Ints]
     search: Callable[[Columns, Floats, Ints, Ints, Ints, int, int, int, float, float], int]
     survival: Callable[[Floats, Floats, Floats, float, float], tuple[Floats, Floats]]
+    largest: Callable[[Floats, Floats, Ints, Ints, Floats], Floats]
+    cut: Callable[[Ints, Ints, Floats, Ints], tuple[Ints, Ints]]
+    packed: Callable[[Ints, Flags, Ints, Floats], tuple[Ints, Ints]]
 
 
 COMPILED = Loops(
-    in_order, walk, walk_all, behind, insert_one, insert_late, by_insertion, search, survival
+    in_order,
+    walk_all,
+    tidied,
+    behind,
+    insert_one,
+    insert_late,
+    by_insertion,
+    search,
+    survival,
+    largest,
+    cut,
+    packed,
 )
 WRITTEN = Loops(**plain(globals(), Loops._fields))
 
@@ -74,19 +89,22 @@ def compile_all() -> None:
     table, yes = np.ones((1, 1)), np.ones((1, 1), dtype=np.bool_)
     columns = Columns(
         model=none, due=10.0 * one, weight=one, kind=none, amount=one, mean=table, var=table,
-        tail_kind=none, tails=table, before=none, serves=yes, awake=yes, ready=one, ready_var=one,
+        tails=table, before=none, serves=yes, awake=yes, ready=one, ready_var=one,
         setup=np.zeros((1, 2, 1)), z=0.5, inflation=1.0,
     )  # fmt: skip
-    place, size, many = np.zeros((1, 2), dtype=np.int64), np.zeros(1, dtype=np.int64), np.ones(3)
+    place, size = np.zeros((1, 2), dtype=np.int64), np.zeros(1, dtype=np.int64)
     COMPILED.in_order(columns, none, True)
     COMPILED.by_insertion(columns, none, place, size, 1.0, 0.5)
-    COMPILED.walk(columns, 0, place[0], 1, many, many.copy(), many.copy())
     COMPILED.walk_all(columns, none, np.array([0, 1]))
+    COMPILED.tidied(columns, none, none, np.array([0, 1]))
     COMPILED.behind(columns, none, one.copy(), np.full(1, -1, dtype=np.int64))
     COMPILED.insert_one(columns, place, size, 0, 0.5)
     COMPILED.insert_late(
-        columns, one.copy(), one, np.zeros((1, 1, 8)), place, size, none, 0.5, 0.5, 1
+        columns, one.copy(), one, np.zeros((1, 1, 8)), none, one, place, size, none, 0.5, 0.5, 1
     )
     COMPILED.search(columns, one, place, size, none.copy(), 0, 1, 0, 0.5, 0.5)
     COMPILED.survival(one, one, one, 1.0, 0.5)
+    COMPILED.largest(one, one[:0], size + 1, size, one)
+    COMPILED.cut(size + 1, size + 1, one, size + 1)
+    COMPILED.packed(size, yes[0], np.array([0, 1]), one)
     _choice.compiled = True

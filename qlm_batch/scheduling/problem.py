@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from statistics import NormalDist
 from typing import Final, Protocol
 
@@ -30,6 +31,7 @@ from qlm_batch.scheduling.loops import loops
 from qlm_batch.scheduling.worktable import WorkTable
 
 Floats = NDArray[np.float64]
+Flags = NDArray[np.bool_]
 
 SWAP_PRICE: Final = 0.5
 """What a second of swapping costs beyond itself, in seconds of average work: plans change, and a
@@ -137,93 +139,94 @@ class Problem:
         self.table = estimator.table(self.groups)
         self._kind: list[int] = self.table.kind.tolist()
         self._count: list[float] = self.table.count.tolist()
-        self._tails: Floats = np.ascontiguousarray(self.table.excess[:, :, MOST])
-        fastest = self.table.mean.min(axis=1, initial=math.inf)
-        self.least: list[float] = (fastest[self.table.kind] * self.table.count).tolist()
+        self._tails: Floats = self.table.end(MOST)
+        least = self.table.mean.min(axis=1, initial=math.inf)[self.table.kind] * self.table.count
+        self.able: Flags = np.isfinite(least)
+        """Groups that some instance serves."""
+        self.least: list[float] = least.tolist()
         self.z = NormalDist().inv_cdf(estimator.config.quantile)
         self.model_error = estimator.config.model_error
         self.inflation = 1.0 + self.z * self.model_error
         self._machines(estimator)
-        self._worth(estimator.served)
-        known = {entry.group_key: entry.instance for entry in snapshot.queues}
-        names = {view.name: i for i, view in enumerate(self.instances)}
-        self.before = [names.get(known.get(group.key, ""), -1) for group in self.groups]
-        work_s = sum(least for least in self.least if math.isfinite(least))
-        reachable = sum(w for w, s in zip(self.weight, self.least, strict=True) if math.isfinite(s))
-        self.density = reachable / work_s if work_s > 0.0 else 0.0
+        work_s: list[float] = np.where(self.able, least, 0.0).tolist()
+        self._worth(estimator.served, work_s)
+        self.before = [-1] * len(self.groups)
+        if snapshot.queues:
+            known = {entry.group_key: entry.instance for entry in snapshot.queues}
+            names = {view.name: i for i, view in enumerate(self.instances)}
+            self.before = [names.get(known.get(group.key, ""), -1) for group in self.groups]
+        total_s = sum(work_s)
+        reachable = sum(np.array(self.weight)[self.able].tolist())
+        self.density = reachable / total_s if total_s > 0.0 else 0.0
 
-    def _worth(self, served: Served) -> None:
+    def _worth(self, served: Served, work_s: Sequence[float]) -> None:
         """Due times and weights: a request counts what its class's mean request takes, by shares.
 
         `virtual` are virtual times; see `fairness`.
         """
-        finite = [least if math.isfinite(least) else 0.0 for least in self.least]
-        tenants = len({group.tenant for group in self.groups})
+        groups, now = self.groups, self.now
+        deadlines = np.array([group.deadline for group in groups], dtype=np.float64)
+        tenants = len({group.tenant for group in groups})
+        virtual = np.zeros(len(groups))
         if tenants > 1:
-            order = sorted(range(len(finite)), key=lambda g: (self.groups[g].deadline, g))
-            ordered = [self.groups[g] for g in order]
-            times = virtual_times(ordered, [finite[g] for g in order], served)
-            self.virtual = [t for _, t in sorted(zip(order, times, strict=True))]
-        else:
-            self.virtual = [0.0] * len(finite)
-        work: dict[SloClass, float] = {}
-        requests: dict[SloClass, int] = {}
-        for group, least in zip(self.groups, finite, strict=True):
-            if least > 0.0:
-                work[group.slo_class] = work.get(group.slo_class, 0.0) + least
-                requests[group.slo_class] = requests.get(group.slo_class, 0) + group.requests
-        each = {slo: total / max(1, requests[slo]) for slo, total in work.items()}
+            order = np.argsort(deadlines, kind="stable")
+            placed = order.tolist()
+            ordered = [groups[g] for g in placed]
+            virtual[order] = virtual_times(ordered, [work_s[g] for g in placed], served)
+        self.virtual: list[float] = virtual.tolist()
         fleet = int(np.isfinite(self.ready).sum())
-        self.floor = on_floor(self.groups, finite, fleet, self.now)
-        factors = fair_factors(self.virtual, tenants)
-        self.due: list[float] = []
-        self.weight: list[float] = []
-        for g, group in enumerate(self.groups):
-            due, age = aged(group, self.now, finite[g])
-            slo = _FLOOR_FACTOR if self.floor[g] else _CLASS_FACTOR[group.slo_class]
-            self.due.append(due)
-            self.weight.append(
-                group.requests * each.get(group.slo_class, 0.0) * slo * factors[g] * age
-            )
+        self.floor = on_floor(groups, work_s, fleet, now)
+        requests = np.array([group.requests for group in groups], dtype=np.float64)
+        self.lines = np.maximum(1.0, requests)
+        """The requests of each group, at least one."""
+        classes = [group.slo_class for group in groups]
+        needs = np.array(work_s)
+        each, factor = np.zeros(len(groups)), np.ones(len(groups))
+        for slo_class in set(classes):
+            own = np.array([other is slo_class for other in classes])
+            some = own & (needs > 0.0)
+            each[own] = sum(needs[some].tolist()) / max(1.0, requests[some].sum())
+            factor[own] = _CLASS_FACTOR[slo_class]
+        factor[self.floor] = _FLOOR_FACTOR
+        weight = requests * each * factor * fair_factors(virtual, tenants)
+        due = deadlines - now
+        for g in np.flatnonzero(needs > due).tolist():
+            due[g], age = aged(groups[g], now, work_s[g])
+            weight[g] *= age
+        self.due: list[float] = due.tolist()
+        self.weight: list[float] = weight.tolist()
 
     def _machines(self, estimator: Durations) -> None:
         m, k = len(self.instances), len(self.models)
-        self.serves = np.zeros((m, k), dtype=np.bool_)
-        self.awake = np.zeros((m, k), dtype=np.bool_)
+        self.serves: Flags = np.array(
+            [[estimator.serves(i, model) for model in self.models] for i in range(m)],
+            dtype=np.bool_,
+        ).reshape(m, k)
+        self.awake: Flags = np.zeros((m, k), dtype=np.bool_)
         self.ready, self.ready_var = np.full(m, np.inf), np.zeros(m)
-        # setup[i, a, b] is the time lost at i between work of a and of b; a = START is the last.
-        self.setup = np.full((m, k + 1, k), np.inf)
-        known: dict[tuple[object, ...], tuple[NDArray[np.bool_], NDArray[np.bool_], Floats]] = {}
-        for i, view in enumerate(self.instances):
-            if not any(estimator.serves(i, model) for model in self.models):
+        swap_s, drain_s = np.full((m, k), np.inf), np.full((m, k), np.inf)
+        roots: dict[str, int] = {}
+        root = np.full((m, k), -1)
+        for i, (view, served) in enumerate(zip(self.instances, self.serves.tolist(), strict=True)):
+            if not any(served):
                 continue
             ready = estimator.ready(i)
             self.ready[i], self.ready_var[i] = ready.mean, ready.var
-            alike = (view.device, view.slots, view.kv_tokens, view.interactive_share)
-            key = (*alike, view.models, ready.awake)
-            if key not in known:
-                known[key] = self._setups(i, ready.awake, estimator)
-            self.serves[i], self.awake[i], self.setup[i] = known[key]
-
-    def _setups(
-        self, i: int, awake_models: frozenset[str], estimator: Durations
-    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_], Floats]:
-        """What an instance serves, what is awake there, and the time lost between models."""
-        k = len(self.models)
-        serves = np.array([estimator.serves(i, model) for model in self.models])
-        awake = np.array([model in awake_models for model in self.models])
-        setup = np.full((k + 1, k), np.inf)
-        roots = {model.name: model.root for model in self.instances[i].models}
-        hosted = np.flatnonzero(serves).tolist()
-        drains = {a: estimator.drain_s(i, self.models[a]) for a in hosted}
-        for b in hosted:
-            swap_s = estimator.swap_s(i, self.models[b])
-            setup[START, b] = 0.0 if awake[b] else swap_s
-            for a in hosted:
-                alike = roots.get(self.models[a], a) == roots.get(self.models[b], b)
-                together = alike or (awake[a] and awake[b])
-                setup[a, b] = 0.0 if together else swap_s + drains[a]
-        return serves, awake, setup
+            of = {model.name: model.root for model in view.models}
+            for b, (model, serves) in enumerate(zip(self.models, served, strict=True)):
+                self.awake[i, b] = model in ready.awake
+                if serves:
+                    swap_s[i, b] = estimator.swap_s(i, model)
+                    drain_s[i, b] = estimator.drain_s(i, model)
+                    root[i, b] = roots.setdefault(of.get(model, model), len(roots))
+        # setup[i, a, b] is the time lost at i between work of a and of b; a = START is the last.
+        self.setup = np.full((m, k + 1, k), np.inf)
+        together = self.awake[:, :, None] & self.awake[:, None, :]
+        together |= root[:, :, None] == root[:, None, :]
+        lost = np.where(together, 0.0, swap_s[:, None, :] + drain_s[:, :, None])
+        served_both = self.serves[:, :, None] & self.serves[:, None, :]
+        self.setup[:, :START] = np.where(served_both, lost, np.inf)
+        self.setup[:, START] = np.where(self.awake & self.serves, 0.0, swap_s)
 
     @cached_property
     def columns(self) -> Columns:
@@ -237,7 +240,6 @@ class Problem:
             amount=table.count,
             mean=table.mean,
             var=table.var,
-            tail_kind=table.kind,
             tails=self._tails,
             before=np.array(self.before, dtype=np.int64),
             serves=self.serves,
@@ -248,11 +250,6 @@ class Problem:
             z=self.z,
             inflation=self.inflation,
         )
-
-    @cached_property
-    def lines(self) -> Floats:
-        """The requests of each group, at least one."""
-        return np.array([max(1, group.requests) for group in self.groups], dtype=np.float64)
 
     @property
     def empty(self) -> Queues:
@@ -277,7 +274,7 @@ class Problem:
 
     def in_order(self, ranks: Sequence[object]) -> Ints:
         """Placeable groups by ascending rank, equal ones as they stand."""
-        able = [g for g in range(len(self.groups)) if math.isfinite(self.least[g])]
+        able: list[int] = np.flatnonzero(self.able).tolist()
         able.sort(key=ranks.__getitem__)  # type: ignore[arg-type]
         return np.array(able, dtype=np.int64)
 
@@ -286,16 +283,16 @@ class Problem:
         """Placeable groups, earliest deadline first; of equal ones the tenant's that had less."""
         arrived = np.array([group.arrived_at for group in self.groups])
         order = np.lexsort((arrived, np.array(self.virtual), self.columns.due))
-        able: Ints = order[np.isfinite(np.array(self.least))[order]]
+        able: Ints = order[self.able[order]]
         return able
 
     @cached_property
-    def rank(self) -> list[int]:
+    def rank(self) -> Ints:
         """Each placeable group's position in `by_deadline`."""
         order = self.by_deadline
         rank = np.zeros(len(self.groups), dtype=np.int64)
         rank[order] = np.arange(order.size)
-        return [int(place) for place in rank]
+        return rank
 
     def done(self, mean: float, var: float) -> float:
         """When something of this mean and variance is done, at the planning quantile."""
@@ -327,11 +324,16 @@ class Problem:
             slack[p] = min(slack[p + 1], self.due[queue[p]] - walk.done[p])
         return slack
 
-    def times(self, queues: Queues) -> Times:
-        """Times along all queues at once."""
+    def laid_out(self, queues: Queues) -> tuple[Ints, Ints]:
+        """All queues end to end, and where each begins and the last one ends."""
         bounds = np.zeros(len(queues) + 1, dtype=np.int64)
         np.cumsum([len(queue) for queue in queues], out=bounds[1:])
-        flat = np.fromiter((g for queue in queues for g in queue), np.int64, int(bounds[-1]))
+        flat = np.fromiter(chain.from_iterable(queues), np.int64, int(bounds[-1]))
+        return flat, bounds
+
+    def times(self, queues: Queues) -> Times:
+        """Times along all queues at once."""
+        flat, bounds = self.laid_out(queues)
         return Times(flat, bounds, *loops().walk_all(self.columns, flat, bounds))
 
     def shares(self, times: Times) -> Floats:
@@ -347,7 +349,7 @@ class Problem:
             group = times.flat[late]
             span = (times.ends[late] - times.starts[late]) * self.inflation
             start = times.starts[late] * self.inflation + self.z * np.sqrt(times.variances[late])
-            room = (due[late] - start)[:, None] - self.table.excess[self.table.kind[group], owner]
+            room = (due[late] - start)[:, None] - self.table.ends(group, owner)
             part = np.clip(room / np.maximum(span, _LEAST_S)[:, None], 0.0, 1.0)
             lines = self.lines[group][:, None]
             shares[late] = (np.floor(part * lines) / lines).mean(axis=1)

@@ -31,7 +31,7 @@ class Running:
         for i, view in enumerate(instances):
             model = _sole(view)
             self.sole.append(model.name if model else None)
-            self.counts.append(sum(age > 0 for age in view.generated) if model else 0)
+            self.counts.append(len(view.generated) - view.generated.count(0) if model else 0)
             if model is not None and model.kind is EngineKind.GENERATE:
                 self._where.setdefault(model.name, []).append(i)
         self._flat: dict[str, tuple[Floats, Ints]] = {}

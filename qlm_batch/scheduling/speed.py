@@ -10,13 +10,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from functools import lru_cache
+from typing import Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 StepRow = tuple[int, int, int, float]
+Amount = TypeVar("Amount", float, Floats)
 
 FORGET = 0.999
 """What one newer step leaves of a weight: an effective window of 1,000 steps."""
@@ -41,8 +43,8 @@ class StepTime:
     per_kv: float
     per_prefill: float
 
-    def seconds(self, sequences: float, kv: float, prefill: float) -> float:
-        """Time of one step."""
+    def seconds(self, sequences: Amount, kv: Amount, prefill: Amount) -> Amount:
+        """Time of one step, or of each."""
         return (
             self.base
             + self.per_sequence * sequences
@@ -74,6 +76,7 @@ _TABLE: Final[tuple[tuple[str, float, StepTime], ...]] = (
 )
 
 
+@lru_cache(maxsize=1024)
 def prior_step_time(model: str, device: str) -> StepTime:
     """What to expect of a pair not seen yet, from the nearest published one of its device.
 

@@ -1,4 +1,4 @@
-"""The product-limit estimate as one loop over sorted observations."""
+"""Distributions of lengths: the product-limit estimate, and the largest of many, as loops."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from qlm_batch.scheduling.compiled import compiled
 
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 
 _NOTHING = 1e-12
 
@@ -52,3 +53,39 @@ def survival(
         chances[count] = alive
         count += 1
     return values[:count].copy(), chances[:count] / chances[:count].sum()
+
+
+@compiled
+def largest(values: Floats, up_to: Floats, count: Ints, kept: Ints, limits: Floats) -> Floats:
+    """The expected largest of `count[n]` lengths of at most `limits[n]`; counts ascend.
+
+    `up_to` is the chance of a length up to each of the `values` but the last, `kept[n]` how many of
+    these are below the limit. E max = limit - ∫ F(x)^count dx, up to the limit.
+    """
+    out = np.empty(count.size)
+    below = np.zeros(values.size)
+    n = 0
+    while n < count.size:
+        below[0] = 0.0
+        for j in range(up_to.size):
+            power, base, left = 1.0, up_to[j], count[n]
+            while left > 0:
+                if left % 2 == 1:
+                    power *= base
+                base *= base
+                left //= 2
+            below[j + 1] = below[j] + (values[j + 1] - values[j]) * power
+        same = count[n]
+        while n < count.size and count[n] == same:
+            last = kept[n] - 1
+            if last < 0:
+                out[n] = limits[n]
+            elif last == up_to.size:
+                out[n] = values[last] - below[last]
+            else:
+                # The part of a step between two values that lies below the limit.
+                part = (limits[n] - values[last]) / (values[last + 1] - values[last])
+                step = below[last + 1] - below[last]
+                out[n] = limits[n] - below[last] - part * step
+            n += 1
+    return out

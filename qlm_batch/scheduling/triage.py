@@ -12,15 +12,17 @@ from qlm_batch.scheduling.problem import CLASS_RANK, START, Problem, Queues
 _HOPELESS_S = 1e-9
 
 
-def worth(problem: Problem, group: int) -> tuple[int, float]:
-    """Sorts first what is let go last: by class, then by weight per second of work."""
-    per_second = problem.weight[group] / max(_HOPELESS_S, problem.least[group])
-    return (CLASS_RANK[problem.groups[group].slo_class], -per_second)
-
-
 def tail_order(problem: Problem, shed: Iterable[int]) -> list[int]:
-    """Groups let go in the order in which they are still tried, the most worthy first."""
-    return sorted(shed, key=lambda g: (*worth(problem, g), problem.due[g], g))
+    """Groups let go in the order in which they are still tried, the most worthy first.
+
+    By class, then by weight per second of work, then by deadline.
+    """
+    order = np.array(sorted(shed), dtype=np.int64)
+    rank = np.array([CLASS_RANK[problem.groups[g].slo_class] for g in order.tolist()])
+    least = np.array(problem.least)[order]
+    per_second = problem.columns.weight[order] / np.maximum(_HOPELESS_S, least)
+    found: list[int] = order[np.lexsort((problem.columns.due[order], -per_second, rank))].tolist()
+    return found
 
 
 def append_tail(problem: Problem, queues: Queues, shed: Iterable[int]) -> None:
@@ -28,7 +30,8 @@ def append_tail(problem: Problem, queues: Queues, shed: Iterable[int]) -> None:
 
     Groups that nobody serves are left out.
     """
-    order = np.array([g for g in tail_order(problem, shed) if problem.placeable(g)], dtype=np.int64)
+    order = np.array(tail_order(problem, shed), dtype=np.int64)
+    order = order[problem.able[order]]
     if not order.size:
         return
     times = problem.times(queues)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qlm_batch.domain.buckets import prompt_mix
 from qlm_batch.domain.jobs import EngineKind
@@ -16,7 +20,7 @@ from qlm_batch.domain.snapshot import (
     Snapshot,
 )
 from qlm_batch.scheduling.estimator import Estimator
-from qlm_batch.scheduling.flows import Flow
+from qlm_batch.scheduling.flows import Flow, few
 from qlm_batch.scheduling.grouping import form_groups
 from qlm_batch.scheduling.policies import policy
 from qlm_batch.scheduling.profile import fold
@@ -90,6 +94,53 @@ def test_a_lone_request_takes_its_whole_length() -> None:
     assert work.mean[0] + work.tail[0] == pytest.approx(
         length * flow(estimator, cap=4000).step_s, rel=0.05
     )
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from("mn"),
+            st.sampled_from("tu"),
+            st.integers(1, 500),
+            st.integers(1, 2000),
+            st.integers(1, 4000),
+        ),
+        max_size=12,
+    )
+)
+@settings(max_examples=30, deadline=None)
+def test_many_groups_at_once_take_what_each_takes_by_itself(
+    asked: list[tuple[str, str, int, int, int]],
+) -> None:
+    seen = [
+        Observation("i", "A100", model, 0.0, (("t", 90, 9), ("u", 700, 9)) * 50) for model in "mn"
+    ]
+    fleet = [
+        instance("i", ("m", "n")),
+        replace(instance("j", ("n",), device="A10", slots=8), interactive_share=0.5),
+    ]
+    estimator = Estimator(replace(snapshot(instances=fleet), profiles=fold((), seen)))
+    groups = [
+        replace(
+            group(f"g{n}", deadline=9.0, model=model, requests=requests),
+            tenant=tenant,
+            prompt_tokens=requests * prompt,
+            max_tokens=requests * limit,
+        )
+        for n, (model, tenant, requests, prompt, limit) in enumerate(asked)
+    ]
+    table = estimator.table(groups)
+    for g, one in enumerate(groups):
+        for i, slow in enumerate((1.0, 2.0)):
+            if estimator.serves(i, one.model):
+                alone, kind, count = estimator.flow_of(i, one), table.kind[g], table.count[g]
+                last = few(min(one.requests, math.ceil(alone.running)))
+                tail = table.tail(np.array([g]), np.array([i]))[0]
+                assert count * table.mean[kind, i] == pytest.approx(
+                    one.requests * alone.request_s * slow
+                )
+                assert table.var[kind, i] == pytest.approx(alone.request_var * slow**2)
+                assert tail == pytest.approx(alone.tail_s(last) * slow, rel=1e-6, abs=1e-9)
 
 
 def test_an_instance_that_does_not_host_a_model_would_take_for_ever() -> None:

@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from qlm_batch.domain.snapshot import RunView
 from qlm_batch.scheduling import loops
 from qlm_batch.scheduling.compiled import AVAILABLE
+from qlm_batch.scheduling.estimator import Estimator
+from qlm_batch.scheduling.grouping import form_groups
+from qlm_batch.scheduling.lengths import kaplan_meier
 from qlm_batch.scheduling.policies import policy
 from qlm_batch.scheduling.policies.base import standing, to_plan
+from tests.unit.planning_cases import instance, run_view, snapshot
+from tests.unit.test_grouping import groups_of, runs
 from tests.unit.test_planner import Case, case, cases
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="numba is not installed")
@@ -39,6 +47,32 @@ def test_plans_are_the_same_to_the_last_bit(name: str, asked: Case) -> None:
     fast = plan()
     with as_written():
         assert plan() == fast
+
+
+@given(queue=runs, kept=st.integers(1, 4))
+@settings(max_examples=25, deadline=None)
+def test_groups_are_the_same(queue: list[RunView], kept: int) -> None:
+    names = groups_of(queue)[::kept]
+    fast = groups_of(queue[1:], names)
+    with as_written():
+        assert groups_of(queue[1:], names) == fast
+
+
+@given(
+    lengths=st.lists(st.integers(1, 500), min_size=1, max_size=20),
+    asked=st.lists(st.tuples(st.integers(1, 600), st.integers(1, 99)), min_size=1, max_size=8),
+)
+@settings(max_examples=50, deadline=None)
+def test_the_largest_of_many_is_the_same_and_that_of_each_limit(
+    lengths: list[int], asked: list[tuple[int, int]]
+) -> None:
+    seen = kaplan_meier(lengths, np.ones(len(lengths)), [7.0, 90.0])
+    limits, counts = np.array(asked, dtype=np.float64)[:, 0], np.array(asked)[:, 1]
+    fast = seen.largest_under(limits, counts)
+    with as_written():
+        assert np.array_equal(seen.largest_under(limits, counts), fast)
+    alone = [seen.capped(limit).largest_of(count) for limit, count in asked]
+    assert fast == pytest.approx(np.array(alone))
 
 
 @given(asked=cases())
@@ -74,4 +108,12 @@ def test_compiling_ahead_covers_the_calls_of_a_plan() -> None:
     kept = standing(asked.problem, plan)
     assert kept is not None
     kept.insert(asked.problem)
+    queue = [
+        run_view(n, 9, deadline=200.0 * n, model=model, tenant=f"tenant-{n % 2}")
+        for n, model in enumerate("abab", 1)
+    ]
+    fleet = [instance("i", ("a", "b")), instance("j", ("b", "a"), device="A10")]
+    estimator = Estimator(seen := snapshot(runs=queue, instances=fleet))
+    groups = form_groups(seen, estimator.capacities(seen))
+    policy("qlm").plan(seen, groups, estimator, 25, 0)
     assert [len(loop.signatures) for loop in compiled] == known  # type: ignore[attr-defined]

@@ -53,34 +53,35 @@ def to_plan(problem: Problem, queues: Queues, shed: Collection[int], policy: str
     append_tail(problem, full, let_go)
     now = problem.now
     times = problem.times(full)
-    shares = problem.shares(times).tolist()
     where = np.repeat(np.arange(len(full)), np.diff(times.bounds))
-    tails = problem.table.tails[problem.table.tail_kind[times.flat], where]
-    starts, finish = (times.starts + now).tolist(), (times.ends + tails + now).tolist()
-    variances, bounds = times.variances.tolist(), times.bounds.tolist()
+    tails = problem.table.tail(times.flat, where)
+    columns = zip(
+        (times.starts + now).tolist(),
+        (times.ends + tails + now).tolist(),
+        times.variances.tolist(),
+        problem.shares(times).tolist(),
+        strict=True,
+    )
+    places = [_place(p) for p in range(max(map(len, full), default=0))]
     planned: list[VirtualQueue] = []
     for i, queue in enumerate(full):
-        name, states = problem.instances[i].name, _states(problem, i)
+        name = problem.instances[i].name
+        states: dict[int, str] = {}
         entries = []
-        for p, (g, n) in enumerate(zip(queue, range(bounds[i], bounds[i + 1]), strict=True)):
+        for place, g in zip(places, queue, strict=False):
+            start, finish, variance, share = next(columns)
             shed_here = g in let_go
             if shed_here:
                 reason = why_shed(problem, g)
             else:
-                reason = f"{_where(p, name)}; {states[problem.model[g]]}"
-                if shares[n] < 1.0:
-                    reason += f"; about {100.0 * shares[n]:.0f} % of it in time"
-            entries.append(
-                PlannedGroup(
-                    problem.groups[g],
-                    start=starts[n],
-                    finish_mean=finish[n],
-                    finish_var=variances[n],
-                    reason=reason,
-                    shed=shed_here,
-                    share=shares[n],
-                )
-            )
+                k = problem.model[g]
+                if k not in states:
+                    states[k] = f"{name}; {_state(problem, i, k)}"
+                reason = place + states[k]
+                if share < 1.0:
+                    reason += f"; about {100.0 * share:.0f} % of it in time"
+            group = problem.groups[g]
+            entries.append(PlannedGroup(group, start, finish, variance, reason, shed_here, share))
         planned.append(VirtualQueue(name, tuple(entries)))
     unplaced = tuple(
         PlannedGroup(
@@ -90,25 +91,23 @@ def to_plan(problem: Problem, queues: Queues, shed: Collection[int], policy: str
             finish_var=0.0,
             reason=f"no instance serves model {group.model}",
         )
-        for g, group in enumerate(problem.groups)
-        if not problem.placeable(g)
+        for group, able in zip(problem.groups, problem.able.tolist(), strict=True)
+        if not able
     )
     return Plan(now, policy, tuple(planned), unplaced)
 
 
-def _states(problem: Problem, instance: int) -> list[str]:
-    """For each model, what stands between it and its first token there."""
-    lost = problem.setup[instance, START].tolist()
-    return [
-        f"model {model} {'awake' if lost_s == 0.0 else f'to be woken in {lost_s:.0f} s'}"
-        for model, lost_s in zip(problem.models, lost, strict=True)
-    ]
-
-
-def _where(position: int, name: str) -> str:
+def _place(position: int) -> str:
     if not position:
-        return f"next on {name}"
-    return f"starts after {position} group{'s' if position != 1 else ''} on {name}"
+        return "next on "
+    return f"starts after {position} group{'s' if position != 1 else ''} on "
+
+
+def _state(problem: Problem, instance: int, model: int) -> str:
+    """What stands between a model and its first token there."""
+    lost_s = float(problem.setup[instance, START, model])
+    state = "awake" if lost_s == 0.0 else f"to be woken in {lost_s:.0f} s"
+    return f"model {problem.models[model]} {state}"
 
 
 @dataclass(slots=True)

@@ -15,14 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
 
 from qlm_batch.domain.snapshot import Plan, RequestGroup, Snapshot
 from qlm_batch.scheduling.fairness import entitled
-from qlm_batch.scheduling.kernels import Columns, Ints
+from qlm_batch.scheduling.kernels import Columns, Flags, Ints
 from qlm_batch.scheduling.loops import loops
 from qlm_batch.scheduling.policies.base import to_plan
 from qlm_batch.scheduling.policies.listing import by_deadline, list_schedule
@@ -45,14 +45,14 @@ _ROOM = 64
 Schedule = tuple[Queues, list[int]]
 
 
-def insert_all(problem: Problem, first: Sequence[bool] = ()) -> Schedule:
+def insert_all(problem: Problem, first: Flags | None = None) -> Schedule:
     """Slack insertion by deadline: queues in which every group is on time, and those let go.
 
     Groups marked in `first` are inserted before all others.
     """
     order = problem.by_deadline
-    if first:
-        early = np.array(first)[order]
+    if first is not None:
+        early = first[order]
         order = np.concatenate((order[early], order[~early]))
     return _inserted(problem, order)
 
@@ -104,22 +104,22 @@ def with_late(problem: Problem, schedule: Schedule) -> Schedule:
     estimates are exact.
     """
     cautious = problem.columns
-    order = tail_order(problem, schedule[1])
+    order = np.array(tail_order(problem, schedule[1]), dtype=np.int64)
     schedule = _put_late(problem, schedule, order, cautious, problem.price(1.0))
     hope = 1.0 - HOPE * problem.model_error
     if hope >= 1.0 or not schedule[1]:
         return schedule
     hopeful = cautious._replace(z=0.0, inflation=max(_LEAST_HOPE, hope))
-    order = sorted(schedule[1], key=problem.rank.__getitem__)
+    order = np.array(schedule[1], dtype=np.int64)
+    order = order[np.argsort(problem.rank[order], kind="stable")]
     return _put_late(problem, schedule, order, hopeful, _NO_SWAP * problem.price(1.0))
 
 
 def _put_late(
-    problem: Problem, schedule: Schedule, asked: Sequence[int], columns: Columns, price: float
+    problem: Problem, schedule: Schedule, order: Ints, columns: Columns, price: float
 ) -> Schedule:
     """One pass of `insert_late` by these columns; runs of one model are by deadline afterwards."""
     queues, let_go = schedule
-    order = np.array(asked, dtype=np.int64)
     order = order[columns.due[order] > 0.0]
     if not order.size or not queues:
         return schedule
@@ -134,6 +134,8 @@ def _put_late(
         columns.due,
         problem.lines,
         problem.table.excess,
+        problem.table.classes,
+        problem.table.slow,
         place,
         size,
         order,
@@ -144,45 +146,32 @@ def _put_late(
     chosen = set(order[placed].tolist())
     if not chosen:
         return schedule
-    tidy = [
-        _by_deadline_in_runs(problem, movable, i, queue)
-        for i, queue in enumerate(_queues(place, size))
-    ]
+    tidy = _tidied(problem, movable, _queues(place, size))
     return tidy, [g for g in let_go if g not in chosen]
 
 
 def _fairly(problem: Problem, schedule: Schedule) -> Schedule:
     """The better of this schedule and one that inserts first what tenants and classes are owed."""
     queues, let_go = schedule
-    tenants = {problem.groups[g].tenant for g in let_go}
-    owed = any(problem.floor[g] for g in let_go)
-    if not owed and len(tenants | {group.tenant for group in problem.groups}) < 2:
+    owed = problem.floor[let_go].any()
+    if not owed and len({group.tenant for group in problem.groups}) < 2:
         return schedule
-    work_s = [s if problem.placeable(g) else 0.0 for g, s in enumerate(problem.least)]
+    work_s = np.where(problem.able, problem.least, 0.0).tolist()
     placed_s = sum(work_s[g] for queue in queues for g in queue)
     first = entitled(problem.virtual, work_s, placed_s)
-    fair = insert_all(problem, [a or b for a, b in zip(first, problem.floor, strict=True)])
+    fair = insert_all(problem, first | problem.floor)
     worth, fair_worth = (problem.score(q).objective for q in (queues, fair[0]))
     return fair if fair_worth > worth else schedule
 
 
-def _by_deadline_in_runs(
-    problem: Problem, columns: Columns, instance: int, queue: list[int]
-) -> list[int]:
-    """The queue with each run of one model by deadline, unless that made something late.
+def _tidied(problem: Problem, columns: Columns, queues: Queues) -> Queues:
+    """The queues with each run of one model by deadline, but where that made something late.
 
     The search is indifferent to order as long as all is on time; what happens later is not.
     """
-    rank, tidy = problem.rank, []
-    for _, run in groupby(queue, key=problem.model.__getitem__):
-        tidy += sorted(run, key=rank.__getitem__)
-    if tidy == queue:
-        return queue
-    order = np.array(tidy, dtype=np.int64)
-    slack = np.empty(order.size + 1)
-    scratch = np.empty((2, order.size))
-    loops().walk(columns, instance, order, order.size, scratch[0], scratch[1], slack)
-    return tidy if slack[0] >= 0.0 else queue
+    flat, bounds = problem.laid_out(queues)
+    tidy = loops().tidied(columns, problem.rank, flat, bounds).tolist()
+    return [tidy[start:stop] for start, stop in pairwise(bounds.tolist())]
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,9 +205,7 @@ class QlmPolicy:
         score = problem.score(found[0])
         if score.on_time < floor.on_time or score.objective < floor.objective:
             return with_late(problem, plain)
-        columns = problem.columns
-        tidy = [_by_deadline_in_runs(problem, columns, i, q) for i, q in enumerate(found[0])]
-        return with_late(problem, (tidy, found[1]))
+        return with_late(problem, (_tidied(problem, problem.columns, found[0]), found[1]))
 
 
 QLM: Final = QlmPolicy()
