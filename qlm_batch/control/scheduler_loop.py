@@ -27,7 +27,7 @@ from qlm_batch.scheduling.loops import COMPILED, loops
 from qlm_batch.scheduling.pacing import Pace
 from qlm_batch.scheduling.policies import Policy
 from qlm_batch.scheduling.profile import Knowledge
-from qlm_batch.scheduling.promises import with_estimates
+from qlm_batch.scheduling.promises import ends_of, with_estimates
 from qlm_batch.scheduling.replanning import Incumbent, ReplanConfig, carried_on, fleet_signature
 
 log = structlog.get_logger(__name__)
@@ -173,8 +173,9 @@ class SchedulerLoop:
         estimator = Estimator(snapshot, self._config.estimator, known)
         groups = self._grouper.form(snapshot, estimator.capacities(snapshot))
         plan, why = self._plan(snapshot, groups, estimator)
-        plan = with_estimates(plan, snapshot, estimator)
-        self._forecasts = self._forecasts.planned(plan, snapshot)
+        ends = ends_of(plan, snapshot, estimator)
+        plan = with_estimates(plan, ends)
+        self._forecasts = self._forecasts.planned(ends, snapshot)
         recalled = self._recalled(snapshot, plan, estimator)
         self._save(epoch, plan, snapshot, recalled, changed=bool(why or recalled))
         if recalled:
@@ -194,8 +195,9 @@ class SchedulerLoop:
         self._forecasts = self._forecasts.seen(snapshot)
         outcomes = self._forecasts.outcomes
         if seen or outcomes:
-            learned = known.observed(seen).waited(outcomes).written()
-            self._forecasts = self._forecasts.told()
+            overdue = self._forecasts.overdue(snapshot.now)
+            learned = known.observed(seen).ended(outcomes, overdue).written()
+            self._forecasts = self._forecasts.learned()
             changed = [
                 profile for key, profile in learned.read.items() if known.read.get(key) != profile
             ]
@@ -312,9 +314,6 @@ class SchedulerLoop:
         if not assignments:
             return {}
         assigned = self._store.assign(epoch, assignments)
-        self._forecasts = self._forecasts.started(
-            (assignment.group_key for assignment in assignments), snapshot.now
-        )
         boots = {view.name: view.boot_id for view in snapshot.instances}
         for instance, slices in assigned.items():
             if slices:

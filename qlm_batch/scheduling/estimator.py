@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qlm_batch.domain.jobs import EngineKind, SloClass
+from qlm_batch.domain.buckets import PromptMix
+from qlm_batch.domain.jobs import EngineKind
 from qlm_batch.domain.snapshot import (
     AssignedView,
     InstanceState,
@@ -25,6 +26,7 @@ from qlm_batch.domain.snapshot import (
     Residency,
     Snapshot,
 )
+from qlm_batch.scheduling.calibration import Foreseen, Quantiles
 from qlm_batch.scheduling.expectations import ExpectedLengths
 from qlm_batch.scheduling.fairness import Served
 from qlm_batch.scheduling.flows import (
@@ -45,8 +47,13 @@ from qlm_batch.scheduling.running import Running
 from qlm_batch.scheduling.speed import Speed, StepTime
 from qlm_batch.scheduling.worktable import EXCESS, Floats, GroupWork, Ints, WorkTable
 
-VERSION = "flow-2"
+VERSION = "flow-3"
 """Names this estimator in promises."""
+
+UNKNOWN_LENGTHS = 0.5
+"""The relative error of the prior's mean length: others' workloads differ by so much."""
+UNKNOWN_SPEED = 0.5
+"""The relative error of a speed that is only published, or guessed from another device's."""
 
 SERVING = frozenset({InstanceState.READY, InstanceState.STARTING, InstanceState.SWAPPING})
 """States in which an instance has, or will shortly have, time to give."""
@@ -102,7 +109,8 @@ class Estimator:
         self._flows: dict[tuple[Shape, int], Flow] = {}
         self._speeds: dict[tuple[str, str], tuple[Speed, StepTime]] = {}
         self._drains: dict[tuple[str, int], float] = {}
-        self._bounds: dict[tuple[str, SloClass], float | None] = {}
+        self._bounds: dict[str, Quantiles] = {}
+        self._ignorances: dict[tuple[str, int], float] = {}
         self._ready: dict[tuple[int, bool], Ready] = {}
         # Instances alike in device, slots and memory are told apart only by their slowdown.
         alike: dict[tuple[str, int, int], list[int]] = {}
@@ -355,6 +363,23 @@ class Estimator:
         last = few(min(own.requests, math.ceil(flow.running)))
         return flow.tail_s(last) * float(self._slow[instance])
 
+    def last(
+        self, instance: int, shape: Shape, requests: int, prompts: PromptMix, inside: float
+    ) -> tuple[float, float]:
+        """How long the longest of so many takes at an instance where `inside` run at once.
+
+        Mean and variance; an instance that is full is slowed by interactive work.
+        """
+        flow, factor = self._flow(instance, shape), self._expected.factor(shape, prompts)
+        if inside > flow.running:
+            factor *= float(self._slow[instance])
+        mean, var = flow.last(requests, inside)
+        return mean * factor, var * factor**2
+
+    def fits(self, instance: int, shape: Shape, inside: float) -> bool:
+        """Whether so many requests run at once at an instance."""
+        return inside <= self._flow(instance, shape).running
+
     def flow_of(self, instance: int, group: RequestGroup) -> Flow:
         """The group's kind of work at an instance that hosts its model."""
         return self._flow(instance, shape_of_group(group))
@@ -387,24 +412,30 @@ class Estimator:
         """The duration not exceeded with probability `level`; never negative."""
         return max(0.0, mean + _z(level) * self.spread(mean, var))
 
-    def upper(self, mean: float, var: float, model: str, slo_class: SloClass) -> float:
-        """The 95 % bound shown to users, calibrated where enough outcomes were seen."""
-        key = (model, slo_class)
-        if key not in self._bounds:
-            self._bounds[key] = self.knowledge.calibration(model).factor(slo_class)
-        factor = self._bounds[key]
-        if factor is None:
-            return self.quantile(mean, var, 0.95)
-        return max(EPSILON_S, mean * factor)
+    def foreseen(self, mean: float, var: float, model: str, instance: int) -> Foreseen:
+        """When work of the model at the instance ends that should take so long, as users are told.
 
-    def miss_probability(self, mean: float, var: float, left_s: float) -> float:
-        """The chance that a duration exceeds `left_s`."""
-        if left_s <= 0.0:
-            return 1.0
-        spread = self.spread(mean, var)
-        if spread <= EPSILON_S:
-            return float(mean > left_s)
-        return 0.5 * math.erfc((left_s - mean) / (spread * math.sqrt(2.0)))
+        The relative error is that of the spread, of the model, and of what was not learned yet.
+        """
+        known = self._bounds.get(model)
+        if known is None:
+            known = self._bounds[model] = self.knowledge.quantiles(model)
+        mean = max(EPSILON_S, mean)
+        ignorance = self._ignorance(model, instance)
+        error = math.hypot(self.spread(mean, var) / mean, ignorance)
+        told = known.foreseen(mean, math.sqrt(math.log1p(error**2)))
+        return replace(told, informed=ignorance <= self.config.model_error)
+
+    def _ignorance(self, model: str, instance: int) -> float:
+        """The relative error of what was not learned yet about the model's lengths and speed."""
+        key = (model, self._kinds[instance])
+        found = self._ignorances.get(key)
+        if found is None:
+            pair = (self._roots.get(model, model), self.instances[instance].device)
+            lengths = UNKNOWN_LENGTHS * self.knowledge.book(model).unknown
+            speed = UNKNOWN_SPEED * self.knowledge.speed(*pair).unknown
+            found = self._ignorances[key] = math.hypot(lengths, speed)
+        return found
 
 
 @lru_cache

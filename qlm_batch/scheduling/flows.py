@@ -33,11 +33,13 @@ Shape = tuple[str, EngineKind, str, int, int]
 class Flow:
     """One kind of work at one instance, saturated: `running` at once, a step each `step_s`.
 
-    `request_s` and `request_var` are what one request adds to the instance's occupation.
+    `request_s` and `request_var` are what one request adds to the instance's occupation. `base_s`
+    is the part of a step that does not depend on how many run.
     """
 
     running: float
     step_s: float
+    base_s: float
     request_s: float
     request_var: float
     lengths: LengthDistribution
@@ -56,6 +58,16 @@ class Flow:
     def excess_s(self) -> Floats:
         """How much later than a request of mean length one ends: equally likely values."""
         return (self.lengths.equally_likely - self.lengths.mean) * self.step_s
+
+    def last(self, requests: int, inside: float) -> tuple[float, float]:
+        """How long the longest of so many takes where `inside` run at once: mean and variance."""
+        full = min(1.0, inside / self.running)
+        step_s = self.base_s + (self.step_s - self.base_s) * full
+        count = few(max(1, min(requests, round(self.running))))
+        return (
+            self.lengths.largest_of(count) * step_s,
+            self.lengths.largest_var(count) * step_s**2,
+        )
 
     def tail_s(self, requests: float) -> float:
         """How much later than its occupation a group's last request is expected to end."""
@@ -84,6 +96,7 @@ def saturated(
     running = float(max(1, slots))
     if kv_tokens > 0:
         running = max(1.0, min(running, kv_tokens / max(1.0, held)))
+    base_s = math.inf
     if not speed.fitted and speed.measured:
         if speed.tokens > 0.0 and kind is EngineKind.GENERATE:
             step_s = running * speed.busy_s / speed.tokens
@@ -92,9 +105,11 @@ def saturated(
     else:
         seconds = step.seconds(running, running * held, running * prompt / mean)
         step_s = seconds / speed.efficiency
+        base_s = step.base / speed.efficiency
     step_s = max(EPSILON_S, step_s)
     per_token = step_s / running
-    return Flow(running, step_s, mean * per_token, lengths.var * per_token**2, lengths)
+    base_s = min(base_s, step_s)
+    return Flow(running, step_s, base_s, mean * per_token, lengths.var * per_token**2, lengths)
 
 
 def shape_of_group(group: RequestGroup) -> Shape:

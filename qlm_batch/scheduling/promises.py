@@ -2,34 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from qlm_batch.domain.jobs import Estimate, SloClass
-from qlm_batch.domain.snapshot import Plan, Snapshot
+from qlm_batch.domain.jobs import Estimate
+from qlm_batch.domain.snapshot import InstanceState, Plan, RequestGroup, Snapshot
+from qlm_batch.scheduling.calibration import Foreseen
 from qlm_batch.scheduling.estimator import VERSION, Estimator
+from qlm_batch.scheduling.flows import shape_of_assigned, shape_of_group
 
 
-def with_estimates(plan: Plan, snapshot: Snapshot, estimator: Estimator) -> Plan:
-    """The plan with an estimate for every batch that has queued or assigned work.
+@dataclass(slots=True)
+class End:
+    """When a batch is done, going by the parts seen so far: `told` of the last, of this `model`."""
 
-    A batch ends with the last of its parts; it misses when its most endangered part does. A batch
-    with a part that no instance serves has no quantiles.
+    model: str
+    told: Foreseen
+    miss: float
+    reason: str
+
+    def add(self, other: End) -> None:
+        """Take in one more part."""
+        if other.told.p50_s > self.told.p50_s:
+            self.model, self.told, self.reason = other.model, other.told, other.reason
+        self.miss = max(self.miss, other.miss)
+
+    def estimate(self, now: float) -> Estimate:
+        """In absolute times."""
+        told = self.told
+        return Estimate(now + told.p50_s, now + told.p95_s, self.miss, self.reason, now)
+
+
+def ends_of(plan: Plan, snapshot: Snapshot, estimator: Estimator) -> Mapping[str, End]:
+    """When every batch that has queued or assigned work ends, where all of it is served.
+
+    A batch ends with the last of its parts; it misses when its most endangered part does.
     """
-    ends: dict[str, _End] = {}
-    for mean, var, left_s, model, slo_class, reason, batches in (
-        *_planned(plan),
+    ends: dict[str, End] = {}
+    for mean, var, left_s, model, instance, reason, batch_id in (
+        *_planned(plan, snapshot, estimator),
         *_assigned(snapshot, estimator),
     ):
-        upper = estimator.upper(mean, var, model, slo_class)
-        miss = estimator.miss_probability(mean, var, left_s)
-        for batch_id in batches:
-            known = ends.get(batch_id)
-            if known is None:
-                ends[batch_id] = _End(mean, upper, miss, reason)
-            else:
-                known.add(mean, upper, miss, reason)
-    now = snapshot.now
+        told = estimator.foreseen(mean, var, model, instance)
+        end = End(model, told, told.beyond(left_s), reason)
+        known = ends.setdefault(batch_id, end)
+        if known is not end:
+            known.add(end)
+    for placed in plan.unplaced:
+        for batch_id in placed.group.batches:
+            ends.pop(batch_id, None)
+    return ends
+
+
+def with_estimates(plan: Plan, ends: Mapping[str, End]) -> Plan:
+    """The plan with an estimate for every batch; without quantiles where a part is not served."""
+    now = plan.made_at
     estimates = {batch_id: end.estimate(now) for batch_id, end in ends.items()}
     for placed in plan.unplaced:
         for batch_id in placed.group.batches:
@@ -37,61 +65,93 @@ def with_estimates(plan: Plan, snapshot: Snapshot, estimator: Estimator) -> Plan
     return replace(plan, estimates=estimates, estimator=VERSION)
 
 
-@dataclass(slots=True)
-class _End:
-    """When a batch is done, seconds from now, going by the parts seen so far."""
-
-    mean: float
-    upper: float
-    miss: float
-    reason: str
-
-    def add(self, mean: float, upper: float, miss: float, reason: str) -> None:
-        """Take in one more part."""
-        if mean > self.mean:
-            self.mean, self.reason = mean, reason
-        if upper > self.upper:
-            self.upper = upper
-        if miss > self.miss:
-            self.miss = miss
-
-    def estimate(self, now: float) -> Estimate:
-        """In absolute times."""
-        p50 = max(0.0, self.mean)
-        return Estimate(now + p50, now + max(p50, self.upper), self.miss, self.reason, now)
+_Part = tuple[float, float, float, str, int, str, str]
+"""Mean and variance of the end of some work, time to its deadline, model, where, why, batch."""
 
 
-_Part = tuple[float, float, float, str, SloClass, str, Sequence[str]]
-"""Mean and variance of the end of some work, time to its deadline, model, class, why, batches."""
-
-
-def _planned(plan: Plan) -> Iterator[_Part]:
+def _planned(plan: Plan, snapshot: Snapshot, estimator: Estimator) -> Iterator[_Part]:
     now = plan.made_at
+    index = {view.name: i for i, view in enumerate(snapshot.instances)}
+    batch_of = {(run.run_id, run.generation): run.batch_id for run in snapshot.runs}
     for queue in plan.queues:
+        i = index[queue.instance]
+        inside = _inside(snapshot, i, estimator)
         for placed in queue.groups:
-            group = placed.group
-            yield (
-                placed.finish_mean - now,
-                placed.finish_var,
-                group.deadline - now,
-                group.model,
-                group.slo_class,
-                f"let go: {placed.reason}" if placed.shed else placed.reason,
-                group.batches,
-            )
+            group, shape = placed.group, shape_of_group(placed.group)
+            inside += group.requests if group.model in estimator.ready(i).awake else math.inf
+            end_s, start_s = placed.finish_mean - now, placed.start - now
+            last_s, last_var = estimator.last(i, shape, group.requests, group.prompts, inside)
+            for batch_id, requests, behind in _batches(group, batch_of):
+                own_s, own_var = last_s, last_var
+                if requests < group.requests:
+                    own_s, own_var = estimator.last(i, shape, requests, group.prompts, inside)
+                mean = end_s - (last_s - own_s) - behind * max(0.0, end_s - last_s - start_s)
+                yield (
+                    *_sooner(
+                        estimator.fits(i, shape, inside), mean, placed.finish_var, own_s, own_var
+                    ),
+                    group.deadline - now,
+                    group.model,
+                    i,
+                    f"let go: {placed.reason}" if placed.shed else placed.reason,
+                    batch_id,
+                )
+
+
+def _sooner(
+    together: bool, mean: float, var: float, last_s: float, last_var: float
+) -> tuple[float, float]:
+    """When work ends, as mean and variance: as a full instance would end it, in `mean` and `var`.
+
+    Where all an instance has runs `together`, it ends when its longest request does.
+    """
+    if together and last_s < mean:
+        return last_s, last_var
+    return mean, var + last_var
+
+
+def _batches(
+    group: RequestGroup, batch_of: Mapping[tuple[int, int], str]
+) -> Iterator[tuple[str, int, float]]:
+    """The group's batches with their requests, and the share of its work that stands behind."""
+    if len(group.batches) == 1:
+        yield group.batches[0], group.requests, 0.0
+        return
+    slices, done = group.slices, 0
+    for part in group.parts:
+        done += part.slices
+        requests = max(1, round(group.requests * part.slices / slices))
+        batch_id = batch_of.get((part.run_id, part.generation))
+        if batch_id is not None:
+            yield batch_id, requests, 1.0 - done / slices
+
+
+def _inside(snapshot: Snapshot, instance: int, estimator: Estimator) -> float:
+    """The requests an instance has in hand; inf where what comes next cannot begin at once."""
+    view, awake = snapshot.instances[instance], estimator.ready(instance).awake
+    held = [own for own in view.assigned if own.requests > 0]
+    if view.state is not InstanceState.READY or any(own.model not in awake for own in held):
+        return math.inf
+    return view.interactive_running + sum(own.requests for own in held)
 
 
 def _assigned(snapshot: Snapshot, estimator: Estimator) -> Iterator[_Part]:
     for i, view in enumerate(snapshot.instances):
+        models = {model.name: model for model in view.models}
         for own in view.assigned:
             if own.requests > 0 and estimator.serves(i, own.model):
                 mean, var = estimator.ready(i).ends[own.run_id, own.generation]
+                shape, inside = (
+                    shape_of_assigned(own, models[own.model]),
+                    _inside(snapshot, i, estimator),
+                )
+                last = estimator.last(i, shape, own.requests, own.prompts, inside)
+                together = estimator.fits(i, shape, inside)
                 yield (
-                    mean + estimator.tail_s(i, own),
-                    var,
+                    *_sooner(together, mean + estimator.tail_s(i, own), var, *last),
                     own.deadline - snapshot.now,
                     own.model,
-                    SloClass.BATCH,
+                    i,
                     f"running on {view.name}; model {own.model}",
-                    (own.batch_id,),
+                    own.batch_id,
                 )

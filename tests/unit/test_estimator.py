@@ -20,7 +20,7 @@ from qlm_batch.scheduling.flows import Flow
 from qlm_batch.scheduling.grouping import form_groups
 from qlm_batch.scheduling.policies import policy
 from qlm_batch.scheduling.profile import fold
-from qlm_batch.scheduling.promises import with_estimates
+from qlm_batch.scheduling.promises import ends_of, with_estimates
 from tests.unit.planning_cases import assigned, group, instance, run_view, snapshot
 
 STEP_S = 0.02
@@ -142,7 +142,7 @@ def estimate_of(situation: Snapshot, batch_id: str):  # type: ignore[no-untyped-
     estimator = Estimator(situation)
     groups = form_groups(situation, estimator.capacities(situation))
     plan = policy("qlm").plan(situation, groups, estimator, 20, 0)
-    return with_estimates(plan, situation, estimator).estimates[batch_id]
+    return with_estimates(plan, ends_of(plan, situation, estimator)).estimates[batch_id]
 
 
 def test_a_batch_is_told_when_it_will_be_done() -> None:
@@ -211,7 +211,7 @@ def test_what_an_instance_holds_ends_one_after_the_other_by_deadline() -> None:
     held = (assigned(1, 64, deadline=500.0), assigned(2, 64, deadline=100.0))
     situation = snapshot(instances=[instance("i", assigned=held)])
     plan = policy("edf").plan(situation, (), known(situation), 0, 0)
-    told = with_estimates(plan, situation, known(situation)).estimates
+    told = with_estimates(plan, ends_of(plan, situation, known(situation))).estimates
     sooner, later = (told[f"batch-{n}"].p50 for n in (2, 1))
     assert sooner is not None and later is not None
     assert sooner < 0.75 * later
