@@ -173,9 +173,10 @@ class SchedulerLoop:
         estimator = Estimator(snapshot, self._config.estimator, known)
         groups = self._grouper.form(snapshot, estimator.capacities(snapshot))
         plan, why = self._plan(snapshot, groups, estimator)
-        ends = ends_of(plan, snapshot, estimator)
-        plan = with_estimates(plan, ends)
-        self._forecasts = self._forecasts.planned(ends, snapshot)
+        if why or snapshot.unpromised or self._refresh_due(snapshot):
+            ends = ends_of(plan, snapshot, estimator)
+            plan = with_estimates(plan, ends)
+            self._forecasts = self._forecasts.planned(ends, snapshot)
         recalled = self._recalled(snapshot, plan, estimator)
         self._save(epoch, plan, snapshot, recalled, changed=bool(why or recalled))
         if recalled:
@@ -261,17 +262,20 @@ class SchedulerLoop:
     ) -> None:
         if self._story is None:
             self._story = Story.resumed(snapshot)
-        stale = snapshot.now - self._saved_at >= self._config.refresh_s
         new = any(
             batch_id in plan.estimates and plan.estimates[batch_id].p50 is not None
             for batch_id in snapshot.unpromised
         )
-        if not (changed or stale or new):
+        if not (changed or new or self._refresh_due(snapshot)):
             return
         decisions, story = self._story.told(plan, snapshot, recalled)
         self._store.save_plan(epoch, plan, decisions)
         # Only now: had the write failed, the decisions would have to be told again.
         self._story, self._saved_at = story, snapshot.now
+
+    def _refresh_due(self, snapshot: Snapshot) -> bool:
+        """Whether estimates were saved so long ago that they are saved again."""
+        return snapshot.now - self._saved_at >= self._config.refresh_s
 
     def _recalled(self, snapshot: Snapshot, plan: Plan, estimator: Estimator) -> tuple[str, ...]:
         """Instances whose unclaimed work is to be taken back now."""

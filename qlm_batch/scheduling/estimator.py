@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from statistics import NormalDist
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,6 +90,18 @@ class Ready:
     ends: Mapping[tuple[int, int], tuple[float, float]] = field(default_factory=dict)
 
 
+class Last(NamedTuple):
+    """When the longest of some requests ends after its start, as mean and variance, seconds.
+
+    `together`: all that is inside the instance runs at once; else it is full, and interactive work
+    slows it down.
+    """
+
+    mean: float
+    var: float
+    together: bool
+
+
 class Estimator:
     """Estimates for one snapshot. Equal snapshots and settings give equal answers."""
 
@@ -110,6 +123,7 @@ class Estimator:
         self._speeds: dict[tuple[str, str], tuple[Speed, StepTime]] = {}
         self._drains: dict[tuple[str, int], float] = {}
         self._bounds: dict[str, Quantiles] = {}
+        self._lasts: dict[tuple[Shape, int, int, float], Last] = {}
         self._ignorances: dict[tuple[str, int], float] = {}
         self._ready: dict[tuple[int, bool], Ready] = {}
         # Instances alike in device, slots and memory are told apart only by their slowdown.
@@ -121,7 +135,8 @@ class Estimator:
             for i in members:
                 self._kinds[i] = kind
         self._alike = [np.array(members, dtype=np.int64) for members in alike.values()]
-        self._slow = np.array([_slowdown(view) for view in snapshot.instances])
+        self._slowdowns = [_slowdown(view) for view in snapshot.instances]
+        self._slow = np.array(self._slowdowns)
         self._hosts: dict[str, NDArray[np.bool_]] = {}
         self._roots = {
             model.name: model.root for view in snapshot.instances for model in view.models
@@ -365,20 +380,20 @@ class Estimator:
 
     def last(
         self, instance: int, shape: Shape, requests: int, prompts: PromptMix, inside: float
-    ) -> tuple[float, float]:
-        """How long the longest of so many takes at an instance where `inside` run at once.
-
-        Mean and variance; an instance that is full is slowed by interactive work.
-        """
-        flow, factor = self._flow(instance, shape), self._expected.factor(shape, prompts)
-        if inside > flow.running:
-            factor *= float(self._slow[instance])
-        mean, var = flow.last(requests, inside)
-        return mean * factor, var * factor**2
-
-    def fits(self, instance: int, shape: Shape, inside: float) -> bool:
-        """Whether so many requests run at once at an instance."""
-        return inside <= self._flow(instance, shape).running
+    ) -> Last:
+        """How long the longest of so many takes at an instance that holds `inside` requests."""
+        flow = self._flow(instance, shape)
+        factor = self._expected.factor(shape, prompts)
+        if inside <= flow.running:
+            mean, var = flow.last(requests, inside)
+            return Last(mean * factor, var * factor**2, True)
+        factor *= self._slowdowns[instance]
+        key = (shape, self._kinds[instance], requests, factor)
+        found = self._lasts.get(key)
+        if found is None:
+            mean, var = flow.last(requests, inside)
+            found = self._lasts[key] = Last(mean * factor, var * factor**2, False)
+        return found
 
     def flow_of(self, instance: int, group: RequestGroup) -> Flow:
         """The group's kind of work at an instance that hosts its model."""
@@ -421,10 +436,9 @@ class Estimator:
         if known is None:
             known = self._bounds[model] = self.knowledge.quantiles(model)
         mean = max(EPSILON_S, mean)
-        ignorance = self._ignorance(model, instance)
-        error = math.hypot(self.spread(mean, var) / mean, ignorance)
-        told = known.foreseen(mean, math.sqrt(math.log1p(error**2)))
-        return replace(told, informed=ignorance <= self.config.model_error)
+        ignorance, of_model = self._ignorance(model, instance), self.config.model_error
+        squared = max(0.0, var) / mean**2 + of_model**2 + ignorance**2
+        return known.foreseen(mean, math.sqrt(math.log1p(squared)), ignorance <= of_model)
 
     def _ignorance(self, model: str, instance: int) -> float:
         """The relative error of what was not learned yet about the model's lengths and speed."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from qlm_batch.domain.jobs import Estimate
 from qlm_batch.domain.snapshot import InstanceState, Plan, RequestGroup, Snapshot
 from qlm_batch.scheduling.calibration import Foreseen
-from qlm_batch.scheduling.estimator import VERSION, Estimator
+from qlm_batch.scheduling.estimator import VERSION, Estimator, Last
 from qlm_batch.scheduling.flows import shape_of_assigned, shape_of_group
 
 
@@ -74,22 +74,23 @@ def _planned(plan: Plan, snapshot: Snapshot, estimator: Estimator) -> Iterator[_
     index = {view.name: i for i, view in enumerate(snapshot.instances)}
     batch_of = {(run.run_id, run.generation): run.batch_id for run in snapshot.runs}
     for queue in plan.queues:
+        if not queue.groups:
+            continue
         i = index[queue.instance]
         inside = _inside(snapshot, i, estimator)
         for placed in queue.groups:
             group, shape = placed.group, shape_of_group(placed.group)
             inside += group.requests if group.model in estimator.ready(i).awake else math.inf
             end_s, start_s = placed.finish_mean - now, placed.start - now
-            last_s, last_var = estimator.last(i, shape, group.requests, group.prompts, inside)
+            last = estimator.last(i, shape, group.requests, group.prompts, inside)
+            occupied_s = max(0.0, end_s - last.mean - start_s)
             for batch_id, requests, behind in _batches(group, batch_of):
-                own_s, own_var = last_s, last_var
+                own = last
                 if requests < group.requests:
-                    own_s, own_var = estimator.last(i, shape, requests, group.prompts, inside)
-                mean = end_s - (last_s - own_s) - behind * max(0.0, end_s - last_s - start_s)
+                    own = estimator.last(i, shape, requests, group.prompts, inside)
+                mean = end_s - (last.mean - own.mean) - behind * occupied_s
                 yield (
-                    *_sooner(
-                        estimator.fits(i, shape, inside), mean, placed.finish_var, own_s, own_var
-                    ),
+                    *_sooner(mean, placed.finish_var, own),
                     group.deadline - now,
                     group.model,
                     i,
@@ -98,16 +99,14 @@ def _planned(plan: Plan, snapshot: Snapshot, estimator: Estimator) -> Iterator[_
                 )
 
 
-def _sooner(
-    together: bool, mean: float, var: float, last_s: float, last_var: float
-) -> tuple[float, float]:
+def _sooner(mean: float, var: float, last: Last) -> tuple[float, float]:
     """When work ends, as mean and variance: as a full instance would end it, in `mean` and `var`.
 
-    Where all an instance has runs `together`, it ends when its longest request does.
+    Where all an instance has runs together, it ends when its longest request does.
     """
-    if together and last_s < mean:
-        return last_s, last_var
-    return mean, var + last_var
+    if last.together and last.mean < mean:
+        return last.mean, last.var
+    return mean, var + last.var
 
 
 def _batches(
@@ -137,18 +136,17 @@ def _inside(snapshot: Snapshot, instance: int, estimator: Estimator) -> float:
 
 def _assigned(snapshot: Snapshot, estimator: Estimator) -> Iterator[_Part]:
     for i, view in enumerate(snapshot.instances):
+        if not view.assigned:
+            continue
         models = {model.name: model for model in view.models}
+        inside = _inside(snapshot, i, estimator)
         for own in view.assigned:
             if own.requests > 0 and estimator.serves(i, own.model):
                 mean, var = estimator.ready(i).ends[own.run_id, own.generation]
-                shape, inside = (
-                    shape_of_assigned(own, models[own.model]),
-                    _inside(snapshot, i, estimator),
-                )
+                shape = shape_of_assigned(own, models[own.model])
                 last = estimator.last(i, shape, own.requests, own.prompts, inside)
-                together = estimator.fits(i, shape, inside)
                 yield (
-                    *_sooner(together, mean + estimator.tail_s(i, own), var, *last),
+                    *_sooner(mean + estimator.tail_s(i, own), var, last),
                     own.deadline - snapshot.now,
                     own.model,
                     i,
