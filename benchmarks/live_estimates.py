@@ -37,12 +37,12 @@ TEMPLATES: Final = ((8, 64), (60, 192), (200, 96))
 """Words of a prompt, and the most tokens of its answer."""
 
 
-def live_coverage(seconds: float) -> dict[str, float]:
+def live_coverage(seconds: float, seed: int = 0) -> dict[str, float]:
     """The shares of promises done by their p50 and p95, of batches submitted for so long."""
     with stand(engine="simulated", models=(MODEL,), slots=SLOTS, instance="bench-0") as site:
         for name in ("scheduler", "files", "worker"):
             site.start(name)
-        rng = np.random.default_rng(0)
+        rng = np.random.default_rng(seed)
         rate = _requests_per_s(site, rng)
         say(f"the service does {rate:.0f} requests a second ({load()})")
         ids = _submit_all(site, rng, rate, seconds)
@@ -135,7 +135,9 @@ def main() -> None:
     """Print the shares as JSON on the last line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=180.0, help="of arrivals")
-    found = live_coverage(parser.parse_args().seconds)
+    parser.add_argument("--seed", type=int, default=0, help="of the batches and their arrivals")
+    options = parser.parse_args()
+    found = live_coverage(options.seconds, options.seed)
     require(found["live_promises"] > 0, "no batch had a promise")
     finish(dict(found))
 

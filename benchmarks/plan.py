@@ -41,7 +41,7 @@ from qlm_batch.scheduling.policies import policy
 from qlm_batch.scheduling.policies.base import standing
 from qlm_batch.scheduling.problem import Problem
 from qlm_batch.scheduling.profile import fold
-from qlm_batch.scheduling.promises import with_estimates
+from qlm_batch.scheduling.promises import ends_of, with_estimates
 from qlm_batch.scheduling.replanning import Incumbent, ReplanConfig, carried_on, fleet_signature
 
 MODELS = tuple(f"model-{n}-{size}b" for n, size in enumerate((7, 7, 13, 13, 70)))
@@ -201,7 +201,7 @@ def whole_plans(groups: int, machines: int, runs: int, moves: int) -> list[float
                 estimator = Estimator(now)
                 work = form_groups(now, estimator.capacities(now))
                 made = policy("qlm").plan(now, work, estimator, moves, 0)
-                with_estimates(made, now, estimator)
+                with_estimates(made, ends_of(made, now, estimator))
 
         times.append(timed(plan, cpu))
     print(

@@ -28,7 +28,7 @@ from qlm_batch.scheduling.loops import COMPILED, loops
 from qlm_batch.scheduling.pacing import Pace
 from qlm_batch.scheduling.policies import Policy
 from qlm_batch.scheduling.profile import Knowledge
-from qlm_batch.scheduling.promises import with_estimates
+from qlm_batch.scheduling.promises import ends_of, with_estimates
 from qlm_batch.scheduling.replanning import Incumbent, ReplanConfig, carried_on, fleet_signature
 
 log = structlog.get_logger(__name__)
@@ -174,8 +174,10 @@ class SchedulerLoop:
             estimator = Estimator(snapshot, self._config.estimator, known)
             groups = form_groups(snapshot, estimator.capacities(snapshot))
             plan, why = self._plan(snapshot, groups, estimator)
-            plan = with_estimates(plan, snapshot, estimator)
-        self._forecasts = self._forecasts.planned(plan, snapshot)
+            if why or snapshot.unpromised or self._refresh_due(snapshot):
+                ends = ends_of(plan, snapshot, estimator)
+                plan = with_estimates(plan, ends)
+                self._forecasts = self._forecasts.planned(ends, snapshot)
         recalled = self._recalled(snapshot, plan, estimator)
         self._save(epoch, plan, snapshot, recalled, changed=bool(why or recalled))
         if recalled:
@@ -195,8 +197,9 @@ class SchedulerLoop:
         self._forecasts = self._forecasts.seen(snapshot)
         outcomes = self._forecasts.outcomes
         if seen or outcomes:
-            learned = known.observed(seen).waited(outcomes).written()
-            self._forecasts = self._forecasts.told()
+            overdue = self._forecasts.overdue(snapshot.now)
+            learned = known.observed(seen).ended(outcomes, overdue).written()
+            self._forecasts = self._forecasts.learned()
             changed = [
                 profile for key, profile in learned.read.items() if known.read.get(key) != profile
             ]
@@ -260,17 +263,20 @@ class SchedulerLoop:
     ) -> None:
         if self._story is None:
             self._story = Story.resumed(snapshot)
-        stale = snapshot.now - self._saved_at >= self._config.refresh_s
         new = any(
             batch_id in plan.estimates and plan.estimates[batch_id].p50 is not None
             for batch_id in snapshot.unpromised
         )
-        if not (changed or stale or new):
+        if not (changed or new or self._refresh_due(snapshot)):
             return
         decisions, story = self._story.told(plan, snapshot, recalled)
         self._store.save_plan(epoch, plan, decisions)
         # Only now: had the write failed, the decisions would have to be told again.
         self._story, self._saved_at = story, snapshot.now
+
+    def _refresh_due(self, snapshot: Snapshot) -> bool:
+        """Whether estimates were saved so long ago that they are saved again."""
+        return snapshot.now - self._saved_at >= self._config.refresh_s
 
     def _recalled(self, snapshot: Snapshot, plan: Plan, estimator: Estimator) -> tuple[str, ...]:
         """Instances whose unclaimed work is to be taken back now."""
@@ -313,9 +319,6 @@ class SchedulerLoop:
         if not assignments:
             return {}
         assigned = self._store.assign(epoch, assignments)
-        self._forecasts = self._forecasts.started(
-            (assignment.group_key for assignment in assignments), snapshot.now
-        )
         boots = {view.name: view.boot_id for view in snapshot.instances}
         for instance, slices in assigned.items():
             if slices:

@@ -14,7 +14,7 @@ from qlm_batch.scheduling.estimator import Estimator, EstimatorConfig
 from qlm_batch.scheduling.fleet import SERVING
 from qlm_batch.scheduling.grouping import form_groups
 from qlm_batch.scheduling.policies import Policy
-from qlm_batch.scheduling.promises import with_estimates
+from qlm_batch.scheduling.promises import ends_of, with_estimates
 
 MISS_ACCEPTED = 0.05
 """The greatest chance of a miss at which work is accepted without a warning."""
@@ -117,7 +117,7 @@ class Admissions:
         estimator = Estimator(snapshot, self.config)
         groups = form_groups(snapshot, estimator.capacities(snapshot))
         plan = self.policy.plan(snapshot, groups, estimator, self.moves, self.seed)
-        return with_estimates(plan, snapshot, estimator)
+        return with_estimates(plan, ends_of(plan, snapshot, estimator))
 
     def _run(
         self,

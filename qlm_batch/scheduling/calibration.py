@@ -1,106 +1,153 @@
-"""Adaptive conformal calibration of waiting times (Gibbs and Candès 2021).
+"""Adaptive conformal calibration of when batches end (Gibbs and Candès 2021).
 
-Scores are actual over predicted waiting time. The level asked of their empirical quantile moves
-after every outcome, up after a miss and down after a hit, so coverage holds under drift.
+A score is how much later than foreseen a batch ended: the logarithm of actual over predicted time,
+in units of the estimator's own relative error. What is told are its median and 95 % quantile among
+a model's latest outcomes and a prior that counts as a few more. The levels asked of the empirical
+quantiles move after every outcome, up after a miss and down after a hit, so coverage holds under
+drift.
+
+Outcomes come late, those of slow batches last. So a batch that is later already than its bound
+counts, with the score it has reached, before it ends.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from statistics import NormalDist
+from typing import Final
 
-from qlm_batch.domain.jobs import SloClass
+import numpy as np
 
 LEVEL = 0.95
 STEP = 0.02
 WINDOW = 100
-LEAST = 20
-"""Outcomes below which the uncalibrated quantile is used."""
+LEAN_ON_PRIOR = 8.0
+"""Outcomes' worth of the prior: standard normal but for `PRIOR_SPREAD`."""
+PRIOR_SPREAD = 1.5
+BEYOND = 0.5
+"""How much above the greatest score seen a bound lies that has to be above all of them."""
 WIDEST = 20.0
 """No bound exceeds this multiple of the prediction, so none is infinite."""
+LEAST_ERROR = 1e-3
+LEAST_WIDTH = 0.9
+"""What of its own error is left to the estimator, however well it did. Batches that wait together
+share their luck: a hundred outcomes in a row may be no more than a few that are independent."""
+
+_POINTS: Final = 40
+_PRIOR: Final = tuple(
+    NormalDist(0.0, PRIOR_SPREAD).inv_cdf((n + 0.5) / _POINTS) for n in range(_POINTS)
+)
+_Z95: Final = NormalDist().inv_cdf(LEVEL)
+_SQRT2: Final = math.sqrt(2.0)
+_MOST: Final = math.log(WIDEST)
+_LEAST_S: Final = 1e-3
+
+
+def score(predicted_s: float, error: float, actual_s: float) -> float:
+    """How much later than foreseen something ended; see the module."""
+    return math.log(max(actual_s, _LEAST_S) / max(predicted_s, _LEAST_S)) / max(error, LEAST_ERROR)
+
+
+# Not frozen: thousands are made for a plan, and freezing makes that take ten times as long.
+@dataclass(slots=True, unsafe_hash=True)
+class Foreseen:
+    """When something ends, in seconds: what the estimator says, `mean_s` with a relative `error`,
+    and what is told after calibration.
+
+    `informed` is what rests on what was learned, not on what is assumed of any model.
+    """
+
+    mean_s: float
+    error: float
+    p50_s: float
+    p95_s: float
+    informed: bool = True
+
+    def beyond(self, seconds: float) -> float:
+        """The chance that it takes longer, by the log-normal distribution of the two quantiles."""
+        if seconds <= 0.0:
+            return 1.0
+        spread = max(1e-6, math.log(self.p95_s / self.p50_s) / _Z95)
+        return 0.5 * math.erfc(math.log(seconds / self.p50_s) / (spread * _SQRT2))
+
+
+@dataclass(frozen=True, slots=True)
+class Quantiles:
+    """Scores that half and 95 % of outcomes are expected not to exceed."""
+
+    middle: float
+    high: float
+
+    def widened(self) -> Quantiles:
+        """The same, not narrower than LEAST_WIDTH."""
+        return Quantiles(self.middle, max(self.high, self.middle + LEAST_WIDTH * _Z95))
+
+    def foreseen(self, mean_s: float, error: float, informed: bool = True) -> Foreseen:
+        """What to tell of something that should take `mean_s`."""
+        mean_s, error = max(mean_s, _LEAST_S), max(error, LEAST_ERROR)
+        middle = max(-_MOST, min(_MOST, self.middle * error))
+        high = max(middle, min(_MOST, self.high * error))
+        return Foreseen(mean_s, error, mean_s * math.exp(middle), mean_s * math.exp(high), informed)
 
 
 @dataclass(frozen=True, slots=True)
 class Conformal:
-    """Scores, newest last, and the level now asked of them."""
+    """Scores, newest last, the levels now asked of them, and scores of what is `overdue`."""
 
     scores: tuple[float, ...] = ()
+    middle: float = 0.5
     level: float = LEVEL
+    overdue: tuple[float, ...] = ()
 
-    @property
-    def factor(self) -> float | None:
-        """What to multiply a predicted wait by to cover LEVEL of outcomes; None while unknown."""
-        if len(self.scores) < LEAST:
-            return None
-        ranked = sorted(self.scores)
-        rank = math.ceil(self.level * (len(ranked) + 1))
-        if rank > len(ranked):
-            return min(WIDEST, 1.5 * ranked[-1])
-        return min(WIDEST, ranked[max(0, rank - 1)])
+    def quantiles(self) -> Quantiles:
+        """What is expected of the next outcome."""
+        values = np.array((*_PRIOR, *self.scores, *self.overdue))
+        weights = np.full(values.size, LEAN_ON_PRIOR / _POINTS)
+        weights[_POINTS:] = 1.0
+        # The next outcome has a place of its own among those seen; the prior knows all places.
+        beside = 1.0 - LEAN_ON_PRIOR / (LEAN_ON_PRIOR + values.size - _POINTS)
+        order = np.argsort(values, kind="stable")
+        values, reached = values[order], np.cumsum(weights[order])
 
-    def after(self, predicted_s: float, actual_s: float) -> Conformal:
-        """After a wait predicted as `predicted_s` (its mean, positive) took `actual_s`."""
-        score = round(max(0.0, actual_s) / max(predicted_s, 1e-3), 6)
-        factor = self.factor
-        level = self.level
-        if factor is not None:
-            missed = score > factor
-            level += STEP * (LEVEL if missed else LEVEL - 1.0)
-        # Beyond 1 the widest bound is asked for; a long memory of that would outlast its cause.
-        level = min(1.02, max(0.5, level))
-        return Conformal((*self.scores, score)[-WINDOW:], level)
+        def at(level: float, own: float) -> float:
+            wanted = level * (float(reached[-1]) + own)
+            place = int(np.searchsorted(reached, wanted - 1e-9))
+            return float(values[place] if place < values.size else values[-1] + BEYOND)
 
+        return Quantiles(at(self.middle, 0.0), at(self.level, beside))
 
-@dataclass(frozen=True, slots=True)
-class Calibration:
-    """One model's conformal state per class: of groups' waits, and of batches from promise to end.
-
-    What is promised is an end, so ends count where enough of them were seen.
-    """
-
-    waits: Mapping[SloClass, Conformal] = field(default_factory=dict)
-    ends: Mapping[SloClass, Conformal] = field(default_factory=dict)
-
-    def factor(self, slo_class: SloClass) -> float | None:
-        """The class's factor; None while too little was seen."""
-        of_ends = self.ends.get(slo_class, _FRESH).factor
-        return self.waits.get(slo_class, _FRESH).factor if of_ends is None else of_ends
-
-    def after(
-        self, slo_class: SloClass, predicted_s: float, actual_s: float, *, end: bool = False
-    ) -> Calibration:
-        """After one more outcome of this class: a wait, or an `end`."""
-        own = dict(self.ends if end else self.waits)
-        own[slo_class] = own.get(slo_class, _FRESH).after(predicted_s, actual_s)
-        return Calibration(self.waits, own) if end else Calibration(own, self.ends)
+    def after(self, outcome: float) -> Conformal:
+        """After one more outcome, whose score this is."""
+        told = self.quantiles()
+        middle = self.middle + STEP * (0.5 if outcome > told.middle else -0.5)
+        level = self.level + STEP * (LEVEL if outcome > told.high else LEVEL - 1.0)
+        return replace(
+            self,
+            scores=(*self.scores, round(outcome, 4))[-WINDOW:],
+            middle=min(0.8, max(0.2, middle)),
+            # Beyond 1 the widest bound is asked for; a long memory of that would outlast its cause.
+            level=min(1.02, max(0.5, level)),
+        )
 
     def to_data(self) -> Mapping[str, object]:
         """As plain JSON values."""
         return {
-            kind: {
-                slo_class.value: {"scores": list(own.scores), "level": own.level}
-                for slo_class, own in sorted(states.items())
-            }
-            for kind, states in (("waits", self.waits), ("ends", self.ends))
+            "scores": list(self.scores),
+            "middle": self.middle,
+            "level": self.level,
+            "overdue": list(self.overdue),
         }
 
     @staticmethod
-    def from_data(data: object) -> Calibration:
+    def from_data(data: object) -> Conformal:
         """What `to_data` wrote; a fresh one from anything else."""
-        given = data if isinstance(data, Mapping) else {}
-        return Calibration(_states(given.get("waits")), _states(given.get("ends")))
-
-
-_FRESH = Conformal()
-
-
-def _states(data: object) -> dict[SloClass, Conformal]:
-    states: dict[SloClass, Conformal] = {}
-    if isinstance(data, Mapping):
-        for slo_class in SloClass:
-            own = data.get(slo_class.value)
-            if isinstance(own, Mapping) and isinstance(own.get("scores"), list):
-                scores = tuple(float(score) for score in own["scores"])[-WINDOW:]
-                states[slo_class] = Conformal(scores, float(own.get("level", LEVEL)))
-    return states
+        if not isinstance(data, Mapping) or not isinstance(data.get("scores"), list):
+            return Conformal()
+        return Conformal(
+            tuple(float(own) for own in data["scores"])[-WINDOW:],
+            float(data.get("middle", 0.5)),
+            float(data.get("level", LEVEL)),
+            tuple(float(own) for own in data.get("overdue", ())),
+        )

@@ -86,10 +86,12 @@ def _fill(
         theirs = roots.get(own.model, own.model)
         held[theirs] = held.get(theirs, 0) + own.requests
     assignments: list[Assignment] = []
+    full: set[str] = set()
     for placed in groups:
         group = placed.group
         root = roots.get(group.model)
-        if root is None:
+        # Shorter requests would have more room; but what is first goes first.
+        if root is None or root in full:
             continue
         others = {model for model, count in held.items() if count and model != root}
         # Awake side by side, models have engines of their own; else only one may hold work.
@@ -103,7 +105,10 @@ def _fill(
         for part in group.parts:
             room = target - held.get(root, 0)
             run = (part.run_id, part.generation)
-            slices = min(part.slices, queued.get(run, 0), math.ceil(max(0.0, room) / per_slice))
+            there = min(part.slices, queued.get(run, 0))
+            slices = min(there, math.ceil(max(0.0, room) / per_slice))
+            if slices < there:
+                full.add(root)
             if slices > 0:
                 queued[run] -= slices
                 held[root] = held.get(root, 0) + math.ceil(slices * per_slice)

@@ -12,10 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from statistics import NormalDist
+from typing import NamedTuple
 
 import numpy as np
 
-from qlm_batch.domain.jobs import EngineKind, SloClass
+from qlm_batch.domain.buckets import PromptMix
+from qlm_batch.domain.jobs import EngineKind
 from qlm_batch.domain.snapshot import (
     AssignedView,
     InstanceState,
@@ -23,6 +25,7 @@ from qlm_batch.domain.snapshot import (
     Residency,
     Snapshot,
 )
+from qlm_batch.scheduling.calibration import Foreseen, Quantiles
 from qlm_batch.scheduling.expectations import ExpectedLengths
 from qlm_batch.scheduling.fairness import Served
 from qlm_batch.scheduling.fleet import Fleet
@@ -42,10 +45,15 @@ from qlm_batch.scheduling.profile import Knowledge
 from qlm_batch.scheduling.running import Running
 from qlm_batch.scheduling.speed import Amount, Speed, StepTime
 from qlm_batch.scheduling.tabulating import tabulated
-from qlm_batch.scheduling.worktable import Floats, GroupWork, WorkTable
+from qlm_batch.scheduling.worktable import GroupWork, WorkTable
 
-VERSION = "flow-2"
+VERSION = "flow-3"
 """Names this estimator in promises."""
+
+UNKNOWN_LENGTHS = 0.5
+"""The relative error of the prior's mean length: others' workloads differ by so much."""
+UNKNOWN_SPEED = 0.5
+"""The relative error of a speed that is only published, or guessed from another device's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +86,18 @@ class Ready:
     ends: Mapping[tuple[int, int], tuple[float, float]] = field(default_factory=dict)
 
 
+class Last(NamedTuple):
+    """When the longest of some requests ends after its start, as mean and variance, seconds.
+
+    `together`: all that is inside the instance runs at once; else it is full, and interactive work
+    slows it down.
+    """
+
+    mean: float
+    var: float
+    together: bool
+
+
 class Estimator:
     """Estimates for one snapshot. Equal snapshots and settings give equal answers."""
 
@@ -98,7 +118,9 @@ class Estimator:
         self._flows: dict[tuple[Shape, int], Flow] = {}
         self._speeds: dict[tuple[str, str], tuple[Speed, StepTime]] = {}
         self._drains: dict[tuple[str, int], float] = {}
-        self._bounds: dict[tuple[str, SloClass], float | None] = {}
+        self._bounds: dict[str, Quantiles] = {}
+        self._lasts: dict[tuple[Shape, int, int, float], Last] = {}
+        self._ignorances: dict[tuple[str, int], float] = {}
         self._ready: dict[tuple[int, bool], Ready] = {}
 
     @property
@@ -129,15 +151,16 @@ class Estimator:
             model, kind, tenant, prompt, cap = shape
             lengths = self._expected.capped(model, kind, tenant, cap)
             asked = np.array([[lengths.mean], [lengths.var], [from_grid(prompt)]])
-            speed = self._speed(self.fleet.roots.get(model, model), view.device)
+            speed, step = self._speed(self.fleet.roots.get(model, model), view.device)
             steady = saturated(
-                *speed, asked[0], asked[1], asked[2], view.slots, view.kv_tokens, kind
+                speed, step, asked[0], asked[1], asked[2], view.slots, view.kv_tokens, kind
             )
             running, step_s = (float(value[0]) for value in steady)
             per_token = step_s / running
             found = self._flows[key] = Flow(
                 running,
                 step_s,
+                step_s if speed.rate_only else min(step_s, step.base / speed.efficiency),
                 max(1.0, lengths.mean) * per_token,
                 lengths.var * per_token**2,
                 lengths,
@@ -276,6 +299,23 @@ class Estimator:
         last = few(min(own.requests, math.ceil(flow.running)))
         return flow.tail_s(last) * float(self.fleet.slow[instance])
 
+    def last(
+        self, instance: int, shape: Shape, requests: int, prompts: PromptMix, inside: float
+    ) -> Last:
+        """How long the longest of so many takes at an instance that holds `inside` requests."""
+        flow = self._flow(instance, shape)
+        factor = self._expected.factor(shape, prompts)
+        if inside <= flow.running:
+            mean, var = flow.last(requests, inside)
+            return Last(mean * factor, var * factor**2, True)
+        factor *= float(self.fleet.slow[instance])
+        key = (shape, self.fleet.class_of[instance], requests, factor)
+        found = self._lasts.get(key)
+        if found is None:
+            mean, var = flow.last(requests, inside)
+            found = self._lasts[key] = Last(mean * factor, var * factor**2, False)
+        return found
+
     def flow_of(self, instance: int, group: RequestGroup) -> Flow:
         """The group's kind of work at an instance that hosts its model."""
         return self._flow(instance, shape_of_group(group))
@@ -310,23 +350,29 @@ class Estimator:
         found: Amount = np.maximum(0.0, mean + _z(level) * self.spread(mean, var))
         return found
 
-    def upper(self, mean: Floats, var: Floats, model: str, slo_class: SloClass) -> Floats:
-        """The 95 % bounds shown to users, calibrated where enough outcomes were seen."""
-        key = (model, slo_class)
-        if key not in self._bounds:
-            self._bounds[key] = self.knowledge.calibration(model).factor(slo_class)
-        factor = self._bounds[key]
-        if factor is None:
-            return self.quantile(mean, var, 0.95)
-        return np.maximum(EPSILON_S, mean * factor)
+    def foreseen(self, mean: float, var: float, model: str, instance: int) -> Foreseen:
+        """When work of the model at the instance ends that should take so long, as users are told.
 
-    def miss_probabilities(self, mean: Floats, var: Floats, left_s: Floats) -> Floats:
-        """For each duration the chance that it exceeds its `left_s`."""
-        spread = self.spread(mean, var)
-        errors = (left_s - mean) / (np.maximum(EPSILON_S, spread) * math.sqrt(2.0))
-        chances = np.array([0.5 * math.erfc(error) for error in errors.tolist()])
-        chances = np.where(spread <= EPSILON_S, mean > left_s, chances)
-        return np.where(left_s <= 0.0, 1.0, chances)
+        The relative error is that of the spread, of the model, and of what was not learned yet.
+        """
+        known = self._bounds.get(model)
+        if known is None:
+            known = self._bounds[model] = self.knowledge.quantiles(model)
+        mean = max(EPSILON_S, mean)
+        ignorance, of_model = self._ignorance(model, instance), self.config.model_error
+        squared = max(0.0, var) / mean**2 + of_model**2 + ignorance**2
+        return known.foreseen(mean, math.sqrt(math.log1p(squared)), ignorance <= of_model)
+
+    def _ignorance(self, model: str, instance: int) -> float:
+        """The relative error of what was not learned yet about the model's lengths and speed."""
+        key = (model, self.fleet.class_of[instance])
+        found = self._ignorances.get(key)
+        if found is None:
+            pair = (self.fleet.roots.get(model, model), self.instances[instance].device)
+            lengths = UNKNOWN_LENGTHS * self.knowledge.book(model).unknown
+            speed = UNKNOWN_SPEED * self.knowledge.speed(*pair).unknown
+            found = self._ignorances[key] = math.hypot(lengths, speed)
+        return found
 
 
 @lru_cache

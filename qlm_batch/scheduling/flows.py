@@ -35,11 +35,13 @@ Shape = tuple[str, EngineKind, str, int, int]
 class Flow:
     """One kind of work at one instance, saturated: `running` at once, a step each `step_s`.
 
-    `request_s` and `request_var` are what one request adds to the instance's occupation.
+    `request_s` and `request_var` are what one request adds to the instance's occupation. `base_s`
+    is the part of a step that does not depend on how many run.
     """
 
     running: float
     step_s: float
+    base_s: float
     request_s: float
     request_var: float
     lengths: LengthDistribution
@@ -53,6 +55,16 @@ class Flow:
     def requests_per_s(self) -> float:
         """Requests per second."""
         return 1.0 / self.request_s
+
+    def last(self, requests: int, inside: float) -> tuple[float, float]:
+        """How long the longest of so many takes where `inside` run at once: mean and variance."""
+        full = min(1.0, inside / self.running)
+        step_s = self.base_s + (self.step_s - self.base_s) * full
+        count = few(max(1, min(requests, round(self.running))))
+        return (
+            self.lengths.largest_of(count) * step_s,
+            self.lengths.largest_var(count) * step_s**2,
+        )
 
     def tail_s(self, requests: float) -> float:
         """How much later than its occupation a group's last request is expected to end."""
@@ -83,7 +95,7 @@ def saturated(
     running = np.full(mean.shape, float(max(1, slots)))
     if kv_tokens > 0:
         running = np.maximum(1.0, np.minimum(running, kv_tokens / np.maximum(1.0, held)))
-    if not speed.fitted and speed.measured:
+    if speed.rate_only:
         if speed.tokens > 0.0 and kind is EngineKind.GENERATE:
             step_s = running * speed.busy_s / speed.tokens
         else:

@@ -1,91 +1,58 @@
-"""What was predicted, kept until it is over: what calibration learns from."""
+"""What was promised, kept until it is over: what calibration learns from."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from qlm_batch.domain.jobs import SloClass
-from qlm_batch.domain.snapshot import Plan, Snapshot
+from qlm_batch.domain.snapshot import Snapshot
+from qlm_batch.scheduling.calibration import Foreseen, score
+from qlm_batch.scheduling.promises import End
 
 LEAST_S = 1.0
 """Shorter predictions are not scored: ticks and polls, not queues, decide what comes of them."""
 MOST = 10_000
+MOST_OVERDUE = 100
 NEAR = 0.25
 """A batch whose end was expected further off than this share of its whole did not end, but was
 taken away."""
 
-Outcome = tuple[str, SloClass, float, float, bool]
-"""Model, class, predicted and actual seconds, and whether it is a batch's end, not a wait."""
+Outcome = tuple[str, float]
+"""Model, and the score of one of its batches."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Forecast:
     model: str
-    slo_class: SloClass
     made_at: float
-    seconds: float
-    latest: float = 0.0
-    """For a batch: its end as expected last."""
+    told: Foreseen
+    latest: float
+    """Its end as expected last."""
+
+    def score(self, now: float) -> float:
+        return score(self.told.mean_s, self.told.error, now - self.made_at)
 
 
 @dataclass(frozen=True, slots=True)
 class Forecasts:
-    """First predictions of waiting groups and of batches under way; outcomes not yet learned."""
+    """What was foreseen of batches when they were promised; outcomes not yet learned."""
 
-    waits: Mapping[str, _Forecast] = field(default_factory=dict)
     ends: Mapping[str, _Forecast] = field(default_factory=dict)
     outcomes: tuple[Outcome, ...] = ()
 
-    def planned(self, plan: Plan, snapshot: Snapshot) -> Forecasts:
-        """After a plan: what is new in it is remembered, groups gone from it are forgotten.
+    def planned(self, ends: Mapping[str, End], snapshot: Snapshot) -> Forecasts:
+        """After a plan that lets its batches end like this; those without a promise get one.
 
-        What was let go is not scored: its wait is a decision, not a prediction. Batches are
-        remembered from their promise on, those of one model.
+        One that rests on assumptions says nothing of the estimator, and is not remembered.
         """
-        waits: dict[str, _Forecast] = {}
-        for queue in plan.queues:
-            for placed in queue.groups:
-                if placed.shed or len(waits) >= MOST:
-                    continue
-                group = placed.group
-                waits[group.key] = self.waits.get(group.key) or _Forecast(
-                    group.model, group.slo_class, plan.made_at, placed.start - plan.made_at
-                )
-        return replace(self, waits=waits, ends=self._ends(plan, snapshot))
-
-    def _ends(self, plan: Plan, snapshot: Snapshot) -> Mapping[str, _Forecast]:
-        ends = dict(self.ends)
-        fresh = snapshot.unpromised - ends.keys()
-        models: dict[str, set[str]] = {batch_id: set() for batch_id in fresh}
-        if fresh:
-            for run in snapshot.runs:
-                if run.batch_id in fresh:
-                    models[run.batch_id].add(run.model)
-        for batch_id, estimate in plan.estimates.items():
-            if estimate.p50 is None:
-                continue
-            known = ends.get(batch_id)
-            if known is not None:
-                ends[batch_id] = replace(known, latest=estimate.p50)
-            elif len(own := models.get(batch_id, set())) == 1 and len(ends) < MOST:
-                (model,) = own
-                seconds = estimate.p50 - plan.made_at
-                ends[batch_id] = _Forecast(
-                    model, SloClass.BATCH, plan.made_at, seconds, estimate.p50
-                )
-        return ends
-
-    def started(self, keys: Iterable[str], now: float) -> Forecasts:
-        """After the first slices of these groups were assigned."""
-        waits, outcomes = dict(self.waits), list(self.outcomes)
-        for key in keys:
-            known = waits.get(key)
-            if known is not None and known.seconds >= LEAST_S:
-                outcomes.append(_scored(known, now, end=False))
-                # Kept, but unscored from now on: its rest is the same wait.
-                waits[key] = replace(known, seconds=0.0)
-        return replace(self, waits=waits, outcomes=tuple(outcomes))
+        known = dict(self.ends)
+        for batch_id, end in ends.items():
+            expected, before = snapshot.now + end.told.p50_s, known.get(batch_id)
+            if before is not None:
+                known[batch_id] = replace(before, latest=expected)
+            elif batch_id in snapshot.unpromised and end.told.informed and len(known) < MOST:
+                known[batch_id] = _Forecast(end.model, snapshot.now, end.told, expected)
+        return replace(self, ends=known)
 
     def seen(self, snapshot: Snapshot) -> Forecasts:
         """After a look at the queue: batches with nothing left in it have ended."""
@@ -97,17 +64,24 @@ class Forecasts:
         if not gone:
             return self
         ended = tuple(
-            _scored(known, snapshot.now, end=True)
+            (known.model, known.score(snapshot.now))
             for known in gone
-            if known.seconds >= LEAST_S and known.latest - snapshot.now <= NEAR * known.seconds
+            if known.told.mean_s >= LEAST_S
+            and known.latest - snapshot.now <= NEAR * known.told.mean_s
         )
         ends = {batch_id: known for batch_id, known in self.ends.items() if batch_id in left}
         return replace(self, ends=ends, outcomes=(*self.outcomes, *ended))
 
-    def told(self) -> Forecasts:
+    def overdue(self, now: float) -> Mapping[str, tuple[float, ...]]:
+        """By model, the scores reached by batches that were promised to be done by now."""
+        found: dict[str, tuple[float, ...]] = {}
+        for known in self.ends.values():
+            late = now - known.made_at > known.told.p95_s
+            if late and known.told.mean_s >= LEAST_S:
+                own = found.get(known.model, ())
+                found[known.model] = (*own, round(known.score(now), 1))[-MOST_OVERDUE:]
+        return found
+
+    def learned(self) -> Forecasts:
         """After the outcomes were learned."""
         return replace(self, outcomes=())
-
-
-def _scored(known: _Forecast, now: float, *, end: bool) -> Outcome:
-    return (known.model, known.slo_class, known.seconds, now - known.made_at, end)

@@ -426,7 +426,11 @@ def cheapest(
     g: int,
     swap_price: float,
 ) -> tuple[float, int]:
-    """The least time a group adds to a walked queue, and where; inf where it fits nowhere."""
+    """The least time a group adds to a walked queue, and where; inf where it fits nowhere.
+
+    Of places that cost the same it takes the last one behind a group that is due no later, so that
+    what was there first is not overtaken without need.
+    """
     k, due = c.model[g], c.due[g]
     mean, var = c.mean[c.kind[g], i] * c.amount[g], c.var[c.kind[g], i] * c.amount[g]
     tail, push = c.tails[c.kind[g], i], c.z * math.sqrt(var)
@@ -441,7 +445,8 @@ def cheapest(
             follow = c.model[queue[p]]
             added += c.setup[i, k, follow] - c.setup[i, last, follow]
         cost = added + swap_price * (added - mean)
-        if cost < best and added * c.inflation + push <= slack[p]:
+        behind_earlier = cost == best and c.due[queue[p - 1]] <= due
+        if (cost < best or behind_earlier) and added * c.inflation + push <= slack[p]:
             done = (end + lead + mean + tail) * c.inflation + c.z * math.sqrt(end_var + var)
             if done <= due:
                 best, where = cost, p

@@ -125,6 +125,11 @@ class LengthBook:
     tenants: Mapping[str, History] = field(default_factory=dict)
     by_prompt: Mapping[int, Seen] = field(default_factory=dict)
 
+    @property
+    def unknown(self) -> float:
+        """The prior's share in what `distribution` expects of the model, in (0, 1]."""
+        return LEAN_ON_PRIOR / (LEAN_ON_PRIOR + len(self.overall.lengths))
+
     def seen(self, outputs: Iterable[Output]) -> LengthBook:
         """The book after these requests, in the order they finished."""
         lengths: list[int] = []

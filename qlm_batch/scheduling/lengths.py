@@ -106,6 +106,16 @@ class LengthDistribution:
             found = self._largest[count] = float(self.values[-1] - np.diff(self.values) @ power)
         return found
 
+    def largest_var(self, count: float) -> float:
+        """Variance of the largest of `count` independent lengths."""
+        found = self._largest_vars.get(count)
+        if found is None:
+            power, squares = self._up_to ** max(1.0, count), self.values * self.values
+            second = float(squares[-1] - np.diff(squares) @ power)
+            found = max(0.0, second - self.largest_of(count) ** 2)
+            self._largest_vars[count] = found
+        return found
+
     @cached_property
     def _largest(self) -> dict[float, float]:
         """What `largest_of` answered."""
@@ -120,6 +130,11 @@ class LengthDistribution:
             self.values, self._up_to, counts[order], kept[order], limits[order]
         )
         return found
+
+    @cached_property
+    def _largest_vars(self) -> dict[float, float]:
+        """What `largest_var` answered."""
+        return {}
 
     @cached_property
     def equally_likely(self) -> Floats:

@@ -10,9 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from qlm_batch.domain.snapshot import Observation, Output, Profile
-from qlm_batch.scheduling.calibration import Calibration
+from qlm_batch.scheduling.calibration import Conformal, Quantiles
 from qlm_batch.scheduling.fairness import Served
-from qlm_batch.scheduling.forecasts import Outcome
 from qlm_batch.scheduling.lengthbook import LengthBook
 from qlm_batch.scheduling.speed import Speed, prior_step_time
 
@@ -26,7 +25,7 @@ class Knowledge:
 
     books: Mapping[str, LengthBook] = field(default_factory=dict)
     speeds: Mapping[tuple[str, str], Speed] = field(default_factory=dict)
-    calibrations: Mapping[str, Calibration] = field(default_factory=dict)
+    calibrations: Mapping[str, Conformal] = field(default_factory=dict)
     served: Served = field(default_factory=Served)
     read: Mapping[tuple[str, str], Profile] = field(default_factory=dict, compare=False)
 
@@ -39,7 +38,7 @@ class Knowledge:
         known = before or Knowledge()
         books: dict[str, LengthBook] = {}
         speeds: dict[tuple[str, str], Speed] = {}
-        calibrations: dict[str, Calibration] = {}
+        calibrations: dict[str, Conformal] = {}
         served = Served()
         read: dict[tuple[str, str], Profile] = {}
         for profile in profiles:
@@ -53,7 +52,7 @@ class Knowledge:
                     books[model], calibrations[model] = known.book(model), known.calibration(model)
                 else:
                     books[model] = LengthBook.from_data(profile.data.get("lengths"))
-                    calibrations[model] = Calibration.from_data(profile.data.get("calibration"))
+                    calibrations[model] = Conformal.from_data(profile.data.get("calibration"))
             elif same:
                 speeds[key] = known.speed(*key)
             else:
@@ -69,9 +68,13 @@ class Knowledge:
         """The pair's speed; its prior for one not seen yet."""
         return self.speeds.get((model, device)) or Speed(prior_step_time(model, device))
 
-    def calibration(self, model: str) -> Calibration:
+    def calibration(self, model: str) -> Conformal:
         """The model's calibration; a fresh one for a model not seen yet."""
-        return self.calibrations.get(model) or Calibration()
+        return self.calibrations.get(model) or Conformal()
+
+    def quantiles(self, model: str) -> Quantiles:
+        """How much later than foreseen the model's batches end."""
+        return self.calibration(model).quantiles().widened()
 
     def profiles(self) -> tuple[Profile, ...]:
         """All of it as profiles, in a fixed order."""
@@ -128,13 +131,18 @@ class Knowledge:
         served = self.served.after(observations)
         return replace(self, books=books, speeds=speeds, served=served, read=read)
 
-    def waited(self, outcomes: Iterable[Outcome]) -> Knowledge:
-        """What is known after these waits and ends."""
+    def ended(
+        self, outcomes: Iterable[tuple[str, float]], overdue: Mapping[str, tuple[float, ...]]
+    ) -> Knowledge:
+        """What is known after these scores of batches that ended, and by model of overdue ones."""
         calibrations, read = dict(self.calibrations), dict(self.read)
-        for model, slo_class, predicted_s, actual_s, end in outcomes:
-            read.pop((model, ANY_DEVICE), None)
-            before = calibrations.get(model, Calibration())
-            calibrations[model] = before.after(slo_class, predicted_s, actual_s, end=end)
+        for model, outcome in outcomes:
+            calibrations[model] = calibrations.get(model, Conformal()).after(outcome)
+        for model in calibrations.keys() | overdue.keys():
+            own = calibrations.get(model, Conformal())
+            calibrations[model] = replace(own, overdue=overdue.get(model, ()))
+            if calibrations[model] != self.calibrations.get(model):
+                read.pop((model, ANY_DEVICE), None)
         return replace(self, calibrations=calibrations, read=read)
 
 

@@ -125,6 +125,18 @@ class Speed:
         """Whether enough busy time was seen to trust the throughput."""
         return self.busy_s >= MIN_BUSY_S
 
+    @property
+    def unknown(self) -> float:
+        """How much of it is the prior's, 1 or less as steps or busy time are seen."""
+        return min(
+            MIN_STEPS / max(MIN_STEPS, self.steps), MIN_BUSY_S / max(MIN_BUSY_S, self.busy_s)
+        )
+
+    @property
+    def rate_only(self) -> bool:
+        """Whether the throughput is all there is to go by: the engine shows no steps."""
+        return self.measured and not self.fitted
+
     def step_time(self) -> StepTime:
         """The present fit; coefficients that would come out negative are held at zero."""
         gram = np.array(self.gram).reshape(4, 4) + _PRIOR_ROWS * np.eye(4)

@@ -72,6 +72,15 @@ def test_groups_are_handed_out_from_the_head() -> None:
     assert [(a.run_id, a.slices) for a in found] == [(1, 1), (2, 1), (3, 1)]
 
 
+def test_short_requests_do_not_pass_by_the_long_ones_before_them() -> None:
+    long, short = of_run(1, 50), of_run(2, 50)
+    short.max_tokens = short.requests
+    runs = [run_view(1, 50), run_view(2, 50, max_tokens=1)]
+    situation = snapshot(runs=runs, instances=[instance("i")])
+    found = top_up(situation, plan_of("i", long, short), Estimator(situation))
+    assert [a.run_id for a in found] == [1]
+
+
 @pytest.mark.parametrize("state", [s for s in InstanceState if s is not InstanceState.READY])
 def test_only_a_ready_instance_is_handed_work(state: InstanceState) -> None:
     assert handed(instance("i", state=state), [of_run(1, 1)]) == []

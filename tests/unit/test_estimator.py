@@ -24,7 +24,7 @@ from qlm_batch.scheduling.flows import Flow, few
 from qlm_batch.scheduling.grouping import form_groups
 from qlm_batch.scheduling.policies import policy
 from qlm_batch.scheduling.profile import fold
-from qlm_batch.scheduling.promises import with_estimates
+from qlm_batch.scheduling.promises import ends_of, with_estimates
 from tests.unit.planning_cases import assigned, group, instance, run_view, snapshot
 
 STEP_S = 0.02
@@ -193,7 +193,7 @@ def estimate_of(situation: Snapshot, batch_id: str):  # type: ignore[no-untyped-
     estimator = Estimator(situation)
     groups = form_groups(situation, estimator.capacities(situation))
     plan = policy("qlm").plan(situation, groups, estimator, 20, 0)
-    return with_estimates(plan, situation, estimator).estimates[batch_id]
+    return with_estimates(plan, ends_of(plan, situation, estimator)).estimates[batch_id]
 
 
 def test_a_batch_is_told_when_it_will_be_done() -> None:
@@ -262,7 +262,35 @@ def test_what_an_instance_holds_ends_one_after_the_other_by_deadline() -> None:
     held = (assigned(1, 64, deadline=500.0), assigned(2, 64, deadline=100.0))
     situation = snapshot(instances=[instance("i", assigned=held)])
     plan = policy("edf").plan(situation, (), known(situation), 0, 0)
-    told = with_estimates(plan, situation, known(situation)).estimates
+    told = with_estimates(plan, ends_of(plan, situation, known(situation))).estimates
     sooner, later = (told[f"batch-{n}"].p50 for n in (2, 1))
     assert sooner is not None and later is not None
     assert sooner < 0.75 * later
+
+
+def test_batches_of_one_group_end_one_after_the_other() -> None:
+    runs = [run_view(n, 1, requests=60, deadline=86_400.0, batch_id=f"b{n}") for n in (1, 2, 3)]
+    situation = planned(snapshot(runs=runs, instances=[instance("i", slots=8)]))
+    ends = [estimate_of(situation, f"b{n}").p50 for n in (1, 2, 3)]
+    assert ends[0] < 0.5 * ends[2]
+    assert ends == sorted(ends)
+
+
+def test_where_all_runs_at_once_steps_are_shorter_than_those_of_a_full_instance() -> None:
+    steps = tuple((n, 300 * n, 0, 0.01 + 0.001 * n) for n in range(1, 65)) * 30
+    seen = Observation("i", "A100", "m", 0.0, (("t", 100, 9),) * 2000, steps)
+    fleet = [instance("i", slots=64)]
+    few, many = (
+        replace(
+            snapshot(runs=[run_view(1, 1, requests=n)], instances=fleet), profiles=fold((), [seen])
+        )
+        for n in (4, 64)
+    )
+    assert estimate_of(few, "batch-1").p50 < 0.5 * estimate_of(many, "batch-1").p50
+
+
+def test_before_a_model_was_seen_promises_are_wide() -> None:
+    fresh = snapshot(runs=[run_view(1, 50)], instances=[instance("i")])
+    wide, narrow = (estimate_of(situation, "batch-1") for situation in (fresh, planned(fresh)))
+    assert wide.p95 > 3.0 * wide.p50
+    assert narrow.p95 < 1.5 * narrow.p50

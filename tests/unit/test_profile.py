@@ -8,9 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from qlm_batch.domain.jobs import SloClass
 from qlm_batch.domain.snapshot import Observation, Profile
-from qlm_batch.scheduling.calibration import Conformal
 from qlm_batch.scheduling.profile import ANY_MODEL, Knowledge, fold
 from qlm_batch.scheduling.speed import Speed, StepTime, prior_step_time
 
@@ -145,59 +143,3 @@ def test_lengths_are_shared_by_devices_and_speeds_are_not() -> None:
     )
     assert known.book("m").overall.lengths == (50,)
     assert not known.speed("m", "H100").fitted
-
-
-def test_calibration_covers_nineteen_of_twenty_under_drift() -> None:
-    rng = np.random.default_rng(5)
-    state, hits, scored = Conformal(), 0, 0
-    for n in range(4000):
-        ratio = float(rng.lognormal(0.8 * np.sin(n / 150), 0.3))
-        if state.factor is not None:
-            scored += 1
-            hits += ratio <= state.factor
-        state = state.after(10.0, 10.0 * ratio)
-    assert 0.93 <= hits / scored <= 0.97
-
-
-def adversary(kind: str, factor: float | None, n: int) -> float:
-    """The next ratio of actual to predicted, chosen by one who knows the bound."""
-    bound = factor or 1.0
-    match kind:
-        case "steps":
-            return 0.5 if (n // 250) % 2 else 3.0
-        case "growing":
-            return min(15.0, float(1.002**n))
-        case "bursts":
-            return 10.0 if n % 400 < 12 else 1.0
-        case _:
-            # Just outside whenever the bound has become tight, just inside otherwise.
-            return 1.05 * bound if bound < 4.0 and n % 16 == 0 else 0.95 * bound
-
-
-@pytest.mark.parametrize("kind", ["steps", "growing", "bursts", "just outside"])
-def test_calibration_covers_nineteen_of_twenty_against_an_adversary(kind: str) -> None:
-    state = Conformal()
-    covered: list[bool] = []
-    for n in range(3000):
-        factor = state.factor
-        ratio = adversary(kind, factor, n)
-        if factor is not None:
-            assert 0.0 < factor < np.inf
-            covered.append(ratio <= factor)
-        state = state.after(10.0, 10.0 * ratio)
-    assert np.mean(covered) >= 0.93
-    assert min(np.mean(part) for part in np.array_split(covered, 5)) >= 0.88
-
-
-def test_a_bound_is_never_infinite() -> None:
-    state = Conformal()
-    for _ in range(500):
-        state = state.after(1.0, 1e9)
-    assert state.factor is not None and np.isfinite(state.factor)
-
-
-def test_a_wait_changes_only_its_own_class() -> None:
-    known = Knowledge().waited([("m", SloClass.BATCH, 10.0, 12.0, False)] * 30)
-    assert known.calibration("m").factor(SloClass.BATCH) == pytest.approx(1.2)
-    assert known.calibration("m").factor(SloClass.INTERACTIVE) is None
-    assert Knowledge.of(known.profiles()).calibration("m") == known.calibration("m")

@@ -4,11 +4,31 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from qlm_batch.scheduling.policies import policy
 from qlm_batch.scheduling.replanning import Incumbent, ReplanConfig, carried_on, fleet_signature
 from tests.unit.test_planner import Case, case
 
 ONE = [frozenset({"a"})]
+
+
+@pytest.mark.parametrize(
+    ("due", "order"),
+    [
+        pytest.param([1000.0, 1001.0, 1002.0], ["g0", "g1", "g2"], id="last of all"),
+        pytest.param([1000.0, 2000.0, 1500.0], ["g0", "g2", "g1"], id="between the others"),
+    ],
+)
+def test_what_comes_later_overtakes_only_what_is_due_after_it(
+    due: list[float], order: list[str]
+) -> None:
+    asked = case([[1.0]] * 3, due, ["a"] * 3, ONE)
+    before = policy("qlm").plan(asked.snapshot, asked.groups[:-1], asked.durations, 10, 0)
+    incumbent = Incumbent(before, asked.snapshot.now, fleet_signature(asked.snapshot))
+    kept, _ = carried_on(asked.snapshot, asked.groups, asked.durations, incumbent, ReplanConfig())
+    assert kept is not None
+    assert [placed.group.key for placed in kept.queues[0].groups] == order
 
 
 def after_a_second(asked: Case) -> str | None:
