@@ -20,6 +20,7 @@ from qlm_batch.domain.snapshot import (
     Snapshot,
 )
 from qlm_batch.scheduling.estimator import Estimator
+from qlm_batch.scheduling.swapping import THIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +95,15 @@ def _fill(
         if root is None or root in full:
             continue
         others = {model for model, count in held.items() if count and model != root}
-        # Awake side by side, models have engines of their own; else only one may hold work.
-        if others - awake or (others and root not in awake and not _interrupts(placed, view, now)):
-            break
         flow = estimator.flow_of(index, group)
+        # Awake side by side, models have engines of their own; else only one may hold work.
+        if others - awake:
+            break
+        if others and root not in awake:
+            thin = sum(held[model] for model in others) <= THIN * flow.running
+            last_s = max(estimator.tail_s(index, own) for own in view.assigned) if thin else 0.0
+            if not _interrupts(placed, view, now, last_s):
+                break
         target = pace * max(
             config.fill * flow.running, flow.running + config.ahead_s / flow.request_s
         )
@@ -173,11 +179,19 @@ def rescues(
     return found
 
 
-def _interrupts(placed: PlannedGroup, view: InstanceView, now: float) -> bool:
-    """Whether a group of a sleeping model cannot wait for what the instance holds to end."""
-    first = all(placed.group.deadline < own.deadline for own in view.assigned if own.requests)
-    spare_s = placed.group.deadline - placed.finish_mean
-    return first and not placed.shed and spare_s < placed.start - now
+def _interrupts(placed: PlannedGroup, view: InstanceView, now: float, last_s: float) -> bool:
+    """Whether a group of a sleeping model cannot wait for what the instance holds to end.
+
+    It comes before what is due later, and before what is due at the same time where that is thin:
+    `last_s` is how long the last of that takes beyond what the plan counts, 0 where there is more.
+    """
+    due = min((own.deadline for own in view.assigned if own.requests), default=math.inf)
+    wait_s = placed.start - now
+    if placed.group.deadline == due and last_s > 0.0:
+        wait_s += last_s
+    elif placed.group.deadline >= due:
+        return False
+    return not placed.shed and placed.group.deadline - placed.finish_mean < wait_s
 
 
 def is_missed(placed: PlannedGroup) -> bool:

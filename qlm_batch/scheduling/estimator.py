@@ -265,7 +265,9 @@ class Estimator:
             (own for own in view.assigned if own.requests > 0 and own.model in models),
             key=lambda own: (own.model not in awake, own.model, own.deadline, own.run_id),
         )
-        begun = running = self._running.counts[instance]
+        running = self._running.counts[instance]
+        # What runs of interactive requests is not among what was assigned.
+        begun = max(0, running - view.interactive_running)
         ends: dict[tuple[int, int], tuple[float, float]] = {}
         for own in order:
             if claimed_only and not own.leased_slices:

@@ -21,9 +21,6 @@ RETRY_STEPS: Final = 8
 MOST_ALONE: Final = 3
 """Steps in a row that interactive prompts may have without batch work: a burst comes in several."""
 
-RESERVE: Final = 32
-"""One of so many places is kept for the next interactive request where there are any."""
-
 QUIET_S: Final = 10.0
 """Without an interactive request for this long, batch work runs as if there were none."""
 
@@ -61,19 +58,13 @@ def is_urgent(priority: int) -> bool:
     return priority < URGENT_BELOW
 
 
-def admission_limit(
-    size: int, slots: int, running: int, urgent_running: int, urgent_waiting: int
-) -> int:
+def admission_limit(size: int, slots: int, urgent: int) -> int:
     """How many requests may run, so that at most `slots` of the `size` places hold batch work.
 
-    While there are interactive requests one place in RESERVE stays free of batch work for the next
-    of them: else each would evict. Holds where the waiting are admitted in the order of their
-    priority.
+    `urgent` counts interactive requests, running and waiting. Holds where the waiting are admitted
+    in the order of their priority.
     """
-    most = min(size, slots + urgent_running + urgent_waiting)
-    if urgent_running + urgent_waiting == 0:
-        return most
-    return min(most, max(size - size // RESERVE, running + urgent_waiting))
+    return min(size, slots + urgent)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,9 @@ DRAIN_SWAPS: Final = 2.0
 """What is inside may end by itself where that takes no longer than so many swap times."""
 CALLS_DRAIN_SWAPS: Final = 0.5
 """The same where interactive requests wait for it."""
+THIN: Final = 0.125
+"""Batch work that fills no more than this share of the running batch gives way to work due at the
+same time: to wait for its longest answers would leave the instance all but idle."""
 RETRY_DELAYS_S: Final = (0.5, 3.0)
 """Waits before waking a model is tried again."""
 FAILED_FOR_S: Final = 300.0
@@ -45,8 +48,8 @@ class Hosted:
 
     `awake_s` is how long it has been awake, None when it is not; `swap_s` the time to make it awake
     where it is not, or again once it slept. `due` is the earliest deadline of the batch work in
-    hand, inf without any; `calls` counts interactive requests; `left_s` is how long what is inside
-    still takes.
+    hand, inf without any, and `share` how many there are of a running batch; `calls` counts
+    interactive requests; `left_s` is how long what is inside still takes.
     """
 
     model: str
@@ -55,6 +58,7 @@ class Hosted:
     due: float = math.inf
     calls: int = 0
     left_s: float = 0.0
+    share: float = 1.0
 
     @property
     def wanted(self) -> bool:
@@ -78,7 +82,8 @@ def next_change(hosted: Sequence[Hosted], room: int) -> Change | None:
 
     Interactive requests come before batch work, and earlier deadlines before later ones. A model
     without work yields at once. One with batch work yields to calls after STAY_SWAPS swap times,
-    and to work due before all of its own; one with calls yields to batch work after CALLS_SWAPS.
+    and to work due before all of its own, or together with it where its own is THIN; one with calls
+    yields to batch work after CALLS_SWAPS.
     """
     asleep = [own for own in hosted if own.awake_s is None and own.wanted]
     if not asleep:
@@ -117,7 +122,8 @@ def _turn_s(awake: Hosted, other: Hosted) -> float:
         return 0.0
     if awake.calls and not other.calls:
         return CALLS_SWAPS * other.swap_s
-    if other.calls or other.due < awake.due:
+    thin = awake.share <= THIN
+    if other.calls or other.due < awake.due or (thin and other.due == awake.due):
         return STAY_SWAPS * other.swap_s
     return math.inf
 

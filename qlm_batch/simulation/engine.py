@@ -259,8 +259,7 @@ class ReferenceEngine:
         inside = sum(s.urgent for s in self.running)
         held = len(self.running) - inside if alone else 0
         slots = 0 if alone else self.limits.slots
-        running = len(self.running) - held
-        limit = eviction.admission_limit(self.limits.size - held, slots, running, inside, urgent)
+        limit = eviction.admission_limit(self.limits.size - held, slots, inside + urgent)
         return max(limit + held, len(self.running))
 
     def _growth(self, sequence: Sequence) -> int:

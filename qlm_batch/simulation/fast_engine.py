@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from qlm_batch.scheduling.eviction import MAX_EVICTIONS, MOST_ALONE, RESERVE, URGENT_BELOW
+from qlm_batch.scheduling.eviction import MAX_EVICTIONS, MOST_ALONE, URGENT_BELOW
 from qlm_batch.scheduling.speed import StepTime
 from qlm_batch.simulation import kernel as k
 from qlm_batch.simulation.engine import EngineLimits, Finished, check_size
@@ -31,7 +31,6 @@ class FastEngine:
                 limits.size,
                 limits.alone,
                 MAX_EVICTIONS,
-                RESERVE,
                 MOST_ALONE,
                 limits.prefix_caching,
             ],

@@ -370,10 +370,12 @@ class SimulatedInstance:
 
     def _hosted(self, now: float) -> list[Hosted]:
         due: dict[str, float] = {}
+        held: Counter[str] = Counter()
         for lease in self._leases.values():
             if lease.left:
                 slice_ = lease.slice
                 due[slice_.model] = min(due.get(slice_.model, math.inf), slice_.deadline)
+                held[slice_.model] += len(lease.left)
         calls = Counter(self._urgent.values())
         return [
             Hosted(
@@ -383,6 +385,7 @@ class SimulatedInstance:
                 due.get(model, math.inf),
                 calls[model],
                 self._left_s() if model == self.awake else 0.0,
+                held[model] / self.spec.slots,
             )
             for model in self.spec.models
         ]

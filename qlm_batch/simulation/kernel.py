@@ -34,8 +34,8 @@ ARRIVAL, FIRST, END = 0, 1, 2
 RUNS, WAITS, FREE_BLOCKS, STEPS, TOKENS, PREEMPTIONS, RECOMPUTED, ROWS, SAMPLED = range(9)
 ALONE_STEPS, HANDED_OUT, RESTS = 9, 10, 11
 TOTALS = 12
-SLOTS, BATCHED, BLOCK, URGENT_BELOW, SIZE, ALONE, MAX_EVICTIONS, RESERVE, MOST_ALONE = range(9)
-PREFIX_CACHING = 9
+SLOTS, BATCHED, BLOCK, URGENT_BELOW, SIZE, ALONE, MAX_EVICTIONS, MOST_ALONE = range(8)
+PREFIX_CACHING = 8
 CLOCK, BUSY = 0, 1
 SAMPLES = 32
 
@@ -256,10 +256,7 @@ def _most_running(
         inside += ints[order[at], PRIORITY] < limits[URGENT_BELOW]
     held = totals[RUNS] - inside if alone else 0
     slots = 0 if alone else limits[SLOTS]
-    size, running = limits[SIZE] - held, totals[RUNS] - held
-    limit = min(size, slots + inside + urgent)
-    if inside + urgent > 0:
-        limit = min(limit, max(size - size // limits[RESERVE], running + urgent))
+    limit = min(limits[SIZE] - held, slots + inside + urgent)
     return int(max(limit + held, totals[RUNS]))
 
 

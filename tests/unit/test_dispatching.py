@@ -116,6 +116,29 @@ def test_a_sleeping_model_is_handed_its_work_early_where_it_cannot_wait(
     assert [a.run_id for a in found] == ([1] if interrupts else [])
 
 
+@pytest.mark.parametrize(
+    ("held", "deadline", "finish", "handed_out"),
+    [
+        pytest.param(8, 1000.0, 998.0, True, id="thin"),
+        pytest.param(64, 1000.0, 998.0, False, id="not thin"),
+        pytest.param(8, 1000.0, 500.0, False, id="time to wait for the last of it"),
+        pytest.param(8, 1001.0, 999.0, False, id="due later"),
+    ],
+)
+def test_the_last_answers_of_a_model_do_not_keep_work_due_at_the_same_time_waiting(
+    held: int, deadline: float, finish: float, handed_out: bool
+) -> None:
+    own = (assigned(9, held, leased=1, deadline=1000.0),)
+    situation = snapshot(
+        runs=[run_view(1, 1, model="n")],
+        instances=[instance("i", ["m", "n"], slots=128, assigned=own)],
+    )
+    group = of_run(1, 1, model="n", deadline=deadline)
+    plan = plan_of("i", group, start=1.0, finish=finish)
+    found = top_up(situation, plan, Estimator(situation), CONFIG)
+    assert [a.run_id for a in found] == ([1] if handed_out else [])
+
+
 def test_behind_a_swap_nothing_is_handed_out() -> None:
     view = instance("i", ["m", "n"], assigned=(assigned(9, 1, model="n"),))
     assert handed(view, [of_run(2, 1)]) == []

@@ -162,6 +162,15 @@ def test_what_runs_already_counts_only_with_its_rest() -> None:
     assert nearly.ready(0).mean < 0.5 * fresh.ready(0).mean
 
 
+def test_running_interactive_requests_are_none_of_the_work_an_instance_was_assigned() -> None:
+    held = (assigned(1, 32, leased=1),)
+    waiting = known(snapshot(instances=[instance("i", assigned=held)]))
+    beside = replace(
+        instance("i", assigned=held, generated=(90,) * 32), running=32, interactive_running=32
+    )
+    assert known(snapshot(instances=[beside])).ready(0).mean == waiting.ready(0).mean
+
+
 def test_a_measured_wake_is_believed() -> None:
     views = {"m": Residency.AWAKE, "n": Residency.ASLEEP}
     assert Estimator(snapshot(instances=[instance("i", views, wake_s=2.5)])).swap_s(0, "n") == 2.5

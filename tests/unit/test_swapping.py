@@ -15,6 +15,7 @@ from qlm_batch.scheduling.swapping import (
     DRAIN_SWAPS,
     RETRY_DELAYS_S,
     STAY_SWAPS,
+    THIN,
     Change,
     Hosted,
     Parting,
@@ -58,6 +59,21 @@ def test_the_awake_model_finishes_what_it_holds_before_later_work_of_another() -
 def test_work_due_earlier_takes_the_place_once_the_awake_model_has_had_its_stay() -> None:
     assert woken(awake(due=6.0, for_s=STAY_SWAPS * SWAP_S - 1), asleep(due=5.0)) is None
     assert woken(awake(due=6.0, for_s=STAY_SWAPS * SWAP_S), asleep(due=5.0)) == "b"
+
+
+@pytest.mark.parametrize(
+    ("share", "due", "yields"),
+    [
+        pytest.param(THIN, 5.0, True, id="thin"),
+        pytest.param(2 * THIN, 5.0, False, id="not thin"),
+        pytest.param(THIN, 6.0, False, id="due later"),
+    ],
+)
+def test_the_last_of_a_models_work_gives_way_to_work_due_at_the_same_time(
+    share: float, due: float, yields: bool
+) -> None:
+    thin = replace(awake(due=5.0, for_s=STAY_SWAPS * SWAP_S), share=share)
+    assert woken(thin, asleep(due=due)) == ("b" if yields else None)
 
 
 def test_of_two_sleeping_models_the_more_urgent_comes_first() -> None:

@@ -159,8 +159,7 @@ class EvictingScheduler(Scheduler):  # type: ignore[misc]
         return held
 
     def _limit(self, slots: int, urgent_running: int, urgent: list[Any], held: int = 0) -> int:
-        size = self._size - held
-        return admission_limit(size, slots, len(self.running), urgent_running, len(urgent))
+        return admission_limit(self._size - held, slots, urgent_running + len(urgent))
 
     def _run_again(self, places: int, now: float) -> None:
         """Let those that rest run while fewer than `places` do, who gives way last coming first.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import structlog
@@ -140,10 +141,12 @@ class Residents:
 
     def _hosted(self, now: float) -> list[Hosted]:
         due: dict[str, float] = {}
+        held: Counter[str] = Counter()
         for lease in self._table.leases:
             if lease.open and not lease.preempted:
                 model = lease.slice.model
                 due[model] = min(due.get(model, math.inf), lease.slice.deadline)
+                held[model] += len(lease.open)
         found = []
         for host in self._hosts:
             if host.residency is Residency.FAILED:
@@ -158,6 +161,7 @@ class Residents:
                     due=min(due.get(name, math.inf) for name in host.names),
                     calls=host.interactive + host.parked,
                     left_s=host.left_s(),
+                    share=sum(held[name] for name in host.names) / max(1, self.slots),
                 )
             )
         return found

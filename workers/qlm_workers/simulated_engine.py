@@ -357,9 +357,7 @@ class SimulatedEngine:
         if urgent:
             self._evict(urgent)
         urgent_running = sum(is_urgent(sequence.priority) for sequence in self._running)
-        limit = admission_limit(
-            self._size, self._info.slots, len(self._running), urgent_running, len(urgent)
-        )
+        limit = admission_limit(self._size, self._info.slots, urgent_running + len(urgent))
         self._resting.sort(key=lambda sequence: (sequence.priority, sequence.arrival))
         while self._resting and len(self._running) + len(urgent) < limit:
             self._running.append(self._resting.pop(0))

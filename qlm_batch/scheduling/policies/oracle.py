@@ -26,8 +26,8 @@ class TrueDurations:
 
     @property
     def config(self) -> EstimatorConfig:
-        """Without a margin: nothing is left to chance."""
-        return replace(self._estimated.config, quantile=0.5, model_error=0.0)
+        """As estimated: lengths are not all that a plan may be wrong about."""
+        return self._estimated.config
 
     @property
     def served(self) -> Served:
