@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from qlm_batch.domain.ports import Heartbeat
 from qlm_batch.domain.snapshot import InstanceView
@@ -29,9 +28,7 @@ class MemoryInstances(Facet):
                 self._requeue_assigned(beat.name)
                 lose(self.state, list(self.state.leased[beat.name].values()))
         self.state.observations.extend(beat.observations)
-        self.state.instances[beat.name] = InstanceData(
-            replace(beat, observations=()), self.state.clock(), past
-        )
+        self.state.instances[beat.name] = InstanceData(beat, self.state.clock(), past)
         return True
 
     def _requeue_assigned(self, name: str) -> None:
