@@ -45,8 +45,8 @@ class FastEngine:
         self._sampled = 0
         self._submitted = 0
         self._rows: dict[int, int] = {}
-        self._ints = np.zeros((0, k.ROW), dtype=np.int64)
-        self._floats = np.zeros((0, 3))
+        self._ints = np.zeros((0, k.ROW), dtype=np.int64, order="F")
+        self._floats = np.zeros((0, 3), order="F")
         self._done = np.zeros(0, dtype=np.int64)
         self._spare: list[int] = []
         self._room(2 * limits.size + 64)
@@ -55,8 +55,11 @@ class FastEngine:
         """Grow to so many rows."""
         before = len(self._ints)
         more = rows - before
-        self._ints = np.concatenate((self._ints, np.zeros((more, k.ROW), dtype=np.int64)))
-        self._floats = np.concatenate((self._floats, np.zeros((more, 3))))
+        # By column: a step reads a few columns of many rows.
+        self._ints = np.asfortranarray(
+            np.concatenate((self._ints, np.zeros((more, k.ROW), dtype=np.int64)))
+        )
+        self._floats = np.asfortranarray(np.concatenate((self._floats, np.zeros((more, 3)))))
         self._done = np.zeros(rows, dtype=np.int64)
         self._order = np.concatenate((self._order, np.zeros(more, dtype=np.int64)))
         self._spare = [*range(rows - 1, before - 1, -1), *self._spare]
@@ -128,7 +131,10 @@ class FastEngine:
     def submit_all(
         self, keys: Ints, prompts: Ints, outputs: Ints, priority: int, arrival: float
     ) -> None:
-        """Hand in many requests that come together, as `submit` would one after another."""
+        """Hand in many requests that come together, as `submit` would one after another.
+
+        ValueError, and none is taken, when one is empty or could never fit.
+        """
         count = len(keys)
         if not count:
             return

@@ -23,7 +23,7 @@ class Draining(KnownDurations):
     """Durations in which leaving a model costs what its name says."""
 
     def drain_s(self, instance: int, model: str) -> float:
-        return 3.0 * MODELS.index(model)
+        return 15.0 * MODELS.index(model)
 
 
 @st.composite

@@ -91,11 +91,11 @@ class SliceData:
     attempts: int = 0
     fruitful: bool = False
     preempt: bool = False
+    part: Part = field(init=False)
+    """The run and generation this belongs to."""
 
-    @property
-    def part(self) -> Part:
-        """The run and generation this belongs to."""
-        return self.run.id, self.generation
+    def __post_init__(self) -> None:
+        self.part = (self.run.id, self.generation)
 
 
 @dataclass(slots=True)
