@@ -60,7 +60,8 @@ class RunView:
     prompts: PromptMix = ()
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen: hundreds are made for a snapshot, and freezing makes that take several times as long.
+@dataclass(slots=True, unsafe_hash=True)
 class AssignedView:
     """Work of one (run, generation) already at an instance: `requests` remaining in `slices`.
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from qlm_batch.scheduling.eviction import MAX_EVICTIONS, MOST_ALONE, URGENT_BELOW
 from qlm_batch.scheduling.speed import StepTime
 from qlm_batch.simulation import kernel as k
 from qlm_batch.simulation.engine import EngineLimits, Finished, check_size
+from qlm_batch.simulation.kernel import Ints
 
 
 class FastEngine:
@@ -44,8 +44,8 @@ class FastEngine:
         self._sampled = 0
         self._submitted = 0
         self._rows: dict[int, int] = {}
-        self._ints = np.zeros((0, k.ROW), dtype=np.int64)
-        self._floats = np.zeros((0, 3))
+        self._ints = np.zeros((0, k.ROW), dtype=np.int64, order="F")
+        self._floats = np.zeros((0, 3), order="F")
         self._done = np.zeros(0, dtype=np.int64)
         self._spare: list[int] = []
         self._room(2 * limits.size + 64)
@@ -54,8 +54,11 @@ class FastEngine:
         """Grow to so many rows."""
         before = len(self._ints)
         more = rows - before
-        self._ints = np.concatenate((self._ints, np.zeros((more, k.ROW), dtype=np.int64)))
-        self._floats = np.concatenate((self._floats, np.zeros((more, 3))))
+        # By column: a step reads a few columns of many rows.
+        self._ints = np.asfortranarray(
+            np.concatenate((self._ints, np.zeros((more, k.ROW), dtype=np.int64)))
+        )
+        self._floats = np.asfortranarray(np.concatenate((self._floats, np.zeros((more, 3)))))
         self._done = np.zeros(rows, dtype=np.int64)
         self._order = np.concatenate((self._order, np.zeros(more, dtype=np.int64)))
         self._spare = [*range(rows - 1, before - 1, -1), *self._spare]
@@ -124,6 +127,35 @@ class FastEngine:
         self._submitted += 1
         self._totals[k.WAITS] += 1
 
+    def submit_all(
+        self, keys: Ints, prompts: Ints, outputs: Ints, priority: int, arrival: float
+    ) -> None:
+        """Hand in many requests that come together, as `submit` would one after another.
+
+        ValueError, and none is taken, when one is empty or could never fit.
+        """
+        count = len(keys)
+        if not count:
+            return
+        needed = -(-(prompts + outputs) // self.limits.block_tokens)
+        wrong = (prompts < 1) | (outputs < 1) | (needed > self.limits.blocks)
+        if wrong.any():
+            first = int(np.argmax(wrong))
+            check_size(self.limits, int(prompts[first]), int(outputs[first]))
+        while len(self._spare) < count:
+            self._room(2 * len(self._ints))
+        rows = self._spare[: -count - 1 : -1]
+        del self._spare[-count:]
+        self._rows.update(zip(keys.tolist(), rows, strict=True))
+        fresh = np.zeros((count, k.ROW), dtype=np.int64)
+        fresh[:, k.STATE], fresh[:, k.PRIORITY] = k.WAITING, priority
+        fresh[:, k.KEY], fresh[:, k.PROMPT], fresh[:, k.OUTPUT] = keys, prompts, outputs
+        fresh[:, k.NUMBER] = np.arange(self._submitted, self._submitted + count)
+        self._ints[rows] = fresh
+        self._floats[rows] = (arrival, -1.0, -1.0)
+        self._submitted += count
+        self._totals[k.WAITS] += count
+
     def abort(self, key: int) -> bool:
         """Drop a request; False when it is not here."""
         row = self._rows.pop(key, None)
@@ -143,13 +175,9 @@ class FastEngine:
 
     def advance(self, until: float) -> list[Finished]:
         """Run every step that begins before `until`; what ended, in order."""
-        keys, firsts, ends = self.advance_arrays(until)
-        columns = zip(keys.tolist(), firsts.tolist(), ends.tolist(), strict=True)
-        return [Finished(*column) for column in columns]
+        return [Finished(*column) for column in zip(*self.advance_columns(until), strict=True)]
 
-    def advance_arrays(
-        self, until: float
-    ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+    def advance_columns(self, until: float) -> tuple[list[int], list[float], list[float]]:
         """As `advance`: keys, times of first tokens, and ends."""
         ended = k.advance(
             self._ints,
@@ -163,11 +191,13 @@ class FastEngine:
             self._done,
             until,
         )
+        if not ended:
+            return [], [], []
         rows = self._done[:ended]
-        keys = self._ints[rows, k.KEY]
-        for key in keys.tolist():
-            self._spare.append(self._rows.pop(key))
-        return keys, self._floats[rows, k.FIRST], self._floats[rows, k.END]
+        keys: list[int] = self._ints[rows, k.KEY].tolist()
+        self._spare += [self._rows.pop(key) for key in keys]
+        times = self._floats[rows]
+        return keys, times[:, k.FIRST].tolist(), times[:, k.END].tolist()
 
     def ages(self, most: int) -> tuple[int, ...]:
         """Output tokens so far of up to `most` running requests."""

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, cast
 
 import numpy as np
 
@@ -51,6 +51,28 @@ class _Lease:
     claimed_at: float
     left: set[int]
     held: Held
+
+
+def _expiry(lease: _Lease) -> float:
+    expires_at = lease.slice.expires_at
+    return math.inf if expires_at is None else expires_at
+
+
+@dataclass(frozen=True, slots=True)
+class _Columns:
+    """The requests' arrays once more, for single values: those of arrays are slow to come by."""
+
+    prompt: memoryview[int]
+    output: memoryview[int]
+    arrival: memoryview[float]
+    first: memoryview[float]
+    end: memoryview[float]
+
+    @staticmethod
+    def of(requests: Requests) -> _Columns:
+        times = (requests.arrival.data, requests.first.data, requests.end.data)
+        arrival, first, end = cast("tuple[memoryview[float], ...]", times)
+        return _Columns(requests.prompt.data, requests.output.data, arrival, first, end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +120,7 @@ class SimulatedInstance:
         self.spec = spec
         self.tallies = Tallies()
         self._store, self._events, self._requests = store, events, requests
+        self._columns = _Columns.of(requests)
         self._key_of, self._times, self._wake_fails, self._draw = key_of, times, wake_fails, draw
         self._boots = 0
         self.boot_id = ""
@@ -118,6 +141,7 @@ class SimulatedInstance:
         self._urgent_parked: list[int] = []
         self._change: Change | None = None
         self._leave_by = self._awake_since = -math.inf
+        self._expires_at = math.inf
         self._rows: list[ResultRow] = []
         self._finished: list[Output] = []
         self._share, self._shared_at = 0.0, self._events.now()
@@ -227,25 +251,20 @@ class SimulatedInstance:
 
     def _collect(self) -> None:
         """Take what the engine finished by now."""
-        keys, firsts, ends = self.engine.advance_arrays(self._events.now())
-        if not len(keys):
-            return
-        requests = self._requests
-        fresh = np.isnan(requests.end[keys])
-        requests.first[keys[fresh]], requests.end[keys[fresh]] = firsts[fresh], ends[fresh]
-        outputs, prompts = requests.output[keys].tolist(), requests.prompt[keys].tolist()
-        arrived = requests.arrival[keys]
-        waits, times = (firsts - arrived).tolist(), (ends - arrived).tolist()
-        for i, key in enumerate(keys.tolist()):
+        columns = self._columns
+        for key, first, end in zip(*self.engine.advance_columns(self._events.now()), strict=True):
+            if math.isnan(columns.end[key]):
+                columns.first[key], columns.end[key] = first, end
             lease = self._by_key.pop(key, None)
             if lease is None:
                 del self._urgent[key]
                 continue
             slice_ = lease.slice
             lease.left.discard(key)
-            self._finished.append((slice_.tenant, outputs[i], prompts[i]))
+            prompt, output, came = columns.prompt[key], columns.output[key], columns.arrival[key]
+            self._finished.append((slice_.tenant, output, prompt))
             share = FORGETS if self._typical else 1.0
-            self._typical += share * (outputs[i] - self._typical)
+            self._typical += share * (output - self._typical)
             self._rows.append(
                 ResultRow(
                     slice_id=slice_.slice_id,
@@ -256,19 +275,22 @@ class SimulatedInstance:
                     request_id=str(key),
                     status_code=200,
                     body="",
-                    usage=Usage(prompts[i], 0, outputs[i]),
-                    first_token_s=waits[i],
-                    duration_s=times[i],
+                    usage=Usage(prompt, 0, output),
+                    first_token_s=first - came,
+                    duration_s=end - came,
                 )
             )
 
     def _expire(self) -> None:
         """Stop what is past its time; the reaper closes the slices."""
         now = self._events.now()
+        if now < self._expires_at:
+            return
         for lease in self._leases.values():
-            expires_at = lease.slice.expires_at
-            if expires_at is not None and expires_at <= now and lease.left:
+            if _expiry(lease) <= now and lease.left:
                 self._stop(lease)
+        left = (_expiry(lease) for lease in self._leases.values() if lease.left)
+        self._expires_at = min(left, default=math.inf)
 
     def _stop(self, lease: _Lease) -> None:
         for key in sorted(lease.left):
@@ -320,6 +342,7 @@ class SimulatedInstance:
             keys = {first_key + request.position for request in slice_.requests}
             held = Held(slice_.slice_id, slice_.epoch)
             lease = _Lease(slice_, first_key, now, keys, held)
+            self._expires_at = min(self._expires_at, _expiry(lease))
             self._leases[slice_.slice_id] = lease
             if slice_.model == self.awake and self._change is None:
                 self._feed(lease)
@@ -329,10 +352,10 @@ class SimulatedInstance:
     def _feed(self, lease: _Lease) -> None:
         # All of it waits in the engine: outside of it, it would wait in the same order.
         priority, now = agent.engine_priority(lease.slice.deadline), self._events.now()
-        prompts, outputs = self._requests.prompt, self._requests.output
-        for key in sorted(lease.left):
-            self.engine.submit(key, int(prompts[key]), int(outputs[key]), priority, now)
-            self._by_key[key] = lease
+        keys = np.array(sorted(lease.left), dtype=np.int64)
+        prompts, outputs = self._requests.prompt[keys], self._requests.output[keys]
+        self.engine.submit_all(keys, prompts, outputs, priority, now)
+        self._by_key.update(dict.fromkeys(keys.tolist(), lease))
 
     # Interactive work
 

@@ -337,7 +337,9 @@ def _schedule_running(
             at += 1
             continue
         tokens = min(ints[row, PROMPT] + ints[row, GENERATED] - ints[row, COMPUTED], budget)
-        need = _blocks(ints[row, COMPUTED] + tokens, limits[BLOCK])
+        need = ints[row, BLOCKS]
+        if ints[row, COMPUTED] + tokens > need * limits[BLOCK]:
+            need = _blocks(ints[row, COMPUTED] + tokens, limits[BLOCK])
         lost = False
         while need - ints[row, BLOCKS] > totals[FREE_BLOCKS]:
             last = _victim(ints, floats, order, totals[RUNS])

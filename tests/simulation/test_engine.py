@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -222,6 +223,30 @@ def test_what_could_never_run_is_refused(make: Make) -> None:
         engine.submit(1, 30, 3, BATCH, 0.0)
     with pytest.raises(ValueError, match="1 is the least"):
         engine.submit(1, 0, 3, BATCH, 0.0)
+
+
+def test_requests_that_come_together_are_treated_as_if_each_came_alone() -> None:
+    limits = EngineLimits(4, 4000)
+    alone, together = FastEngine(limits, ONE), FastEngine(limits, ONE)
+    # More than there are rows for at first, some of which are free again by then.
+    for now, first, count in ((0.0, 0, 30), (40.0, 30, 100)):
+        keys = np.arange(first, first + count)
+        prompts, outputs = 1 + keys * 7 % 50, 1 + keys * 5 % 30
+        together.submit_all(keys, prompts, outputs, BATCH, now)
+        for key, prompt, output in zip(keys, prompts, outputs, strict=True):
+            alone.submit(int(key), int(prompt), int(output), BATCH, now)
+        assert together.abort(first + 3) and alone.abort(first + 3)
+        assert together.advance(now + 40.0) == alone.advance(now + 40.0)
+    rest = together.advance(1e6)
+    assert rest == alone.advance(1e6)
+    assert rest
+
+
+def test_of_requests_that_come_together_none_is_taken_where_one_could_never_run() -> None:
+    engine = FastEngine(EngineLimits(4, 32), ONE)
+    with pytest.raises(ValueError, match="30 prompt and 3 output tokens do not fit"):
+        engine.submit_all(np.array([1, 2]), np.array([1, 30]), np.array([1, 3]), BATCH, 0.0)
+    assert not engine.waiting
 
 
 def test_an_aborted_request_leaves_its_place_to_others(make: Make) -> None:

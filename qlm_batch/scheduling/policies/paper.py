@@ -3,9 +3,11 @@
 Patke et al., SoCC 2024: x[g, i, j] puts group g at position j of queue i; every group stands once,
 a slot takes one group, waiting is the work ahead and a swap wherever the model changes, every
 deadline is to be met, and the sum of waits is minimised. Corrected where the paper is loose: slots
-fill from the front, a swap is charged between used slots and at the head, only where the model is
-served, and the deadline holds for a group's end. Infeasible or too large, it falls back to EDF
-over groups, as the paper does. Solved by HiGHS through SciPy (the extra `sim`).
+fill without gaps, a swap is charged between used slots and at the head, only where the model is
+served, and the deadline holds for a group's end. Positions count from a queue's end: what is at j
+delays j others, so the sum of waits is linear in x, where counting from the head leaves the solver
+a wait for every slot that nothing bounds until x is whole. Infeasible or too large, it falls back
+to EDF over groups, as the paper does. Solved by HiGHS through SciPy (the extra `sim`).
 """
 
 from __future__ import annotations
@@ -13,21 +15,24 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
 from qlm_batch.domain.errors import ConfigurationError
 from qlm_batch.domain.snapshot import Plan, RequestGroup, Snapshot
+from qlm_batch.scheduling.kernels import Ints
 from qlm_batch.scheduling.policies.base import to_plan
 from qlm_batch.scheduling.policies.listing import by_deadline, list_schedule
-from qlm_batch.scheduling.problem import START, Durations, Problem, Queues
+from qlm_batch.scheduling.problem import START, Durations, Floats, Problem, Queues
 
 MOST_BINARIES = 240
 """Placements beyond which the program is not tried: the solver would take minutes."""
 NODES = 50
 """Search nodes of one solution: a count, so that equal snapshots give equal plans."""
 _GAP = 0.05
+
+_Columns = Ints | np.int64
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,96 +70,112 @@ def solved(problem: Problem) -> Queues | None:
 
 
 class _Program:
-    """The program's rows; variables are the placements, then each slot's start, swap and wait."""
+    """The program's rows; slot j of a queue has j groups behind it.
+
+    Variables are the placements, then each slot's start and the time it swaps, then whether a slot
+    brings in a model. Each queue has one slot more, never used, so that the first has one ahead.
+    """
 
     def __init__(self, problem: Problem, able: list[int], machines: list[int], depth: int) -> None:
         self.p, self.able, self.machines, self.depth = problem, able, machines, depth
-        self.slots = len(machines) * depth
-        self.placements = len(able) * self.slots
-        self.size = self.placements + 3 * self.slots
-        self.rows: list[np.ndarray[Any, np.dtype[np.float64]]] = []
+        count, queues, models = len(able), len(machines), len(problem.models)
+        variables = np.arange((count + 2 + models) * queues * (depth + 1))
+        columns = variables.reshape(count + 2 + models, queues, depth + 1)
+        self.size = columns.size
+        self.x, self.brings = columns[:count], columns[count + 2 :]
+        self.start, self.swap = columns[count], columns[count + 1]
+        self.of_model = [
+            np.array([n for n, g in enumerate(able) if problem.model[g] == k], dtype=np.int64)
+            for k in range(models)
+        ]
+        self.rows: list[Floats] = []
         self.low: list[float] = []
         self.high: list[float] = []
-        finite = problem.setup[np.isfinite(problem.setup)]
-        work_s = sum(max(self._work(g, i) for i in machines) for g in able)
-        self.big = 1.0 + work_s + len(able) * float(finite.max(initial=0.0))
-        self.big += float(problem.ready[machines].max()) + max(abs(problem.due[g]) for g in able)
 
-    def _work(self, g: int, i: int) -> float:
-        return self.p.mean(g, i) if self.p.serves[i, self.p.model[g]] else 0.0
-
-    def _x(self, g: int, i: int, j: int) -> int:
-        return g * self.slots + i * self.depth + j
-
-    def _start(self, i: int, j: int) -> int:
-        return self.placements + i * self.depth + j
-
-    def _swap(self, i: int, j: int) -> int:
-        return self.placements + self.slots + i * self.depth + j
-
-    def _wait(self, i: int, j: int) -> int:
-        return self.placements + 2 * self.slots + i * self.depth + j
-
-    def _row(self, entries: dict[int, float], low: float, high: float) -> None:
+    def _row(self, low: float, high: float, *terms: tuple[_Columns, Floats | float]) -> None:
         row = np.zeros(self.size)
-        for column, value in entries.items():
-            row[column] += value
+        for columns, factor in terms:
+            row[columns] += factor
         self.rows.append(row)
         self.low.append(low)
         self.high.append(high)
 
+    def _works(self, machine: int) -> tuple[Floats, Floats]:
+        """What the groups take at an instance, and when they have to start there at the latest."""
+        p = self.p
+        served = [p.serves[machine, p.model[g]] for g in self.able]
+        works = [p.mean(g, machine) if on else 0.0 for g, on in zip(self.able, served, strict=True)]
+        latest = [
+            p.due[g] - work - p.tail(g, machine) if on else 0.0
+            for g, on, work in zip(self.able, served, works, strict=True)
+        ]
+        return np.array(works), np.array(latest)
+
     def _rows(self) -> None:
         inf = math.inf
-        count, deep = range(len(self.able)), range(self.depth)
-        for g in count:
-            everywhere = {self._x(g, i, j): 1.0 for i in range(len(self.machines)) for j in deep}
-            self._row(everywhere, 1.0, 1.0)
+        for everywhere in self.x:
+            self._row(1.0, 1.0, (everywhere.ravel(), 1.0))
         for i, machine in enumerate(self.machines):
-            for j in deep:
-                used = {self._x(g, i, j): 1.0 for g in count}
-                self._row(used, 0.0, 1.0)
-                if j:
-                    ahead = {self._x(g, i, j - 1): -1.0 for g in count}
-                    self._row({**used, **ahead}, -inf, 0.0)
-                self._times(i, machine, j)
+            ready = float(self.p.ready[machine])
+            works, latest = self._works(machine)
+            for j in range(self.depth):
+                used, ahead = self.x[:, i, j], self.x[:, i, j + 1]
+                start, swap = self.start[i, j], self.swap[i, j]
+                self._row(0.0, 1.0, (used, 1.0))
+                self._row(-inf, 0.0, (ahead, 1.0), (used, -1.0))
+                # A slot starts when the one ahead of it ends, after a swap.
+                behind = ((start, 1.0), (self.start[i, j + 1], -1.0), (swap, -1.0))
+                self._row(0.0, inf, *behind, (ahead, -works))
+                # An unused one starts at `ready`: all slots ahead of it are unused.
+                self._row(-inf, ready, (start, 1.0), (used, ready - latest))
+                self._swaps(i, machine, j)
 
-    def _times(self, i: int, machine: int, j: int) -> None:
-        p, inf, count = self.p, math.inf, range(len(self.able))
-        start, swap = self._start(i, j), self._swap(i, j)
-        if j:
-            # A slot starts when the one before it ends, after a swap.
-            ends = {self._x(g, i, j - 1): -self._work(self.able[g], machine) for g in count}
-            self._row({start: 1.0, self._start(i, j - 1): -1.0, swap: -1.0, **ends}, 0.0, inf)
-        else:
-            ready = float(p.ready[machine])
-            self._row({start: 1.0, swap: -1.0}, ready, inf)
-        for k in range(len(p.models)):
-            if not p.serves[machine, k]:
-                continue
-            own = {self._x(g, i, j): 1.0 for g in count if p.model[self.able[g]] == k}
-            if not j:
-                lost = float(p.setup[machine, START, k])
-                self._row({swap: 1.0, **dict.fromkeys(own, -lost)}, 0.0, inf)
-                continue
-            for a in range(len(p.models)):
-                lost = float(p.setup[machine, a, k]) if p.serves[machine, a] else 0.0
-                if lost > 0.0:
-                    before = {
-                        self._x(g, i, j - 1): -lost for g in count if p.model[self.able[g]] == a
-                    }
-                    now = dict.fromkeys(own, -lost)
-                    self._row({swap: 1.0, **now, **before}, -lost, inf)
-        used = {self._x(g, i, j): -self.big for g in count}
-        self._row({self._wait(i, j): 1.0, start: -1.0, **used}, -self.big, inf)
-        # Its end is within its deadline where the slot is used.
-        ends = {
-            self._x(n, i, j): self._work(g, machine)
-            + (p.tail(g, machine) if p.serves[machine, p.model[g]] else 0.0)
-            - p.due[g]
-            + self.big
-            for n, g in enumerate(self.able)
-        }
-        self._row({start: 1.0, **ends}, -inf, self.big)
+    def _swaps(self, i: int, machine: int, j: int) -> None:
+        """What a slot loses to a change of model, given what is ahead of it."""
+        p, inf = self.p, math.inf
+        used, ahead, swap = self.x[:, i, j], self.x[:, i, j + 1], self.swap[i, j]
+        hosted = [k for k, own in enumerate(self.of_model) if own.size and p.serves[machine, k]]
+        charged: list[tuple[_Columns, Floats | float]] = [(swap, 1.0)]
+        for k in hosted:
+            own, before = self.x[self.of_model[k], i, j], self.x[self.of_model[k], i, j + 1]
+            first_s = float(p.setup[machine, START, k])
+            after_s = {a: float(p.setup[machine, a, k]) for a in hosted if a != k}
+            # It is brought in where it is not ahead; at the head, where it is not awake.
+            brings = ((self.brings[k, i, j], 1.0), (own, -1.0), (before, 1.0))
+            if first_s > 0.0:
+                least_s = min((first_s, *after_s.values()))
+                self._row(0.0, inf, *brings)
+            else:
+                least_s = min(after_s.values(), default=0.0)
+                self._row(0.0, inf, *brings, (used, 1.0), (ahead, -1.0))
+            charged.append((self.brings[k, i, j], -least_s))
+            # What it costs beyond the least depends on what is ahead.
+            if first_s > least_s:
+                self._row(0.0, inf, (swap, 1.0), (own, -first_s), (ahead, first_s))
+            for a, lost_s in after_s.items():
+                if lost_s > least_s:
+                    other = self.x[self.of_model[a], i, j + 1]
+                    self._row(-lost_s, inf, (swap, 1.0), (own, -lost_s), (other, -lost_s))
+        self._row(0.0, inf, *charged)
+
+    def _bounds(self) -> tuple[Floats, Floats]:
+        """The least and the most of every variable."""
+        least, most = np.zeros(self.size), np.full(self.size, np.inf)
+        least[self.start] = self.p.ready[self.machines][:, None]
+        most[self.x] = 1.0
+        most[self.x[:, :, self.depth]] = 0.0
+        for n, g in enumerate(self.able):
+            most[self.x[n, ~self.p.serves[self.machines, self.p.model[g]]]] = 0.0
+        return least, most
+
+    def _cost(self) -> Floats:
+        """The sum of waits: what a slot takes delays all behind it, a swap itself too."""
+        cost, behind = np.zeros(self.size), np.arange(self.depth + 1)
+        for i, machine in enumerate(self.machines):
+            works, _ = self._works(machine)
+            cost[self.x[:, i]] = float(self.p.ready[machine]) + works[:, None] * behind
+        cost[self.swap] = behind + 1.0
+        return cost
 
     def solve(self) -> Queues | None:
         try:
@@ -164,30 +185,21 @@ class _Program:
                 "The policy qlm-paper needs SciPy; install qlm-batch[sim], or set another policy."
             ) from error
         self._rows()
-        upper = np.full(self.size, np.inf)
-        upper[: self.placements] = 1.0
-        for n, g in enumerate(self.able):
-            for i, machine in enumerate(self.machines):
-                if not self.p.serves[machine, self.p.model[g]]:
-                    first = self._x(n, i, 0)
-                    upper[first : first + self.depth] = 0.0
         whole = np.zeros(self.size)
-        whole[: self.placements] = 1.0
-        cost = np.zeros(self.size)
-        cost[self.placements + 2 * self.slots :] = 1.0
+        whole[self.x] = 1.0
         answer = milp(
-            cost,
+            self._cost(),
             constraints=LinearConstraint(np.array(self.rows), self.low, self.high),
             integrality=whole,
-            bounds=Bounds(0.0, upper),
+            bounds=Bounds(*self._bounds()),
             options={"node_limit": NODES, "mip_rel_gap": _GAP},
         )
         if answer.x is None:
             return None
         queues = self.p.empty
-        placed = np.round(answer.x[: self.placements]).reshape(-1, len(self.machines), self.depth)
+        placed = np.round(answer.x[self.x])
         for i, machine in enumerate(self.machines):
-            for j in range(self.depth):
+            for j in reversed(range(self.depth)):
                 queues[machine] += [self.able[g] for g in np.flatnonzero(placed[:, i, j])]
         return queues
 

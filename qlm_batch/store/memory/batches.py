@@ -101,7 +101,7 @@ class MemoryBatches(Facet):
         if batch.completed == view.counts.total:
             raise Conflict(f"Batch '{batch_id}' has no failed lines to retry.", param="batch_id")
         now = self.state.clock()
-        batch.failed, batch.missed, batch.claim_holder = 0, False, None
+        batch.failed, batch.missed, batch.claim_holder, batch.estimate = 0, False, None, None
         batch.view = replace(
             view,
             state=BatchState.IN_PROGRESS,
@@ -115,7 +115,6 @@ class MemoryBatches(Facet):
             cancelled_at=None,
             output_file_id=None,
             error_file_id=None,
-            estimate=None,
             promise=None,
         )
         self.state.unfinished[batch_id] = batch
@@ -191,12 +190,16 @@ class MemoryBatches(Facet):
         return QueueTotals(
             batches=len(own),
             slices=sum(len(batch.open) for batch in own),
-            requests=sum(batch.shown().counts.open for batch in own if batch.open),
-            tokens=sum(
-                part.prompt_tokens + part.max_tokens
+            requests=sum(
+                batch.view.counts.total - batch.completed - batch.failed
                 for batch in own
-                for part in batch.slices
-                if part.id in batch.open
+                if batch.open
+            ),
+            tokens=sum(
+                tally.prompt_tokens + tally.max_tokens
+                for tallies in (self.state.queued, *self.state.placed.values())
+                for (run_id, _), tally in tallies.items()
+                if tenant in (None, self.state.runs[run_id].tenant)
             ),
         )
 

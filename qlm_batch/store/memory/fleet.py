@@ -28,9 +28,7 @@ class MemoryInstances(Facet):
                 past = past | {known.beat.boot_id}
                 self._take_back(beat.name)
         self.state.observations.extend(beat.observations)
-        self.state.instances[beat.name] = InstanceData(
-            replace(beat, observations=()), self.state.clock(), past
-        )
+        self.state.instances[beat.name] = InstanceData(beat, self.state.clock(), past)
         return True
 
     def _take_back(self, name: str) -> None:

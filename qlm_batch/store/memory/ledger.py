@@ -93,6 +93,7 @@ class MemoryLedger(Facet):
             slice_id: self._directive(instance, slice_id, epoch)
             for slice_id, epoch in epochs.items()
         }
+        until = None if lease_s is None else self.state.clock() + lease_s
         for lease in held:
             if directives[lease.slice_id] in (Directive.CLOSED, Directive.LOST):
                 continue
@@ -101,15 +102,17 @@ class MemoryLedger(Facet):
                 # Its holder has stopped, yet lines still lack a row: somebody has to go on.
                 requeue(self.state, part)
                 directives[part.id] = Directive.LOST
-            elif lease_s is not None:
-                part.lease_until = self.state.clock() + lease_s
+            elif until is not None:
+                part.lease_until = until
         return FlushOutcome(written, len(rows) - written, directives)
 
     def _store(self, instance: str, row: ResultRow) -> bool:
         part = self.state.slices.get(row.slice_id)
         if part is None or part.state not in OPEN_SLICE:
             return False
-        if (row.run_id, row.generation) != part.part or not part.lo <= row.position < part.hi:
+        if row.run_id != part.run.id or row.generation != part.generation:
+            return False
+        if not part.lo <= row.position < part.hi:
             return False
         if not row.ok and not _holds(part, instance, row.epoch):
             return False

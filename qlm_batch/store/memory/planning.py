@@ -68,7 +68,7 @@ class MemoryPlanning(Facet):
             batch = self.state.batches.get(batch_id)
             if batch is None or batch.view.state not in _ESTIMATED:
                 continue
-            change(batch, estimate=estimate)
+            batch.estimate = estimate
             promised = batch.view.promise is not None or estimate.p50 is None
             if not promised and batch.view.state is BatchState.IN_PROGRESS:
                 promise = Promise(

@@ -17,8 +17,10 @@ from qlm_batch.domain.jobs import (
     Batch,
     DeliveryAttempt,
     EngineKind,
+    Estimate,
     FileRecord,
     OutboxItem,
+    RequestCounts,
     RequestLine,
     ResultRow,
     SliceState,
@@ -89,16 +91,16 @@ class SliceData:
     attempts: int = 0
     fruitful: bool = False
     preempt: bool = False
+    part: Part = field(init=False)
+    """The run and generation this belongs to."""
 
-    @property
-    def part(self) -> Part:
-        """The run and generation this belongs to."""
-        return self.run.id, self.generation
+    def __post_init__(self) -> None:
+        self.part = (self.run.id, self.generation)
 
 
 @dataclass(slots=True)
 class BatchData:
-    """A batch as its owner sees it, but for its counts, and what only the store knows of it."""
+    """A batch as its owner sees it, but for its counts and estimate; what only the store knows."""
 
     view: Batch
     runs: list[RunData] = field(default_factory=list)
@@ -109,15 +111,16 @@ class BatchData:
     completed: int = 0
     failed: int = 0
     usage: Usage = field(default_factory=Usage)
+    estimate: Estimate | None = None
     slice_requests: int = 0
     missed: bool = False
     claim_holder: str | None = None
     claim_until: float = 0.0
 
     def shown(self) -> Batch:
-        """The view with the counts of now, which change too often to be kept in it."""
-        counts = replace(self.view.counts, completed=self.completed, failed=self.failed)
-        return replace(self.view, counts=counts, usage=self.usage)
+        """The view with the counts and estimate of now, which change too often to be in it."""
+        counts = RequestCounts(self.view.counts.total, self.completed, self.failed)
+        return replace(self.view, counts=counts, usage=self.usage, estimate=self.estimate)
 
 
 @dataclass(slots=True)

@@ -136,32 +136,33 @@ def take_queued(state: State, key: Part) -> SliceData | None:
 
 def store_row(state: State, part: SliceData, row: ResultRow) -> bool:
     """Store a row of an open slice unless its line has one; close the slice with its last row."""
-    run, rows = part.run, part.run.rows[part.generation]
-    if row.position in rows or row.position in run.successes:
+    run, position, ok = part.run, row.position, row.ok
+    rows = run.rows[part.generation]
+    if position in rows or position in run.successes:
         return False
-    rows[row.position] = row
-    if row.ok:
-        run.successes.add(row.position)
-    line = run.lines[row.position]
+    rows[position] = row
+    line = run.lines[position]
     tally = _tally(state, part)
+    part.remaining -= 1
+    tally.requests -= 1
     prompt, most, unbounded = line.prompt_tokens, line.max_tokens or 0, line.max_tokens is None
-    part.remaining, tally.requests = part.remaining - 1, tally.requests - 1
-    part.prompt_tokens, tally.prompt_tokens = (
-        part.prompt_tokens - prompt,
-        tally.prompt_tokens - prompt,
-    )
-    part.max_tokens, tally.max_tokens = part.max_tokens - most, tally.max_tokens - most
-    part.unbounded, tally.unbounded = part.unbounded - unbounded, tally.unbounded - unbounded
+    for sums in (part, tally):
+        sums.prompt_tokens -= prompt
+        sums.max_tokens -= most
+        sums.unbounded -= unbounded
     part.fruitful |= row.epoch == part.epoch
     batch = state.batches[run.batch_id]
-    due = line.deadline if part.generation == 1 and line.deadline else batch.view.deadline
-    if row.ok and state.clock() > due:
-        run.late.add(row.position)
-    batch.completed += row.ok
-    batch.failed += not row.ok
+    if ok:
+        run.successes.add(position)
+        due = line.deadline if part.generation == 1 and line.deadline else batch.view.deadline
+        if state.clock() > due:
+            run.late.add(position)
+        batch.completed += 1
+    else:
+        batch.failed += 1
+        if row.error_code == EXPIRED_LINE and batch.view.deadline <= state.clock():
+            batch.missed = True
     batch.usage += row.usage
-    if row.error_code == EXPIRED_LINE and batch.view.deadline <= state.clock():
-        batch.missed = True
     if part.remaining == 0:
         close(state, part, SliceState.DONE)
     return True
