@@ -118,7 +118,7 @@ class Estimator:
         self._flows: dict[tuple[Shape, int], Flow] = {}
         self._speeds: dict[tuple[str, str], tuple[Speed, StepTime]] = {}
         self._drains: dict[tuple[str, int], float] = {}
-        self._bounds: dict[str, Quantiles] = {}
+        self._bounds: dict[str, tuple[Quantiles, float]] = {}
         self._lasts: dict[tuple[Shape, int, int, float], Last] = {}
         self._ignorances: dict[tuple[str, int], float] = {}
         self._ready: dict[tuple[int, bool], Ready] = {}
@@ -355,15 +355,18 @@ class Estimator:
     def foreseen(self, mean: float, var: float, model: str, instance: int) -> Foreseen:
         """When work of the model at the instance ends that should take so long, as users are told.
 
-        The relative error is that of the spread, of the model, and of what was not learned yet.
+        The relative error is that of the spread, of the model, of a mean length known from few
+        requests, and of what was not learned yet.
         """
         known = self._bounds.get(model)
         if known is None:
-            known = self._bounds[model] = self.knowledge.quantiles(model)
+            of_lengths = self.knowledge.book(model).mean_error
+            known = self._bounds[model] = (self.knowledge.quantiles(model), of_lengths)
+        quantiles, of_lengths = known
         mean = max(EPSILON_S, mean)
         ignorance, of_model = self._ignorance(model, instance), self.config.model_error
-        squared = max(0.0, var) / mean**2 + of_model**2 + ignorance**2
-        return known.foreseen(mean, math.sqrt(math.log1p(squared)), ignorance <= of_model)
+        squared = max(0.0, var) / mean**2 + of_model**2 + of_lengths**2 + ignorance**2
+        return quantiles.foreseen(mean, math.sqrt(math.log1p(squared)), ignorance <= of_model)
 
     def _ignorance(self, model: str, instance: int) -> float:
         """The relative error of what was not learned yet about the model's lengths and speed."""

@@ -130,6 +130,16 @@ class LengthBook:
         """The prior's share in what `distribution` expects of the model, in (0, 1]."""
         return LEAN_ON_PRIOR / (LEAN_ON_PRIOR + len(self.overall.lengths))
 
+    @property
+    def mean_error(self) -> float:
+        """The relative standard error of the model's mean length, known from so few; 0 of none."""
+        if len(self.overall.lengths) < 2:
+            return 0.0
+        weights = self.overall.weights / self.overall.weights.sum()
+        lengths = np.array(self.overall.lengths, dtype=np.float64)
+        mean = max(1.0, float(weights @ lengths))
+        return float(np.sqrt((weights @ (lengths - mean) ** 2) * (weights @ weights))) / mean
+
     def seen(self, outputs: Iterable[Output]) -> LengthBook:
         """The book after these requests, in the order they finished."""
         lengths: list[int] = []

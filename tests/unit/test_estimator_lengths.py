@@ -132,6 +132,16 @@ def test_a_jump_of_lengths_is_followed_within_two_dozen_requests() -> None:
     assert book.distribution(GENERATE, "t").mean > 300
 
 
+def test_a_mean_length_is_known_the_closer_the_more_is_remembered() -> None:
+    rng = np.random.default_rng(7)
+    few = LengthBook().seen(drawn(200, 20, rng))
+    many = few.seen(drawn(200, 400, rng))
+    # Of a geometric length the spread is its mean: 1/√20, and at best 1/√400.
+    assert few.mean_error == pytest.approx(0.22, rel=0.4)
+    assert 0.05 <= many.mean_error < 0.5 * few.mean_error
+    assert LengthBook().mean_error == 0.0
+
+
 @given(
     st.lists(
         st.tuples(st.text(max_size=3), st.integers(0, 10**5), st.integers(0, 10**5)), max_size=400
