@@ -124,6 +124,7 @@ class Estimator:
         self._drains: dict[tuple[str, int], float] = {}
         self._bounds: dict[str, Quantiles] = {}
         self._lasts: dict[tuple[Shape, int, int, float], Last] = {}
+        self._length_errors: dict[str, float] = {}
         self._ignorances: dict[tuple[str, int], float] = {}
         self._ready: dict[tuple[int, bool], Ready] = {}
         # Instances alike in device, slots and memory are told apart only by their slowdown.
@@ -430,14 +431,18 @@ class Estimator:
     def foreseen(self, mean: float, var: float, model: str, instance: int) -> Foreseen:
         """When work of the model at the instance ends that should take so long, as users are told.
 
-        The relative error is that of the spread, of the model, and of what was not learned yet.
+        The relative error is that of the spread, of the model, of the mean length, and of what was
+        not learned yet.
         """
         known = self._bounds.get(model)
         if known is None:
             known = self._bounds[model] = self.knowledge.quantiles(model)
         mean = max(EPSILON_S, mean)
         ignorance, of_model = self._ignorance(model, instance), self.config.model_error
-        squared = max(0.0, var) / mean**2 + of_model**2 + ignorance**2
+        of_lengths = self._length_errors.get(model)
+        if of_lengths is None:
+            of_lengths = self._length_errors[model] = self.knowledge.book(model).error
+        squared = max(0.0, var) / mean**2 + of_model**2 + of_lengths**2 + ignorance**2
         return known.foreseen(mean, math.sqrt(math.log1p(squared)), ignorance <= of_model)
 
     def _ignorance(self, model: str, instance: int) -> float:

@@ -10,6 +10,7 @@ prompts differ from those of the history is expected to differ in proportion.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -96,6 +97,17 @@ class LengthBook:
         """The prior's share in what `distribution` expects of the model, in (0, 1]."""
         count = len(self.overall.lengths)
         return LEAN_ON_PRIOR / (LEAN_ON_PRIOR + float(_weights(count).sum()))
+
+    @property
+    def error(self) -> float:
+        """The relative standard error of the mean of what was seen; 0 while nothing was."""
+        lengths = np.array(self.overall.lengths, dtype=np.float64)
+        if not lengths.size:
+            return 0.0
+        weights = _weights(lengths.size) / _weights(lengths.size).sum()
+        mean = max(1.0, float(weights @ lengths))
+        var = float(weights @ (lengths - mean) ** 2)
+        return math.sqrt(var * float(weights @ weights)) / mean
 
     def seen(self, outputs: Iterable[Output]) -> LengthBook:
         """The book after these requests, in the order they finished."""
