@@ -227,6 +227,8 @@ class Snapshot:
     profiles: tuple[Profile, ...] = ()
     unpromised: frozenset[str] = frozenset()
     """Ids of batches in progress that have no promise yet."""
+    finishing: frozenset[str] = frozenset()
+    """Ids of batches whose files are still to be written; nothing of them is queued any more."""
 
 
 # Not frozen: thousands are made for a plan, and freezing makes that take ten times as long.

@@ -101,7 +101,9 @@ def _fill(
             break
         if others and root not in awake:
             thin = sum(held[model] for model in others) <= THIN * flow.running
-            last_s = max(estimator.tail_s(index, own) for own in view.assigned) if thin else 0.0
+            # What was handed out in this very pass is not in the view, and has not begun.
+            tails = (estimator.tail_s(index, own) for own in view.assigned)
+            last_s = max(tails, default=0.0) if thin else 0.0
             if not _interrupts(placed, view, now, last_s):
                 break
         target = pace * max(

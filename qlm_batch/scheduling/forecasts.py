@@ -55,10 +55,10 @@ class Forecasts:
         return replace(self, ends=known)
 
     def seen(self, snapshot: Snapshot) -> Forecasts:
-        """After a look at the queue: batches with nothing left in it have ended."""
+        """After a look at the queue: what is neither in it nor waits for its files has ended."""
         if not self.ends:
             return self
-        left = {run.batch_id for run in snapshot.runs}
+        left = {run.batch_id for run in snapshot.runs} | snapshot.finishing
         left |= {own.batch_id for view in snapshot.instances for own in view.assigned}
         gone = [known for batch_id, known in self.ends.items() if batch_id not in left]
         if not gone:

@@ -28,6 +28,7 @@ _RUNS = sql(
     """
 )
 _UNPROMISED = sql("SELECT id FROM batch WHERE state = 'in_progress' AND promise IS NULL")
+_FINISHING = sql("SELECT id FROM batch WHERE state = 'finalizing'")
 _NOW = sql("SELECT {now}")
 
 
@@ -43,6 +44,7 @@ def snapshot(connection: Connection, silent_s: float) -> Snapshot:
         queues=tuple(queues(connection)),
         profiles=tuple(profiles(connection)),
         unpromised=frozenset(connection.scalars(_UNPROMISED)),
+        finishing=frozenset(connection.scalars(_FINISHING)),
     )
 
 

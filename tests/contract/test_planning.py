@@ -81,6 +81,17 @@ def _plan(*batches: str, keys: tuple[str, ...] = ("g",), p50: float = 5.0) -> Pl
     return Plan(1.0, "qlm", (VirtualQueue("gpu-0", groups),), estimates=estimates)
 
 
+def test_a_batch_is_finishing_from_its_last_result_until_its_files_are_written(
+    bench: Bench,
+) -> None:
+    batch = bench.batch(lines=1)
+    assert bench.store.snapshot().finishing == frozenset()
+    bench.serve()
+    assert bench.store.snapshot().finishing == {batch.id}
+    bench.export(batch.id)
+    assert bench.store.snapshot().finishing == frozenset()
+
+
 def test_a_plan_replaces_the_one_before_and_the_first_promise_stands(bench: Bench) -> None:
     batch = bench.batch()
     epoch = bench.lead()

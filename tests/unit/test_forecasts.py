@@ -36,6 +36,8 @@ def test_a_batch_is_scored_from_its_promise_to_its_end() -> None:
     own = replace(assigned(1, 3), batch_id="b")
     held = snapshot(instances=[instance("i", assigned=(own,))], now=58.0)
     assert forecasts.seen(held).outcomes == ()
+    written = replace(queue(62.0, left=False), finishing=frozenset({"b"}))
+    assert forecasts.seen(written).outcomes == ()
     ended = forecasts.seen(queue(66.0, left=False))
     ((model, found),) = ended.outcomes
     assert (model, found) == ("m", pytest.approx(math.log(66.0 / 60.0) / ERROR))

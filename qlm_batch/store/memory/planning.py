@@ -53,6 +53,11 @@ class MemoryPlanning(Facet):
                 for batch_id, batch in state.unfinished.items()
                 if batch.view.state is BatchState.IN_PROGRESS and batch.view.promise is None
             ),
+            finishing=frozenset(
+                batch_id
+                for batch_id, batch in state.unfinished.items()
+                if batch.view.state is BatchState.FINALIZING
+            ),
         )
 
     @locked
