@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
@@ -10,14 +9,13 @@ from typing import Annotated, Any
 
 import orjson
 from fastapi import APIRouter, Header, Request, Response
-from starlette.requests import ClientDisconnect
 
 from qlm_batch.api.auth import Parts, Writer
 from qlm_batch.api.errors import RETRY_AFTER_S
 from qlm_batch.api.limits import TTFT_MS
 from qlm_batch.api.responses import errors
 from qlm_batch.api.services import ApiServices
-from qlm_batch.api.sse import DONE, EventResponse, frames_of, gone
+from qlm_batch.api.sse import DONE, EventResponse, frames_of, while_there
 from qlm_batch.api.watch import Watch
 from qlm_batch.control.interactive import Call, Calls, Part
 from qlm_batch.dispatch.streams import End
@@ -109,7 +107,8 @@ async def _answer(
     watch = Watch(request.app.state.metrics, calls, began, target_s)
     parts = calls.parts(call)
     try:
-        first = await _unless_gone(request, parts)
+        async with while_there(request.receive):
+            first = await anext(parts)
     except BaseException:
         calls.close(call)
         raise
@@ -151,7 +150,8 @@ async def _frames(
             if end is not None and end.body is not None:
                 shown.append(end.body.replace("\n", " "))
             if end is None:
-                yield frames_of(shown)
+                if shown:
+                    yield frames_of(shown)
                 part = await anext(parts)
                 continue
             watch.ended(end.status)
@@ -160,21 +160,6 @@ async def _frames(
     finally:
         await parts.aclose()
         calls.close(call)
-
-
-async def _unless_gone(request: Request, parts: AsyncGenerator[Part, None]) -> Part:
-    """The first part. Raises ClientDisconnect once the client has left."""
-    coming = asyncio.ensure_future(anext(parts))
-    leaving = asyncio.ensure_future(gone(request.receive))
-    try:
-        await asyncio.wait({coming, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if coming.done():
-            return coming.result()
-        raise ClientDisconnect
-    finally:
-        for task in (coming, leaving):
-            task.cancel()
-        await asyncio.gather(coming, leaving, return_exceptions=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 
 import structlog
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -17,7 +19,10 @@ log = structlog.get_logger(__name__)
 
 
 class EventResponse(Response):
-    """Sends each of `frames` as it comes, and closes them when the client leaves or stalls."""
+    """Sends each of `frames` as it comes, and closes them when the client leaves or stalls.
+
+    Frames end with the one that ends in DONE, or by themselves; none is empty.
+    """
 
     media_type = "text/event-stream"
 
@@ -37,19 +42,15 @@ class EventResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one ASGI call."""
-        sending = asyncio.create_task(self._send(send))
-        leaving = asyncio.create_task(gone(receive))
         try:
-            await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in (sending, leaving):
-                task.cancel()
-            (fault, _) = await asyncio.gather(sending, leaving, return_exceptions=True)
-            await self._frames.aclose()
-        if isinstance(fault, TimeoutError):
+            async with while_there(receive):
+                await self._send(send)
+        except ClientDisconnect:
+            return
+        except TimeoutError:
             log.info("client stalled", seconds=self._stall_s)
-        elif isinstance(fault, Exception):
-            raise fault
+        finally:
+            await self._frames.aclose()
 
     async def _send(self, send: Send) -> None:
         await send(
@@ -59,16 +60,38 @@ class EventResponse(Response):
                 "headers": self.raw_headers,
             }
         )
-        async for frame in self._frames:
+        more = True
+        while more:
+            frame = await anext(self._frames, b"")
+            more = frame != b"" and not frame.endswith(DONE)
             async with asyncio.timeout(self._stall_s):
-                await send({"type": "http.response.body", "body": frame, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+                await send({"type": "http.response.body", "body": frame, "more_body": more})
 
 
-async def gone(receive: Receive) -> None:
-    """Return once the client has left; its body must have been read."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
+@asynccontextmanager
+async def while_there(receive: Receive) -> AsyncIterator[None]:
+    """End the block with ClientDisconnect once the client, whose body was read, has left."""
+    block = asyncio.current_task()
+    assert block is not None
+    left = False
+
+    async def watch() -> None:
+        nonlocal left
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        left = True
+        block.cancel()
+
+    watching = asyncio.create_task(watch())
+    try:
+        yield
+    except asyncio.CancelledError:
+        # Both may have happened: the client left, and somebody else ends this.
+        if left and not block.uncancel():
+            raise ClientDisconnect from None
+        raise
+    finally:
+        watching.cancel()
 
 
 def frames_of(events: Sequence[str]) -> bytes:

@@ -105,7 +105,6 @@ class Calls:
         self._fleet = Fleet(store.instances, self._threads)
         self._sent: Counter[Boot] = Counter()
         self._service_s = 1.0
-        self._leaving: set[asyncio.Task[None]] = set()
 
     async def open(
         self, tenant: str, endpoint: str, model: str, body: str, *, streamed: bool, ttft_s: float
@@ -142,9 +141,9 @@ class Calls:
 
     async def parts(self, call: Call) -> AsyncGenerator[Part, None]:
         """What comes back, in order and without gaps; the last part has the end."""
-        after, silent_since = 0, time.monotonic()
+        silent_since = time.monotonic()
         while True:
-            news = await self._tokens.read(call.address, after, WAIT_S)
+            news = await self._tokens.read(call.address, WAIT_S)
             if news is None:
                 async for part in self._from_store(call):
                     yield part
@@ -153,13 +152,10 @@ class Calls:
                 asked = time.monotonic() - silent_since >= ASK_S
                 if asked:
                     silent_since = time.monotonic()
-                epoch = call.epoch
                 over = await self._look(call, ask=asked)
                 if over is not None:
                     yield over
                     return
-                if call.epoch != epoch:
-                    after = 0
                 continue
             silent_since = time.monotonic()
             if news[0].first > call.shown:
@@ -173,9 +169,7 @@ class Calls:
                 if over is not None:
                     yield over
                     return
-                after = 0
                 continue
-            after = news[-1].first + len(news[-1].events)
             events = _unseen(news, call.shown)
             call.shown += len(events)
             call.finished = end is not None
@@ -189,7 +183,7 @@ class Calls:
             return
         call.closed = True
         self._release(call)
-        self._leave(call)
+        self._tokens.leave(call.address, finished=call.finished)
 
     def took(self, seconds: float) -> None:
         """Learn how long a request takes."""
@@ -201,7 +195,6 @@ class Calls:
 
     async def shut(self) -> None:
         """Give everything back."""
-        await asyncio.gather(*self._leaving, return_exceptions=True)
         self._threads.shutdown(wait=False, cancel_futures=True)
         await self._tokens.close()
 
@@ -236,21 +229,30 @@ class Calls:
         accepted_at = self._store.add_interactive(new)
         due_at = accepted_at + new.ttft_s
         try:
-            self._courier.interactive(_message(new, 1, due_at))
+            self._courier.interactive(self._message(new, 1, due_at))
         except Unavailable:
             self._store.mark_interactive([InteractiveMark(new.id, 1, InteractiveState.ABORTED)])
             raise
         return due_at
 
+    def _message(self, new: NewInteractive, epoch: int, due_at: float) -> Interactive:
+        return Interactive(
+            request_id=new.id,
+            epoch=epoch,
+            instance=new.instance,
+            boot_id=new.boot_id,
+            tenant=new.tenant,
+            endpoint=new.endpoint,
+            model=new.model,
+            body=new.body,
+            streamed=new.streamed,
+            due_at=due_at,
+            inbox=self._tokens.inbox,
+        )
+
     def _hold(self, call: Call) -> None:
         self._sent[call.boot] += 1
         self._tokens.attend(call.address)
-
-    def _leave(self, call: Call) -> None:
-        """Give up the call's stream; nobody has to wait for that."""
-        leaving = asyncio.create_task(self._tokens.leave(call.address, finished=call.finished))
-        self._leaving.add(leaving)
-        leaving.add_done_callback(self._leaving.discard)
 
     def _release(self, call: Call) -> None:
         self._sent[call.boot] -= 1
@@ -260,7 +262,7 @@ class Calls:
     async def _elsewhere(self, call: Call) -> Part | None:
         """Lease the request to another boot; the end where there is none."""
         self._release(call)
-        self._leave(call)
+        self._tokens.leave(call.address, finished=call.finished)
         call.avoid.add(call.boot)
         try:
             if call.deaths > MOST_DEATHS:
@@ -286,7 +288,7 @@ class Calls:
 
     async def _send(self, call: Call) -> None:
         new = replace(call.new, instance=call.route.instance, boot_id=call.route.boot_id)
-        await self._run(self._courier.interactive, _message(new, call.epoch, call.due_at))
+        await self._run(self._courier.interactive, self._message(new, call.epoch, call.due_at))
 
     # Doubt
 
@@ -400,21 +402,6 @@ class Calls:
     async def _run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, partial(function, *args, **kwargs))
-
-
-def _message(new: NewInteractive, epoch: int, due_at: float) -> Interactive:
-    return Interactive(
-        request_id=new.id,
-        epoch=epoch,
-        instance=new.instance,
-        boot_id=new.boot_id,
-        tenant=new.tenant,
-        endpoint=new.endpoint,
-        model=new.model,
-        body=new.body,
-        streamed=new.streamed,
-        due_at=due_at,
-    )
 
 
 def _unseen(news: Sequence[News], shown: int) -> Sequence[str]:

@@ -98,7 +98,6 @@ def make_app(
         task_default_queue="unrouted",
         task_default_priority=BATCH_PRIORITY,
         task_publish_retry=False,
-        task_acks_late=False,
         worker_prefetch_multiplier=1,
         worker_cancel_long_running_tasks_on_connection_loss=True,
         worker_enable_prefetch_count_reduction=False,
@@ -109,8 +108,9 @@ def make_app(
         control_queue_ttl=60.0,
     )
     if instance is not None:
+        # Nothing is acknowledged: what is lost is sent again by whoever waits, or polled for.
         app.conf.task_queues = [
-            Queue(name, routing_key=name)
+            Queue(name, routing_key=name, no_ack=True)
             for name in (interactive_queue(instance), batch_queue(instance))
         ]
     return app

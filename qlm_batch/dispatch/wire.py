@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import Field, asdict, fields
+from dataclasses import Field, fields
 from typing import Any
 
 from qlm_batch.domain.errors import InvalidInput
 from qlm_batch.domain.messages import Assigned, Interactive, Stopped
 
-VERSION = 1
+VERSION = 2
 MAX_FIELD = 256
 """Longest text of a field, in characters."""
 MAX_BODY = 4 * 1024**2
@@ -26,7 +26,8 @@ _NAMES = {kind: name for name, kind in _TYPES.items()}
 
 def encode(message: Message) -> dict[str, str | int | float]:
     """The message as a JSON object."""
-    return {"v": VERSION, "type": _NAMES[type(message)], **asdict(message)}
+    told = {part.name: getattr(message, part.name) for part in fields(message)}
+    return {"v": VERSION, "type": _NAMES[type(message)], **told}
 
 
 def decode(data: object) -> Message:

@@ -24,7 +24,8 @@ class Stopped:
 class Interactive:
     """A call for this boot of an instance, whole, so that it can start without asking the store.
 
-    `epoch` is the lease it was stored under; `due_at` when its first token is due (Unix time).
+    `epoch` is the lease it was stored under; `due_at` when its first token is due (Unix time);
+    `inbox` where the process that waits reads the answer.
     """
 
     request_id: str
@@ -37,3 +38,4 @@ class Interactive:
     body: str
     streamed: bool
     due_at: float
+    inbox: str

@@ -91,7 +91,7 @@ def mark_interactive(connection: Connection, marks: Sequence[InteractiveMark]) -
         return 0
     # In the order of ids, so that two writers never wait for each other in a circle.
     rows = [_row(last[request_id]) for request_id in sorted(last)]
-    return max(0, connection.execute(_MARK, rows).rowcount)
+    return max(0, connection.execute(_MARK, rows if len(rows) > 1 else rows[0]).rowcount)
 
 
 def _row(mark: InteractiveMark) -> dict[str, object]:

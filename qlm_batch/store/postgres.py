@@ -293,7 +293,7 @@ class PostgresStore:
     # Interactive
 
     def add_interactive(self, new: NewInteractive) -> float:
-        return self._run(interactive.add_interactive, new)
+        return self._database.run_statement(interactive.add_interactive, new)
 
     def reroute_interactive(
         self, request_id: str, epoch: int, instance: str, boot_id: str
@@ -301,7 +301,8 @@ class PostgresStore:
         return self._run(interactive.reroute_interactive, request_id, epoch, instance, boot_id)
 
     def mark_interactive(self, marks: Sequence[InteractiveMark]) -> int:
-        return self._run(interactive.mark_interactive, marks)
+        run = self._database.run_statement if len(marks) == 1 else self._run
+        return run(interactive.mark_interactive, marks)
 
     def interactive(self, tenant: str, request_id: str) -> InteractiveRequest:
         return self._run(interactive.get_interactive, tenant, request_id)

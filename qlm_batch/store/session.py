@@ -135,7 +135,10 @@ class Database:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._snapshots = engine.execution_options(isolation_level="REPEATABLE READ")
+        self._engines: dict[IsolationLevel | None, Engine] = {
+            level: engine.execution_options(isolation_level=level)
+            for level in ("REPEATABLE READ", "AUTOCOMMIT")
+        }
 
     @contextlib.contextmanager
     def transaction(self, isolation: IsolationLevel | None = None) -> Iterator[Connection]:
@@ -143,7 +146,7 @@ class Database:
 
         Raises Unavailable when the database is away, out of room, or in conflict.
         """
-        engine = self._snapshots if isolation == "REPEATABLE READ" else self.engine
+        engine = self._engines.get(isolation, self.engine)
         try:
             with engine.begin() as connection:
                 yield connection
@@ -164,6 +167,12 @@ class Database:
     ) -> T:
         """As `run`, on one consistent view of everything."""
         return self._repeated("REPEATABLE READ", work, *args, **kwargs)
+
+    def run_statement(
+        self, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """As `run`, for work of one statement: it is committed in the same round trip."""
+        return self._repeated("AUTOCOMMIT", work, *args, **kwargs)
 
     def _repeated(
         self,

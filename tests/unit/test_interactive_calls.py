@@ -28,26 +28,21 @@ class Streams:
     """What workers wrote, by request and epoch; `away` is a Redis that does not answer."""
 
     def __init__(self) -> None:
+        self.inbox = "api_1"
         self.entries: dict[Address, list[News]] = {}
         self.present: set[Address] = set()
         self.left: dict[Address, bool] = {}
         self.away = False
 
-    async def read(self, of: Address, after: int, wait_s: float) -> Sequence[News] | None:
-        await asyncio.sleep(0 if self._fresh(of, after) else wait_s)
-        return None if self.away else self._fresh(of, after)
-
-    def _fresh(self, of: Address, after: int) -> list[News]:
-        return [
-            news
-            for news in self.entries.get(of, ())
-            if news.first + len(news.events) + (news.end is not None) > after
-        ]
+    async def read(self, of: Address, wait_s: float) -> Sequence[News] | None:
+        if self.away or not self.entries.get(of):
+            await asyncio.sleep(wait_s)
+        return None if self.away else self.entries.pop(of, [])
 
     def attend(self, of: Address) -> None:
         self.present.add(of)
 
-    async def leave(self, of: Address, *, finished: bool) -> None:
+    def leave(self, of: Address, *, finished: bool) -> None:
         self.present.discard(of)
         self.left[of] = finished
 
@@ -146,8 +141,8 @@ async def test_events_come_through_in_order_to_the_end() -> None:
         call = await rig.open()
         assert rig.streams.present == {call.address}
         assert await rig.told(call) == (["a", "b", "c"], End(200))
-        await until(lambda: rig.streams.left == {call.address: True})
-        assert rig.sent[0].due_at == 1001.0
+        assert rig.streams.left == {call.address: True}
+        assert (rig.sent[0].due_at, rig.sent[0].inbox) == (1001.0, "api_1")
 
 
 async def test_what_was_written_twice_is_told_once() -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Self
 
 import pytest
 
-from qlm_batch.dispatch.streams import Address, End, News, Reader
+from qlm_batch.dispatch.streams import Address, End, News, Parcel, Presence
 from qlm_batch.domain.engine import EngineAnswer, EngineInfo, EngineRequest
 from qlm_batch.domain.errors import EngineDead, Unavailable
 from qlm_batch.domain.interactive import (
@@ -26,13 +26,13 @@ from qlm_batch.scheduling import agent
 from qlm_batch.store.memory import MemoryStore
 from qlm_workers import interactive
 from qlm_workers.hosts import Host
-from qlm_workers.interactive import ELSEWHERE, InteractiveDesk
+from qlm_workers.interactive import ELSEWHERE, GIVEN_UP, InteractiveDesk
 from qlm_workers.link import Link
 from qlm_workers.meter import Meter
 from tests.unit.test_runner import until
 from tests.unit.worker_fakes import FakeEngine, FakeStore
 
-CALL = Interactive("req_1", 1, "gpu-0", "boot", "acme", CHAT, "m", '{"a":1}', True, 100.0)
+CALL = Interactive("req_1", 1, "gpu-0", "boot", "acme", CHAT, "m", '{"a":1}', True, 100.0, "api_1")
 USAGE = '{"choices":[],"usage":{"prompt_tokens":5,"completion_tokens":2}}'
 
 
@@ -77,26 +77,23 @@ class Writer:
 
     def __init__(self) -> None:
         self.entries: dict[Address, list[News]] = {}
-        self.signs: dict[Address, Reader] = {}
-        self.forgotten: set[Address] = set()
+        self.presence = Presence(True)
         self.away = False
         self.trips = 0
         self.gate = asyncio.Event()
         self.gate.set()
 
     async def push(
-        self, parcels: Iterable[tuple[Address, News]], watched: Sequence[Address]
-    ) -> Sequence[Reader] | None:
+        self, parcels: Iterable[Parcel], watched: Collection[str]
+    ) -> Mapping[str, Presence] | None:
         self.trips += 1
         await self.gate.wait()
         if self.away:
             return None
-        for to, news in parcels:
-            self.entries.setdefault(to, []).append(news)
-        return [self.signs.get(of, Reader.PRESENT) for of in watched]
-
-    async def forget(self, to: Address) -> None:
-        self.forgotten.add(to)
+        for parcel in parcels:
+            assert parcel.inbox == "api_1"
+            self.entries.setdefault(parcel.to, []).append(parcel.news)
+        return dict.fromkeys(watched, self.presence)
 
     async def close(self) -> None:
         pass
@@ -162,6 +159,7 @@ async def working(engine: FakeEngine) -> AsyncIterator[Desk]:
 @pytest.fixture(autouse=True)
 def _impatience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interactive, "LOOK_S", 0.01)
+    monkeypatch.setattr(interactive, "LOOK_WRITING_S", 0.0)
     monkeypatch.setattr(interactive, "RETRY_S", 0.005)
 
 
@@ -181,6 +179,25 @@ async def test_events_are_told_in_order_and_the_end_is_stored() -> None:
         (request,) = bench.engine.requests
         assert request.priority == agent.interactive_priority(100.0) < agent.engine_priority(0)
         assert events.closed
+
+
+async def test_a_request_that_ends_soon_is_recorded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interactive, "LOOK_S", 1.0)
+    events = Events()
+    async with working(StreamEngine(events)) as bench:
+        recorded: list[InteractiveState] = []
+        mark = bench.store.mark_interactive
+
+        def noted(marks: Sequence[InteractiveMark]) -> int:
+            recorded.extend(each.state for each in marks)
+            return mark(marks)
+
+        bench.store.mark_interactive = noted  # type: ignore[method-assign]
+        bench.accept()
+        await until(lambda: bench.engine.requests)
+        events.queue.put_nowait(None)
+        await until(lambda: bench.state() is InteractiveState.DONE)
+        assert recorded == [InteractiveState.DONE]
 
 
 async def test_what_comes_during_a_round_trip_goes_with_the_next() -> None:
@@ -267,11 +284,11 @@ async def test_a_reader_that_left_ends_the_request_at_once() -> None:
         bench.accept()
         events.queue.put_nowait("a")
         await until(lambda: bench.writer.events())
-        bench.writer.signs["req_1", 1] = Reader.GONE
+        bench.writer.presence = Presence(True, frozenset([b"req_1:1"]))
         await until(lambda: bench.state() is InteractiveState.ABORTED)
         assert events.closed
         assert bench.desk.running == 0
-        await until(lambda: bench.writer.forgotten == {("req_1", 1)})
+        await until(lambda: bench.writer.end() == GIVEN_UP)
 
 
 async def test_a_reader_is_given_up_only_after_a_long_silence(
@@ -279,7 +296,7 @@ async def test_a_reader_is_given_up_only_after_a_long_silence(
 ) -> None:
     events = Events()
     async with working(StreamEngine(events)) as bench:
-        bench.writer.signs["req_1", 1] = Reader.SILENT
+        bench.writer.presence = Presence(False)
         bench.accept()
         await until(lambda: bench.writer.trips > 5)
         assert bench.state() is InteractiveState.RUNNING
@@ -362,6 +379,6 @@ async def test_a_reader_that_leaves_while_its_model_sleeps_ends_the_wait() -> No
         bench.host.left(Residency.ASLEEP)
         bench.accept()
         await until(lambda: bench.host.parked == 1)
-        bench.writer.signs["req_1", 1] = Reader.GONE
+        bench.writer.presence = Presence(True, frozenset([b"req_1:1"]))
         await until(lambda: bench.state() is InteractiveState.ABORTED)
         assert bench.host.parked == 0

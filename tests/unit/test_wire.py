@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlm_batch.dispatch.wire import decode, encode
+from qlm_batch.dispatch.wire import VERSION, decode, encode
 from qlm_batch.domain.errors import InvalidInput
 from qlm_batch.domain.messages import Assigned, Interactive, Stopped
 
@@ -17,10 +17,10 @@ text = st.text(st.characters(codec="utf-8"), min_size=1, max_size=64)
 numbers = st.integers(0, 2**31)
 times = st.floats(0, 2e9)
 calls = st.builds(
-    Interactive, text, numbers, text, text, text, text, text, text, st.booleans(), times
+    Interactive, text, numbers, text, text, text, text, text, text, st.booleans(), times, text
 )
 messages = st.builds(Assigned, text, text) | st.builds(Stopped, text) | calls
-CALL = Interactive("req", 1, "gpu-0", "boot", "t", "/v1/completions", "m", "{}", True, 1.5)
+CALL = Interactive("req", 1, "gpu-0", "boot", "t", "/v1/completions", "m", "{}", True, 1.5, "api_1")
 
 
 @given(messages)
@@ -41,7 +41,7 @@ json_values = st.recursive(
     st.fixed_dictionaries(
         {},
         optional={
-            "v": st.just(1) | json_values,
+            "v": st.just(VERSION) | json_values,
             "type": st.sampled_from(["assigned", "stopped"]) | json_values,
             "instance": json_values,
             "boot_id": json_values,
@@ -62,7 +62,7 @@ def test_anything_else_is_refused_in_words_and_never_crashes(data: object) -> No
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"v": 2}, "version"),
+        ({"v": VERSION + 1}, "version"),
         ({"type": "paused"}, "type"),
         ({"instance": ""}, "instance"),
         ({"boot_id": 7}, "boot_id"),

@@ -12,7 +12,15 @@ from dataclasses import dataclass, field
 import orjson
 import structlog
 
-from qlm_batch.dispatch.streams import READER_S, Address, End, News, Reader, TokenWriter
+from qlm_batch.dispatch.streams import (
+    READER_S,
+    Address,
+    End,
+    News,
+    Parcel,
+    Reader,
+    TokenWriter,
+)
 from qlm_batch.domain.engine import EngineAnswer, EngineRequest, EventStream
 from qlm_batch.domain.errors import EngineDead, QlmError, Unavailable
 from qlm_batch.domain.interactive import InteractiveMark, InteractiveState
@@ -31,12 +39,16 @@ log = structlog.get_logger(__name__)
 
 LOOK_S = 0.5
 """How often readers are looked for while nothing is written."""
+LOOK_WRITING_S = 0.1
+"""The same while something is."""
 RETRY_S = 0.2
 """Wait before writing again to a Redis that is away."""
 LAST_PUSH_S = 2.0
 REMEMBERED = 4096
 """Requests seen lately, so that one that is sent twice is served once."""
 ELSEWHERE = End(503, again=True)
+GIVEN_UP = End(499)
+"""Nobody waits for it; its reader need not tell so any more."""
 
 
 @dataclass(slots=True, eq=False)
@@ -83,8 +95,9 @@ class InteractiveDesk:
         self._jobs: dict[Address, _Job] = {}
         self._marks: dict[str, InteractiveMark] = {}
         self._seen: OrderedDict[Address, None] = OrderedDict()
-        self._refused: list[tuple[Address, End]] = []
-        self._forgetting: set[asyncio.Task[None]] = set()
+        self._last_words: list[Parcel] = []
+        """For requests that are no jobs, or no more."""
+        self._looked_at = float("-inf")
         self._unwritten = asyncio.Event()
         self._unmarked = asyncio.Event()
         self._open = False
@@ -120,8 +133,7 @@ class InteractiveDesk:
         host = self._hosts.get(message.model)
         ready = self._open and host is not None and host.residency is not Residency.FAILED
         if not ready or host is None or message.boot_id != self._boot_id:
-            self._refused.append((address, ELSEWHERE))
-            self._unwritten.set()
+            self._say_last(message, ELSEWHERE)
             return
         self._seen[address] = None
         if len(self._seen) > REMEMBERED:
@@ -131,6 +143,11 @@ class InteractiveDesk:
         self._jobs[address] = job
         self._mark(job, InteractiveState.RUNNING)
         job.task = asyncio.create_task(self._serve(job))
+
+    def _say_last(self, message: Interactive, end: End) -> None:
+        address = (message.request_id, message.epoch)
+        self._last_words.append(Parcel(message.inbox, address, News(0, end=end)))
+        self._unwritten.set()
 
     # Serving
 
@@ -224,6 +241,7 @@ class InteractiveDesk:
         if job.given_up:
             self._mark(job, InteractiveState.ABORTED)
             self._drop(job)
+            self._say_last(job.message, GIVEN_UP)
             return
         end = job.end
         if end is None or end.again:
@@ -251,23 +269,22 @@ class InteractiveDesk:
         """Write what is new, everybody's in one round trip, and give up what nobody reads."""
         while not over.is_set():
             await pause(self._unwritten, LOOK_S)
-            if self._jobs or self._refused:
-                if not await self._write():
-                    await pause(over, RETRY_S)
-            else:
-                self._unwritten.clear()
+            self._unwritten.clear()
+            if (self._jobs or self._last_words) and not await self._write():
+                await pause(over, RETRY_S)
 
     async def _write(self) -> bool:
         """One round trip; False when Redis is away."""
-        self._unwritten.clear()
+        now = time.monotonic()
         jobs = list(self._jobs.values())
-        refused, self._refused = self._refused, []
+        last_words, self._last_words = self._last_words, []
         sent = [(job, news) for job in jobs if (news := job.news) is not None]
-        parcels = [(job.address, news) for job, news in sent]
-        parcels += [(address, News(0, end=end)) for address, end in refused]
-        signs = await self._writer.push(parcels, [job.address for job in jobs])
-        if signs is None:
-            self._refused = refused + self._refused
+        parcels = [Parcel(job.message.inbox, job.address, news) for job, news in sent]
+        look = now - self._looked_at >= LOOK_WRITING_S
+        inboxes = {job.message.inbox for job in jobs} if look else ()
+        readers = await self._writer.push(parcels + last_words, inboxes)
+        if readers is None:
+            self._last_words = last_words + self._last_words
             for job in jobs:
                 if job.end is not None:
                     # The store has the answer, and its reader looks there.
@@ -278,9 +295,10 @@ class InteractiveDesk:
             job.end_written = news.end is not None
             if job.end_written:
                 self._drop(job)
-        now = time.monotonic()
-        for job, sign in zip(jobs, signs, strict=True):
-            self._heed(job, sign, now)
+        if look:
+            self._looked_at = now
+            for job in jobs:
+                self._heed(job, readers[job.message.inbox].of(job.address), now)
         return True
 
     def _heed(self, job: _Job, sign: Reader, now: float) -> None:
@@ -292,12 +310,6 @@ class InteractiveDesk:
         if job.task is not None and not job.task.done() and not job.given_up:
             job.given_up = True
             job.task.cancel()
-            self._forget(job)
-
-    def _forget(self, job: _Job) -> None:
-        task = asyncio.create_task(self._writer.forget(job.address))
-        self._forgetting.add(task)
-        task.add_done_callback(self._forgetting.discard)
 
     # Recording
 
@@ -313,7 +325,9 @@ class InteractiveDesk:
             first_token_s=job.first_token_s,
             duration_s=None if end is None else time.monotonic() - job.began,
         )
-        self._unmarked.set()
+        if state is not InteractiveState.RUNNING:
+            # That it runs is of interest only where it runs for long.
+            self._unmarked.set()
 
     async def record_forever(self, over: asyncio.Event) -> None:
         """Store what became of requests, many at a time, until it is taken."""
@@ -351,7 +365,6 @@ class InteractiveDesk:
             async with asyncio.timeout(LAST_PUSH_S):
                 await self._write()
                 await self._record()
-        await asyncio.gather(*self._forgetting, return_exceptions=True)
         await self._writer.close()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -17,7 +16,6 @@ from qlm_batch.domain.errors import InvalidInput
 from qlm_batch.domain.messages import Assigned, Interactive, Stopped
 
 log = structlog.get_logger(__name__)
-_celery_log = logging.getLogger("celery.worker")
 
 
 class Orders(Protocol):
@@ -56,19 +54,18 @@ def register(app: Celery, orders: Orders) -> None:
     control_command(name=STOPPED_COMMAND, args=[("message", dict)])(stopped)
 
 
-def _at_once(task: Any, _app: Celery, consumer: Any, **_: object) -> Callable[..., None]:
+def _at_once(task: Any, _app: Celery, _consumer: Any, **_: object) -> Callable[..., None]:
     """Celery's way from a message to its task, without the pool and its threads.
 
     There is nothing to wait for, and a call's first token waits for every hop.
     """
 
-    def receive(message: Any, _body: object, ack: Callable[..., object], *_: object) -> None:
+    def receive(message: Any, *_: object) -> None:
         try:
             arguments = message.payload[1]
             task.run(arguments.get("message"))
         except (LookupError, TypeError, AttributeError) as error:
             raise InvalidTaskError(f"not a message of ours: {error!r}") from error
-        ack(_celery_log, consumer.connection_errors)
 
     return receive
 
