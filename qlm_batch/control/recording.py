@@ -13,16 +13,25 @@ from dataclasses import dataclass
 from io import BufferedWriter
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Literal, Self, cast
+from typing import Annotated, Any, Final, Literal, Self, cast
 
 import structlog
-from pydantic import TypeAdapter
+from pydantic import SerializerFunctionWrapHandler, TypeAdapter, WrapSerializer
 
 from qlm_batch.domain.ports import Planning
 from qlm_batch.domain.snapshot import Observation, Output, Plan, RequestGroup, RunView, Snapshot
 from qlm_batch.scheduling.estimator import Estimator, EstimatorConfig
 from qlm_batch.scheduling.policies import Policy
 from qlm_batch.scheduling.problem import Durations
+
+
+def _in_order(snapshot: Snapshot, told: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    """A snapshot with its sets in order: else equal runs of two processes give different bytes."""
+    found: dict[str, Any] = told(snapshot)
+    return {
+        name: sorted(value) if isinstance(getattr(snapshot, name), frozenset) else value
+        for name, value in found.items()
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +57,7 @@ class PlanEntry:
     """A question to a policy and its answer."""
 
     policy: str
-    snapshot: Snapshot
+    snapshot: Annotated[Snapshot, WrapSerializer(_in_order)]
     groups: tuple[RequestGroup, ...]
     estimator: EstimatorConfig
     moves: int

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from qlm_batch.bootstrap import open_recorder
-from qlm_batch.control.recording import ArrivalEntry, Recorder, read_log
+from qlm_batch.control.recording import ArrivalEntry, PlanEntry, Recorder, read_log
 from qlm_batch.domain.errors import ConfigurationError
+from qlm_batch.domain.snapshot import Plan
+from qlm_batch.scheduling.estimator import EstimatorConfig
 from qlm_batch.settings import load_settings
 from tests.unit.planning_cases import run_view, snapshot
 
@@ -49,3 +53,18 @@ def test_a_full_disk_ends_the_log_and_nothing_else() -> None:
     recorder.flush()
     recorder.saw(snapshot(runs=[run_view(1000, 1)]))
     recorder.close()
+
+
+def test_sets_are_written_in_order_so_that_equal_runs_give_equal_bytes(tmp_path: Path) -> None:
+    names = [f"batch_{number}" for number in range(40)]
+    pending = frozenset(names)
+    seen = replace(snapshot(), unpromised=pending, finishing=pending)
+    path = tmp_path / "log.jsonl"
+    with Recorder(path) as recorder:
+        plan = Plan(seen.now, "qlm", ())
+        recorder.planned(PlanEntry("qlm", seen, (), EstimatorConfig(), 1, 0, plan))
+    told = json.loads(path.read_bytes())["snapshot"]
+    assert told["unpromised"] == told["finishing"] == sorted(names)
+    (entry,) = read_log(path)
+    assert isinstance(entry, PlanEntry)
+    assert entry.snapshot == seen
