@@ -163,6 +163,6 @@ def _tails(
     for key, n in sources.items():
         own = np.flatnonzero(rows.source[row] == n)
         found = expected.of(*key).largest_under(limits[own].ravel(), counts[own].ravel())
-        longest[own] = found.reshape(-1, inside.shape[1])
+        longest[own] = found.reshape(own.size, inside.shape[1])
     tails = np.maximum(0.0, longest * flows.step_s[row] - inside * flows.request_s[row])
     return np.where(flows.served[row], tails, np.inf)

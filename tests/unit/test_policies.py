@@ -8,9 +8,11 @@ import pytest
 
 from qlm_batch.domain.errors import ConfigurationError
 from qlm_batch.domain.jobs import SloClass
-from qlm_batch.domain.snapshot import RequestGroup
+from qlm_batch.domain.snapshot import InstanceView, RequestGroup
+from qlm_batch.scheduling.estimator import Estimator
+from qlm_batch.scheduling.grouping import form_groups
 from qlm_batch.scheduling.policies import POLICIES, OraclePolicy, policy
-from tests.unit.planning_cases import KnownDurations, group, instance, snapshot
+from tests.unit.planning_cases import KnownDurations, group, instance, run_view, snapshot
 
 LATE = group("late", deadline=300.0, arrived_at=0.0)
 SOON = group("soon", deadline=100.0, arrived_at=1.0)
@@ -63,6 +65,18 @@ def test_an_empty_queue_and_an_empty_fleet_have_a_plan(name: str) -> None:
     assert policy(name).plan(snapshot(), [], durations, 10, 0).queues == ()
     (waiting,) = policy(name).plan(snapshot(), [SOON], durations, 10, 0).unplaced
     assert waiting.reason == "no instance serves model m"
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("elsewhere", [(), (instance("a", models=("other",)),)])
+def test_work_of_a_model_nobody_serves_is_told_to_be_unplaced(
+    name: str, elsewhere: tuple[InstanceView, ...]
+) -> None:
+    seen = snapshot(runs=[run_view(1, 2), run_view(2, 1, model="n")], instances=elsewhere)
+    estimator = Estimator(seen)
+    groups = form_groups(seen, estimator.capacities(seen))
+    plan = policy(name).plan(seen, groups, estimator, 10, 0)
+    assert {placed.group.key for placed in plan.unplaced} == {group.key for group in groups}
 
 
 def test_the_papers_program_finds_the_order_that_meets_every_deadline() -> None:
