@@ -119,7 +119,7 @@ class Estimator:
         self._speeds: dict[tuple[str, str], tuple[Speed, StepTime]] = {}
         self._drains: dict[tuple[str, int], float] = {}
         self._bounds: dict[str, tuple[Quantiles, float]] = {}
-        self._lasts: dict[tuple[Shape, int, int, float], Last] = {}
+        self._lasts: dict[tuple[Shape, int, int], tuple[float, float]] = {}
         self._ignorances: dict[tuple[str, int], float] = {}
         self._ready: dict[tuple[int, bool], Ready] = {}
 
@@ -311,12 +311,13 @@ class Estimator:
             mean, var = flow.last(requests, inside)
             return Last(mean * factor, var * factor**2, True)
         factor *= float(self.fleet.slow[instance])
-        key = (shape, self.fleet.class_of[instance], requests, factor)
+        count = few(min(max(1, requests), round(flow.running)))
+        key = (shape, self.fleet.class_of[instance], count)
         found = self._lasts.get(key)
         if found is None:
-            mean, var = flow.last(requests, inside)
-            found = self._lasts[key] = Last(mean * factor, var * factor**2, False)
-        return found
+            found = self._lasts[key] = flow.last(count, flow.running)
+        mean, var = found
+        return Last(mean * factor, var * factor**2, False)
 
     def flow_of(self, instance: int, group: RequestGroup) -> Flow:
         """The group's kind of work at an instance that hosts its model."""
