@@ -119,7 +119,8 @@ class Estimator:
         self._speeds: dict[tuple[str, str], tuple[Speed, StepTime]] = {}
         self._drains: dict[tuple[str, int], float] = {}
         self._bounds: dict[str, tuple[Quantiles, float]] = {}
-        self._lasts: dict[tuple[Shape, int, int], tuple[float, float]] = {}
+        self._lasts: dict[tuple[Shape, int, int], tuple[Flow, float, float]] = {}
+        self._slow: list[float] = self.fleet.slow.tolist()
         self._ignorances: dict[tuple[str, int], float] = {}
         self._ready: dict[tuple[int, bool], Ready] = {}
 
@@ -305,18 +306,17 @@ class Estimator:
         self, instance: int, shape: Shape, requests: int, prompts: PromptMix, inside: float
     ) -> Last:
         """How long the longest of so many takes at an instance that holds `inside` requests."""
-        flow = self._flow(instance, shape)
-        factor = self._expected.factor(shape, prompts)
+        key = (shape, self.fleet.class_of[instance], few(max(1, requests)))
+        found = self._lasts.get(key)
+        if found is None:
+            flow = self._flow(instance, shape)
+            found = self._lasts[key] = (flow, *flow.last(key[2], flow.running))
+        flow, mean, var = found
+        factor = self._expected.factor(shape, prompts) if prompts else 1.0
         if inside <= flow.running:
             mean, var = flow.last(requests, inside)
             return Last(mean * factor, var * factor**2, True)
-        factor *= float(self.fleet.slow[instance])
-        count = few(min(max(1, requests), round(flow.running)))
-        key = (shape, self.fleet.class_of[instance], count)
-        found = self._lasts.get(key)
-        if found is None:
-            found = self._lasts[key] = flow.last(count, flow.running)
-        mean, var = found
+        factor *= self._slow[instance]
         return Last(mean * factor, var * factor**2, False)
 
     def flow_of(self, instance: int, group: RequestGroup) -> Flow:

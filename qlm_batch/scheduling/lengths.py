@@ -100,26 +100,29 @@ class LengthDistribution:
 
     def largest_of(self, count: float) -> float:
         """Expected largest of `count` independent lengths; `count` below 1 means 1."""
-        found = self._largest.get(count)
-        if found is None:
-            power = self._up_to ** max(1.0, count)
-            found = self._largest[count] = float(self.values[-1] - np.diff(self.values) @ power)
-        return found
+        return self._largest_of(count)[0]
 
     def largest_var(self, count: float) -> float:
         """Variance of the largest of `count` independent lengths."""
-        found = self._largest_vars.get(count)
+        return self._largest_of(count)[1]
+
+    def _largest_of(self, count: float) -> tuple[float, float]:
+        found = self._largest.get(count)
         if found is None:
-            power, squares = self._up_to ** max(1.0, count), self.values * self.values
-            second = float(squares[-1] - np.diff(squares) @ power)
-            found = max(0.0, second - self.largest_of(count) ** 2)
-            self._largest_vars[count] = found
+            power, last = self._up_to ** max(1.0, count), float(self.values[-1])
+            mean, second = ((last, last * last) - self._steps @ power).tolist()
+            found = self._largest[count] = (mean, max(0.0, second - mean * mean))
         return found
 
     @cached_property
-    def _largest(self) -> dict[float, float]:
-        """What `largest_of` answered."""
+    def _largest(self) -> dict[float, tuple[float, float]]:
+        """Mean and variance of the largest of so many, as asked so far."""
         return {}
+
+    @cached_property
+    def _steps(self) -> Floats:
+        """From each value to the next, and from its square to the next one's."""
+        return np.stack((np.diff(self.values), np.diff(self.values * self.values)))
 
     def largest_under(self, limits: Floats, counts: Ints) -> Floats:
         """Expected largest of each of these counts, at least 1, of lengths under each limit."""
@@ -130,11 +133,6 @@ class LengthDistribution:
             self.values, self._up_to, counts[order], kept[order], limits[order]
         )
         return found
-
-    @cached_property
-    def _largest_vars(self) -> dict[float, float]:
-        """What `largest_var` answered."""
-        return {}
 
     @cached_property
     def equally_likely(self) -> Floats:

@@ -77,10 +77,10 @@ def _planned(plan: Plan, snapshot: Snapshot, estimator: Estimator) -> Iterator[_
         if not queue.groups:
             continue
         i = index[queue.instance]
-        inside = _inside(snapshot, i, estimator)
+        inside, awake = _inside(snapshot, i, estimator), estimator.ready(i).awake
         for placed in queue.groups:
             group, shape = placed.group, shape_of_group(placed.group)
-            inside += group.requests if group.model in estimator.ready(i).awake else math.inf
+            inside += group.requests if group.model in awake else math.inf
             end_s, start_s = placed.finish_mean - now, placed.start - now
             last = estimator.last(i, shape, group.requests, group.prompts, inside)
             occupied_s = max(0.0, end_s - last.mean - start_s)
