@@ -45,8 +45,8 @@ BUDGET: Final = 512
 LENGTH: Final = 1024
 TOKENS: Final = (16, 128)
 """Token ids that prompts are drawn from; the model's tokenizer has 181."""
-LEARNT_SHARE: Final = 0.4
-ASKED_SHARE: Final = 0.6
+LEARNT_SHARE: Final = 0.35
+ASKED_SHARE: Final = 0.5
 """Of the time the engine has: near all of it a queue grows without end, and foretells nothing."""
 PAUSE_S: Final = 0.01
 """Tokens of one step come within this of one another."""
@@ -104,14 +104,20 @@ class Fitted:
     outside_s: float
     limits: EngineLimits
 
+    def request_s(self, prompt: float, output: float) -> float:
+        """What a request of so many tokens takes of a full engine's time, in seconds."""
+        slots = self.limits.slots
+        step_s = self.step.seconds(slots, slots * (prompt + output / 2.0), 0.0)
+        return output * step_s / slots + prompt * self.step.per_prefill
+
     def foretold(self, load: Load) -> Times:
         """The load on the simulated engine."""
         engine = FastEngine(self.limits, self.step)
         first, end = np.zeros(load.at.size), np.zeros(load.at.size)
 
         def until(seconds: float) -> None:
-            keys, firsts, ends = engine.advance_arrays(seconds)
-            first[keys], end[keys] = firsts, ends
+            for done in engine.advance(seconds):
+                first[done.key], end[done.key] = done.first_token, done.end
 
         for key, at in enumerate(load.at.tolist()):
             until(at)
@@ -252,7 +258,7 @@ async def measure(folder: str, seconds: float) -> dict[str, object]:
         say(f"saturated: {most:.0f} output tokens a second ({load()})")
         learnt = Load.drawn(1, LEARNT_SHARE * most / 60.0, seconds, prompt=32.0, output=50.0)
         model = fit(learnt, await bench.run(learnt), info)
-        asked = Load.drawn(2, ASKED_SHARE * most / 43.0, seconds, prompt=56.0, output=36.0)
+        asked = Load.drawn(2, ASKED_SHARE / model.request_s(67.0, 43.0), seconds, 56.0, 36.0)
         foretold = model.foretold(asked).figures(asked)
         runs = [(await bench.run(asked)).figures(asked) for _ in range(2)]
     finally:
