@@ -93,9 +93,9 @@ def chat(number: int, priority: int, tokens: int) -> EngineRequest:
     return EngineRequest(f"r{number}", CHAT, json.dumps(body), priority, "tenant-a")
 
 
-def told(url: str, name: str) -> float:
-    """What the server's metrics say of `name`; the loop waits meanwhile, as the test does."""
-    metrics = httpx.get(f"{url}/metrics").text
+async def told(server: httpx.AsyncClient, name: str) -> float:
+    """What the server's metrics say of `name`."""
+    metrics = (await server.get("/metrics")).text
     (value,) = re.findall(rf"^vllm:{name}{{.*}} (\S+)$", metrics, re.MULTILINE)
     return float(value)
 
@@ -134,14 +134,15 @@ async def test_a_servers_owner_makes_it_evict_by_one_flag() -> None:
     ) as url:
         engine = OpenAIEngine(url, MODEL, slots=8, start_timeout_s=200)
         await engine.start()
-        hogs = [asyncio.create_task(engine.answer(chat(i, due + i, 900))) for i in range(2)]
-        await until(
-            lambda: told(url, "num_requests_running") == 2, "both slots of the server taken"
-        )
-        urgent = await engine.answer(chat(20, 0, 4))
-        assert urgent.status_code == 200
-        assert not any(hog.done() for hog in hogs)
-        assert told(url, "num_preemptions_total") >= 1
-        answers = await asyncio.gather(*hogs)
-        assert [answer.usage.output_tokens for answer in answers] == [900, 900]
+        async with httpx.AsyncClient(base_url=url, timeout=60) as server:
+            hogs = [asyncio.create_task(engine.answer(chat(i, due + i, 1900))) for i in range(2)]
+            while await told(server, "num_requests_running") < 2:
+                assert not any(hog.done() for hog in hogs), "never seen side by side"
+                await asyncio.sleep(0.02)
+            urgent = await engine.answer(chat(20, 0, 4))
+            assert urgent.status_code == 200
+            assert not any(hog.done() for hog in hogs)
+            assert await told(server, "num_preemptions_total") >= 1
+            answers = await asyncio.gather(*hogs)
+        assert [answer.usage.output_tokens for answer in answers] == [1900, 1900]
         await engine.stop()
