@@ -153,6 +153,7 @@ class SchedulerLoop:
         self._unserved = Unserved(self._config.unserved)
         self._forecasts = Forecasts()
         self._known = Knowledge()
+        self._estimator: Estimator | None = None
         self._pace = Pace()
         self._rescued: set[str] = set()
         self._pressed: dict[str, float] = {}
@@ -171,7 +172,8 @@ class SchedulerLoop:
             # What was closed must not be planned; the next pass sees the queue without it.
             return Tick(epoch, failed=failed, more=True)
         with collector_held():
-            estimator = Estimator(snapshot, self._config.estimator, known)
+            estimator = Estimator(snapshot, self._config.estimator, known, self._estimator)
+            self._estimator = estimator
             groups = form_groups(snapshot, estimator.capacities(snapshot))
             plan, why = self._plan(snapshot, groups, estimator)
             if why or snapshot.unpromised or self._refresh_due(snapshot):

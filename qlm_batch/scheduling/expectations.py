@@ -22,7 +22,7 @@ class ExpectedLengths:
         self._capped: dict[tuple[str, EngineKind, str, int], LengthDistribution] = {}
         self._left: dict[tuple[str, int], tuple[Floats, Floats]] = {}
         self._answers: dict[tuple[str, str], Answers] = {}
-        self._factors: dict[tuple[str, str, int], tuple[PromptMix, float]] = {}
+        self._factors: dict[tuple[str, str, PromptMix], float] = {}
 
     def of(self, model: str, kind: EngineKind, tenant: str) -> LengthDistribution:
         """Of a tenant's work; of anybody's where `tenant` is empty."""
@@ -54,16 +54,15 @@ class ExpectedLengths:
 
     def of_prompts(self, model: str, tenant: str, prompts: PromptMix) -> float:
         """The same where no limit on output tokens bounds it."""
-        # By identity, which is told faster than equality; kept here, an object keeps its own.
-        key = (model, tenant, id(prompts))
+        key = (model, tenant, prompts)
         found = self._factors.get(key)
         if found is None:
             answers = self._answers.get((model, tenant))
             if answers is None:
                 answers = self._knowledge.book(model).answers(tenant)
                 self._answers[model, tenant] = answers
-            found = self._factors[key] = (prompts, answers.factor(prompts))
-        return found[1]
+            found = self._factors[key] = answers.factor(prompts)
+        return found
 
     def still(self, model: str, shape: Shape) -> tuple[Floats, Floats]:
         """By instance, the tokens its running requests of the model still have before them.

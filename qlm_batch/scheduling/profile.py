@@ -33,9 +33,13 @@ class Knowledge:
     def of(profiles: Iterable[Profile], before: Knowledge | None = None) -> Knowledge:
         """Read profiles; data of unknown shape counts as nothing learned.
 
-        What `before` read from equal profiles is taken over.
+        What `before` read from equal profiles is taken over, all of it as `before` itself.
         """
-        known = before or Knowledge()
+        known, profiles = before or Knowledge(), tuple(profiles)
+        if len(profiles) == len(known.read) and all(
+            known.read.get((profile.model, profile.device)) == profile for profile in profiles
+        ):
+            return known
         books: dict[str, LengthBook] = {}
         speeds: dict[tuple[str, str], Speed] = {}
         calibrations: dict[str, Conformal] = {}
