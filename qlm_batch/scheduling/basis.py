@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from qlm_batch.domain.snapshot import InstanceState, InstanceView, ModelView
-from qlm_batch.scheduling.calibration import Quantiles
 from qlm_batch.scheduling.expectations import ExpectedLengths
 from qlm_batch.scheduling.fleet import Fleet
 from qlm_batch.scheduling.flows import Flow, Shape
@@ -35,17 +34,15 @@ class Basis:
     flows: dict[tuple[Shape, int], Flow] = field(default_factory=dict)
     speeds: dict[tuple[str, str], tuple[Speed, StepTime]] = field(default_factory=dict)
     drains: dict[tuple[str, int], float] = field(default_factory=dict)
-    bounds: dict[str, tuple[Quantiles, float]] = field(default_factory=dict)
     lasts: dict[tuple[Shape, int, int], tuple[Flow, float, float]] = field(default_factory=dict)
     ignorances: dict[tuple[str, int], float] = field(default_factory=dict)
 
     @staticmethod
-    def of(
-        instances: Sequence[InstanceView], knowledge: Knowledge, before: Basis | None
-    ) -> Basis:
+    def of(instances: Sequence[InstanceView], knowledge: Knowledge, before: Basis | None) -> Basis:
         """The basis of these reports: `before` itself where nothing it rests on has changed."""
         reports = tuple(_report(view) for view in instances)
-        if before is not None and before.knowledge is knowledge and before.reports == reports:
+        same = before is not None and not knowledge.is_news(before.knowledge)
+        if before is not None and same and before.reports == reports:
             return before
         running = Running(instances)
         return Basis(

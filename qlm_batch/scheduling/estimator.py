@@ -26,7 +26,7 @@ from qlm_batch.domain.snapshot import (
     Snapshot,
 )
 from qlm_batch.scheduling.basis import Basis
-from qlm_batch.scheduling.calibration import Foreseen
+from qlm_batch.scheduling.calibration import Foreseen, Quantiles
 from qlm_batch.scheduling.fairness import Served
 from qlm_batch.scheduling.flows import (
     EPSILON_S,
@@ -114,11 +114,14 @@ class Estimator:
         self.now = snapshot.now
         self.instances = snapshot.instances
         self.knowledge = knowledge or Knowledge.of(snapshot.profiles)
-        basis = Basis.of(snapshot.instances, self.knowledge, before and before.basis)
-        self.basis, self.fleet = basis, basis.fleet
+        known = None if before is None else before.basis
+        basis = Basis.of(snapshot.instances, self.knowledge, known)
+        self.basis: Basis = basis
+        self.fleet = basis.fleet
         self._running, self._expected = basis.running, basis.expected
         self._flows, self._speeds, self._drains = basis.flows, basis.speeds, basis.drains
-        self._bounds, self._lasts, self._ignorances = basis.bounds, basis.lasts, basis.ignorances
+        self._lasts, self._ignorances = basis.lasts, basis.ignorances
+        self._bounds: dict[str, tuple[Quantiles, float]] = {}
         self._slow: list[float] = self.fleet.slow.tolist()
         self._ready: dict[tuple[int, bool], Ready] = {}
 
@@ -149,12 +152,17 @@ class Estimator:
             view = self.instances[instance]
             model, kind, tenant, prompt, cap = shape
             lengths = self._expected.capped(model, kind, tenant, cap)
-            asked = np.array([[lengths.mean], [lengths.var], [from_grid(prompt)]])
             speed, step = self._speed(self.fleet.roots.get(model, model), view.device)
-            steady = saturated(
-                speed, step, asked[0], asked[1], asked[2], view.slots, view.kv_tokens, kind
+            running, step_s = saturated(
+                speed,
+                step,
+                lengths.mean,
+                lengths.var,
+                from_grid(prompt),
+                view.slots,
+                view.kv_tokens,
+                kind,
             )
-            running, step_s = (float(value[0]) for value in steady)
             per_token = step_s / running
             found = self._flows[key] = Flow(
                 running,

@@ -11,6 +11,9 @@ from qlm_batch.scheduling.profile import Knowledge
 from qlm_batch.scheduling.running import Running
 from qlm_batch.scheduling.worktable import Floats
 
+_MOST_FACTORS = 1 << 14
+"""Answers kept about mixes of prompts: every look at the queue makes new ones."""
+
 
 class ExpectedLengths:
     """What the books and the running requests say together; every answer is worked out once."""
@@ -22,7 +25,7 @@ class ExpectedLengths:
         self._capped: dict[tuple[str, EngineKind, str, int], LengthDistribution] = {}
         self._left: dict[tuple[str, int], tuple[Floats, Floats]] = {}
         self._answers: dict[tuple[str, str], Answers] = {}
-        self._factors: dict[tuple[str, str, PromptMix], float] = {}
+        self._factors: dict[tuple[str, str, int], tuple[PromptMix, float]] = {}
 
     def of(self, model: str, kind: EngineKind, tenant: str) -> LengthDistribution:
         """Of a tenant's work; of anybody's where `tenant` is empty."""
@@ -54,15 +57,18 @@ class ExpectedLengths:
 
     def of_prompts(self, model: str, tenant: str, prompts: PromptMix) -> float:
         """The same where no limit on output tokens bounds it."""
-        key = (model, tenant, prompts)
+        # By identity, which is told faster than equality; kept here, an object keeps its own.
+        key = (model, tenant, id(prompts))
         found = self._factors.get(key)
         if found is None:
+            if len(self._factors) >= _MOST_FACTORS:
+                self._factors.clear()
             answers = self._answers.get((model, tenant))
             if answers is None:
                 answers = self._knowledge.book(model).answers(tenant)
                 self._answers[model, tenant] = answers
-            found = self._factors[key] = answers.factor(prompts)
-        return found
+            found = self._factors[key] = (prompts, answers.factor(prompts))
+        return found[1]
 
     def still(self, model: str, shape: Shape) -> tuple[Floats, Floats]:
         """By instance, the tokens its running requests of the model still have before them.

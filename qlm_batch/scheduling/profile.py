@@ -64,6 +64,10 @@ class Knowledge:
                 speeds[key] = Speed.from_data(start, profile.data.get("speed"))
         return Knowledge(books, speeds, calibrations, served, read)
 
+    def is_news(self, before: Knowledge) -> bool:
+        """Whether more is known of lengths or speeds; how promises came true is no such news."""
+        return self.books is not before.books or self.speeds is not before.speeds
+
     def book(self, model: str) -> LengthBook:
         """The model's lengths; empty for one not seen yet."""
         return self.books.get(model) or LengthBook()
