@@ -17,9 +17,7 @@ from qlm_batch.scheduling.profile import Knowledge
 from qlm_batch.scheduling.running import Running
 from qlm_batch.scheduling.speed import Speed, StepTime
 
-_Report = tuple[
-    InstanceState, tuple[ModelView, ...], tuple[int, ...], float, int, int, str
-]  # fmt: skip
+_Report = tuple[InstanceState, tuple[ModelView, ...], tuple[int, ...], float, int, int, str]
 
 
 @dataclass(slots=True, eq=False)
