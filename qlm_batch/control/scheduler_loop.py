@@ -25,6 +25,7 @@ from qlm_batch.scheduling.estimator import Estimator, EstimatorConfig
 from qlm_batch.scheduling.forecasts import Forecasts
 from qlm_batch.scheduling.grouping import form_groups
 from qlm_batch.scheduling.loops import COMPILED, loops
+from qlm_batch.scheduling.outlook import Outlook
 from qlm_batch.scheduling.pacing import Pace
 from qlm_batch.scheduling.policies import Policy
 from qlm_batch.scheduling.profile import Knowledge
@@ -42,7 +43,8 @@ _WRITTEN_SLOWER = 100
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
-    """Leadership lasts `term_s`; a pass is made every `tick_s`; estimates are saved `refresh_s`.
+    """Leadership lasts `term_s`; a pass is made every `tick_s`. Estimates `refresh_s` old are saved
+    anew where a pass has news to look at, twice as old in any case.
 
     A plan may take about `plan_ms`, which at `moves_per_ms` bounds its search: a fixed rate, so
     that equal snapshots give equal plans on any machine. `observations` is the most taken a pass.
@@ -153,6 +155,7 @@ class SchedulerLoop:
         self._unserved = Unserved(self._config.unserved)
         self._forecasts = Forecasts()
         self._known = Knowledge()
+        self._outlook: Outlook | None = None
         self._pace = Pace()
         self._rescued: set[str] = set()
         self._pressed: dict[str, float] = {}
@@ -170,8 +173,13 @@ class SchedulerLoop:
         if failed:
             # What was closed must not be planned; the next pass sees the queue without it.
             return Tick(epoch, failed=failed, more=True)
+        before = self._outlook
+        if before is not None and self._goes_on(before, snapshot, known):
+            assigned = self._dispatch(epoch, snapshot, before, ())
+            return Tick(epoch, "", before.groups, assigned, more=full)
         with collector_held():
-            estimator = Estimator(snapshot, self._config.estimator, known)
+            worked_out = None if before is None else before.estimator
+            estimator = Estimator(snapshot, self._config.estimator, known, worked_out)
             groups = form_groups(snapshot, estimator.capacities(snapshot))
             plan, why = self._plan(snapshot, groups, estimator)
             if why or snapshot.unpromised or self._refresh_due(snapshot):
@@ -184,10 +192,19 @@ class SchedulerLoop:
             self._stale = "work was taken back"
         for instance in recalled:
             self._store.unassign(epoch, instance)
-        assigned = self._dispatch(epoch, snapshot, plan, estimator, recalled)
+        outlook = Outlook.of(plan, estimator, len(groups), snapshot)
+        assigned = self._dispatch(epoch, snapshot, outlook, recalled)
         return Tick(
             epoch, why, len(groups), assigned, recalled, more=full or bool(recalled) or more
         )
+
+    def _goes_on(self, outlook: Outlook, snapshot: Snapshot, known: Knowledge) -> bool:
+        """Whether the last look at the queue will do: it is young, and there is no news since."""
+        if self._stale or self._incumbent is None:
+            return False
+        old = self._config.replan.is_old(self._incumbent, snapshot)
+        overdue = snapshot.now - self._saved_at >= 2.0 * self._config.refresh_s
+        return not (old or overdue) and outlook.stands(snapshot, known)
 
     def _learn(self, epoch: int) -> tuple[Snapshot, Knowledge, bool]:
         """The snapshot with what was newly observed; whether more observations wait."""
@@ -307,15 +324,22 @@ class SchedulerLoop:
         self,
         epoch: int,
         snapshot: Snapshot,
-        plan: Plan,
-        estimator: Estimator,
+        outlook: Outlook,
         recalled: Sequence[str],
     ) -> Mapping[str, int]:
         """Assign what is due and hint at it; slices per instance."""
         self._pace = self._pace.seen(snapshot)
-        due = top_up(snapshot, plan, estimator, self._config.dispatch, self._pace.factors)
+        due = top_up(
+            snapshot,
+            outlook.plan,
+            outlook.estimator,
+            self._config.dispatch,
+            self._pace.factors,
+            outlook.taken,
+        )
         assignments = [made for made in due if made.instance not in recalled]
         self._pace = self._pace.handed(snapshot, assignments)
+        self._outlook = outlook.handed(assignments)
         if not assignments:
             return {}
         assigned = self._store.assign(epoch, assignments)

@@ -43,16 +43,18 @@ def top_up(
     estimator: Estimator,
     config: DispatchConfig | None = None,
     factors: Mapping[str, float] | None = None,
+    taken: Mapping[tuple[str, tuple[int, int]], int] | None = None,
 ) -> list[Assignment]:
     """What to assign now, in order: each ready instance filled from the head of its queue.
 
     A group of a model that is not awake waits until its instance has nothing left of others, unless
     it stands first and presses; its arrival is what makes the instance swap. Nothing behind it is
     assigned before it. Plans may name groups whose slices are gone; the store assigns what there
-    is. `factors` multiply the fill of the instances they name (see `pacing`).
+    is. `factors` multiply the fill of the instances they name (see `pacing`); `taken` are slices
+    of the plan that were handed out before, by key of group and run.
     """
     settings = config or DispatchConfig()
-    paces = factors or {}
+    paces, gone = factors or {}, taken or {}
     index = {view.name: i for i, view in enumerate(snapshot.instances)}
     queued: dict[tuple[int, int], int] = {
         (run.run_id, run.generation): run.slices for run in snapshot.runs
@@ -64,7 +66,7 @@ def top_up(
             view = snapshot.instances[i]
             pace = paces.get(view.name, 1.0)
             assignments += _fill(
-                view, i, queue.groups, queued, estimator, settings, pace, snapshot.now
+                view, i, queue.groups, queued, gone, estimator, settings, pace, snapshot.now
             )
     return assignments
 
@@ -74,6 +76,7 @@ def _fill(
     index: int,
     groups: tuple[PlannedGroup, ...],
     queued: dict[tuple[int, int], int],
+    taken: Mapping[tuple[str, tuple[int, int]], int],
     estimator: Estimator,
     config: DispatchConfig,
     pace: float,
@@ -113,7 +116,7 @@ def _fill(
         for part in group.parts:
             room = target - held.get(root, 0)
             run = (part.run_id, part.generation)
-            there = min(part.slices, queued.get(run, 0))
+            there = min(part.slices - taken.get((group.key, run), 0), queued.get(run, 0))
             slices = min(there, math.ceil(max(0.0, room) / per_slice))
             if slices < there:
                 full.add(root)

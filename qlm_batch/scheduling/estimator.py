@@ -25,10 +25,9 @@ from qlm_batch.domain.snapshot import (
     Residency,
     Snapshot,
 )
+from qlm_batch.scheduling.basis import Basis
 from qlm_batch.scheduling.calibration import Foreseen, Quantiles
-from qlm_batch.scheduling.expectations import ExpectedLengths
 from qlm_batch.scheduling.fairness import Served
-from qlm_batch.scheduling.fleet import Fleet
 from qlm_batch.scheduling.flows import (
     EPSILON_S,
     Flow,
@@ -42,7 +41,6 @@ from qlm_batch.scheduling.flows import (
 )
 from qlm_batch.scheduling.grouping import ModelCapacity
 from qlm_batch.scheduling.profile import Knowledge
-from qlm_batch.scheduling.running import Running
 from qlm_batch.scheduling.speed import Amount, Speed, StepTime
 from qlm_batch.scheduling.tabulating import tabulated
 from qlm_batch.scheduling.worktable import GroupWork, WorkTable
@@ -106,22 +104,25 @@ class Estimator:
         snapshot: Snapshot,
         config: EstimatorConfig | None = None,
         knowledge: Knowledge | None = None,
+        before: Estimator | None = None,
     ) -> None:
-        """`knowledge` is what the snapshot's profiles say, where the caller has it read already."""
+        """`knowledge` is what the snapshot's profiles say, where the caller has it read already.
+
+        What the estimator `before` this one worked out is taken over where it still holds.
+        """
         self.config = config or EstimatorConfig()
         self.now = snapshot.now
         self.instances = snapshot.instances
         self.knowledge = knowledge or Knowledge.of(snapshot.profiles)
-        self.fleet = Fleet(snapshot.instances)
-        self._running = Running(snapshot.instances)
-        self._expected = ExpectedLengths(self.knowledge, self._running)
-        self._flows: dict[tuple[Shape, int], Flow] = {}
-        self._speeds: dict[tuple[str, str], tuple[Speed, StepTime]] = {}
-        self._drains: dict[tuple[str, int], float] = {}
+        known = None if before is None else before.basis
+        basis = Basis.of(snapshot.instances, self.knowledge, known)
+        self.basis: Basis = basis
+        self.fleet = basis.fleet
+        self._running, self._expected = basis.running, basis.expected
+        self._flows, self._speeds, self._drains = basis.flows, basis.speeds, basis.drains
+        self._lasts, self._ignorances = basis.lasts, basis.ignorances
         self._bounds: dict[str, tuple[Quantiles, float]] = {}
-        self._lasts: dict[tuple[Shape, int, int], tuple[Flow, float, float]] = {}
         self._slow: list[float] = self.fleet.slow.tolist()
-        self._ignorances: dict[tuple[str, int], float] = {}
         self._ready: dict[tuple[int, bool], Ready] = {}
 
     @property
@@ -151,12 +152,17 @@ class Estimator:
             view = self.instances[instance]
             model, kind, tenant, prompt, cap = shape
             lengths = self._expected.capped(model, kind, tenant, cap)
-            asked = np.array([[lengths.mean], [lengths.var], [from_grid(prompt)]])
             speed, step = self._speed(self.fleet.roots.get(model, model), view.device)
-            steady = saturated(
-                speed, step, asked[0], asked[1], asked[2], view.slots, view.kv_tokens, kind
+            running, step_s = saturated(
+                speed,
+                step,
+                lengths.mean,
+                lengths.var,
+                from_grid(prompt),
+                view.slots,
+                view.kv_tokens,
+                kind,
             )
-            running, step_s = (float(value[0]) for value in steady)
             per_token = step_s / running
             found = self._flows[key] = Flow(
                 running,

@@ -11,6 +11,9 @@ from qlm_batch.scheduling.profile import Knowledge
 from qlm_batch.scheduling.running import Running
 from qlm_batch.scheduling.worktable import Floats
 
+_MOST_FACTORS = 1 << 14
+"""Answers kept about mixes of prompts: every look at the queue makes new ones."""
+
 
 class ExpectedLengths:
     """What the books and the running requests say together; every answer is worked out once."""
@@ -58,6 +61,8 @@ class ExpectedLengths:
         key = (model, tenant, id(prompts))
         found = self._factors.get(key)
         if found is None:
+            if len(self._factors) >= _MOST_FACTORS:
+                self._factors.clear()
             answers = self._answers.get((model, tenant))
             if answers is None:
                 answers = self._knowledge.book(model).answers(tenant)

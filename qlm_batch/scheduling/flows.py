@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from qlm_batch.domain.jobs import EngineKind
 from qlm_batch.domain.snapshot import AssignedView, ModelView, RequestGroup
 from qlm_batch.scheduling.lengths import LengthDistribution
-from qlm_batch.scheduling.speed import Speed, StepTime
+from qlm_batch.scheduling.speed import Amount, Speed, StepTime
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -77,24 +77,24 @@ class Flow:
 def saturated(
     speed: Speed,
     step: StepTime,
-    mean: Floats,
-    var: Floats,
-    prompt: Floats,
+    mean: Amount,
+    var: Amount,
+    prompt: Amount,
     slots: int,
     kv_tokens: int,
     kind: EngineKind,
-) -> tuple[Floats, Floats]:
+) -> tuple[Amount, Amount]:
     """The steady state of a full instance: every step one token each, ended ones replaced at once.
 
     Requests running at once, and the time of a step, for kinds of work whose output lengths have
     this mean and variance. A running request holds its prompt and, by the inspection paradox,
     E[L²] / 2 E[L] output tokens.
     """
-    second, mean = var + mean**2, np.maximum(1.0, mean)
+    second, mean = var + mean * mean, _least(1.0, mean)
     held = prompt + second / (2.0 * mean) if kind is EngineKind.GENERATE else prompt
-    running = np.full(mean.shape, float(max(1, slots)))
+    running = 0.0 * mean + float(max(1, slots))
     if kv_tokens > 0:
-        running = np.maximum(1.0, np.minimum(running, kv_tokens / np.maximum(1.0, held)))
+        running = _least(1.0, _most(running, kv_tokens / _least(1.0, held)))
     if speed.rate_only:
         if speed.tokens > 0.0 and kind is EngineKind.GENERATE:
             step_s = running * speed.busy_s / speed.tokens
@@ -103,7 +103,17 @@ def saturated(
     else:
         seconds = step.seconds(running, running * held, running * prompt / mean)
         step_s = seconds / speed.efficiency
-    return running, np.maximum(EPSILON_S, step_s)
+    return running, _least(EPSILON_S, step_s)
+
+
+def _least(bound: float, values: Amount) -> Amount:
+    """The values, or of each the bound where it is less."""
+    return max(bound, values) if isinstance(values, float) else np.maximum(bound, values)
+
+
+def _most(values: Amount, bounds: Amount) -> Amount:
+    """The values, or of each its bound where it is more."""
+    return min(values, bounds) if isinstance(values, float) else np.minimum(values, bounds)
 
 
 def shape_of_group(group: RequestGroup) -> Shape:

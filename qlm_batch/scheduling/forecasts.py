@@ -49,7 +49,7 @@ class Forecasts:
         for batch_id, end in ends.items():
             expected, before = snapshot.now + end.told.p50_s, known.get(batch_id)
             if before is not None:
-                known[batch_id] = replace(before, latest=expected)
+                known[batch_id] = _Forecast(before.model, before.made_at, before.told, expected)
             elif batch_id in snapshot.unpromised and end.told.informed and len(known) < MOST:
                 known[batch_id] = _Forecast(end.model, snapshot.now, end.told, expected)
         return replace(self, ends=known)

@@ -22,6 +22,7 @@ from qlm_batch.domain.buckets import PromptMix, prompt_bucket
 from qlm_batch.domain.jobs import EngineKind
 from qlm_batch.domain.snapshot import Output
 from qlm_batch.scheduling.lengths import NO_AGES, Ages, LengthDistribution, kaplan_meier, prior
+from qlm_batch.scheduling.loops import loops
 
 Floats = NDArray[np.float64]
 
@@ -78,10 +79,16 @@ class History:
             np.array(every, dtype=np.float64),
             relative[np.array(asked, dtype=np.int64)],
         )
-        trust = np.array(self.trust)
-        for start in range(len(self.lengths), len(every), CHUNK):
-            known, new = slice(max(0, start - most), start), slice(start, start + CHUNK)
-            trust = _judged(trust, answers[known], brought[known], answers[new], brought[new])
+        trust = loops().trusted(
+            np.array(self.trust),
+            answers,
+            brought,
+            len(self.lengths),
+            _memories(most),
+            CHUNK,
+            SURPRISE,
+            REGIME,
+        )
         return History(every[-most:], asked[-most:], tuple(trust.tolist()))
 
     @property
@@ -112,9 +119,12 @@ class Seen:
     weight: float = 0.0
     tokens: float = 0.0
 
-    def after(self, length: int) -> Seen:
-        """With one more."""
-        return Seen(self.weight * PROMPT_DECAY + 1.0, self.tokens * PROMPT_DECAY + length)
+    def after(self, lengths: Iterable[int]) -> Seen:
+        """With these, in their order."""
+        weight, tokens = self.weight, self.tokens
+        for length in lengths:
+            weight, tokens = weight * PROMPT_DECAY + 1.0, tokens * PROMPT_DECAY + length
+        return Seen(weight, tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,10 +156,10 @@ class LengthBook:
         prompts: list[int] = []
         usual = self._usual()
         new: dict[str, tuple[list[int], list[int]]] = {}
-        by_prompt = dict(self.by_prompt)
+        brought: dict[int, list[int]] = {}
         for tenant, length, prompt_tokens in outputs:
             prompt = prompt_bucket(prompt_tokens)
-            by_prompt[prompt] = by_prompt.get(prompt, _NONE).after(length)
+            brought.setdefault(prompt, []).append(length)
             lengths.append(length)
             prompts.append(prompt)
             # Taken out and put back: a dict keeps order, so the least recent tenant stands first.
@@ -157,6 +167,9 @@ class LengthBook:
             own[0].append(length)
             own[1].append(prompt)
             new[tenant] = own
+        by_prompt = dict(self.by_prompt)
+        for prompt, own_lengths in brought.items():
+            by_prompt[prompt] = by_prompt.get(prompt, _NONE).after(own_lengths)
         relative = self._relative(usual, most=max(by_prompt, default=0))
         tenants = {name: own for name, own in self.tenants.items() if name not in new}
         for name, columns in new.items():
@@ -285,26 +298,6 @@ def _memories(count: int) -> Floats:
     ages = np.arange(count - 1, -1, -1, dtype=np.float64)
     found: Floats = np.array(DECAYS)[:, None] ** ages
     found.setflags(write=False)
-    return found
-
-
-def _judged(
-    trust: Floats, answers: Floats, brought: Floats, new_answers: Floats, new_brought: Floats
-) -> Floats:
-    """The trust in each memory after what it held said of the new ones."""
-    if answers.size < CHUNK:
-        return trust
-    memories = _memories(answers.size)
-    levels = (memories @ answers) / (memories @ brought)
-    weights = trust @ memories
-    level = float(weights @ answers) / float(weights @ brought)
-    spread = float(weights @ (answers - level * brought) ** 2) / float(weights.sum())
-    off = new_answers.mean() - levels * new_brought.mean()
-    surprise = np.minimum(SURPRISE, new_answers.size * off**2 / max(spread, 1e-9))
-    judged = trust * np.exp(-0.5 * (surprise - surprise.min()))
-    judged /= judged.sum()
-    again = min(1.0, new_answers.size / REGIME)
-    found: Floats = (1.0 - again) * judged + again / judged.size
     return found
 
 

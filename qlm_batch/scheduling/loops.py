@@ -25,6 +25,7 @@ from qlm_batch.scheduling.kernels import (
     walk_all,
 )
 from qlm_batch.scheduling.survival import largest, survival
+from qlm_batch.scheduling.trusting import trusted
 
 
 class Loops(NamedTuple):
@@ -42,6 +43,7 @@ class Loops(NamedTuple):
     search: Callable[[Columns, Floats, Ints, Ints, Ints, int, int, int, float, float], int]
     survival: Callable[[Floats, Floats, Floats, float, float], tuple[Floats, Floats]]
     largest: Callable[[Floats, Floats, Ints, Ints, Floats], Floats]
+    trusted: Callable[[Floats, Floats, Floats, int, Floats, int, float, float], Floats]
     cut: Callable[[Ints, Ints, Floats, Ints], tuple[Ints, Ints]]
     packed: Callable[[Ints, Flags, Ints, Floats], tuple[Ints, Ints]]
 
@@ -57,6 +59,7 @@ COMPILED = Loops(
     search,
     survival,
     largest,
+    trusted,
     cut,
     packed,
 )
@@ -105,6 +108,9 @@ def compile_all() -> None:
     COMPILED.search(columns, one, place, size, none.copy(), 0, 1, 0, 0.5, 0.5)
     COMPILED.survival(one, one, one, 1.0, 0.5)
     COMPILED.largest(one, one[:0], size + 1, size, one)
+    memories = np.ones((1, 1))
+    memories.setflags(write=False)
+    COMPILED.trusted(one, one, one, 0, memories, 1, 1.0, 1.0)
     COMPILED.cut(size + 1, size + 1, one, size + 1)
     COMPILED.packed(size, yes[0], np.array([0, 1]), one)
     _choice.compiled = True

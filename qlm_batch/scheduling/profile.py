@@ -33,9 +33,13 @@ class Knowledge:
     def of(profiles: Iterable[Profile], before: Knowledge | None = None) -> Knowledge:
         """Read profiles; data of unknown shape counts as nothing learned.
 
-        What `before` read from equal profiles is taken over.
+        What `before` read from equal profiles is taken over, all of it as `before` itself.
         """
-        known = before or Knowledge()
+        known, profiles = before or Knowledge(), tuple(profiles)
+        if len(profiles) == len(known.read) and all(
+            known.read.get((profile.model, profile.device)) == profile for profile in profiles
+        ):
+            return known
         books: dict[str, LengthBook] = {}
         speeds: dict[tuple[str, str], Speed] = {}
         calibrations: dict[str, Conformal] = {}
@@ -59,6 +63,10 @@ class Knowledge:
                 start = prior_step_time(*key)
                 speeds[key] = Speed.from_data(start, profile.data.get("speed"))
         return Knowledge(books, speeds, calibrations, served, read)
+
+    def is_news(self, before: Knowledge) -> bool:
+        """Whether more is known of lengths or speeds; how promises came true is no such news."""
+        return self.books is not before.books or self.speeds is not before.speeds
 
     def book(self, model: str) -> LengthBook:
         """The model's lengths; empty for one not seen yet."""

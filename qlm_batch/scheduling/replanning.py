@@ -21,6 +21,10 @@ class ReplanConfig:
     least_s: float = 1.0
     arrivals: int = 16
 
+    def is_old(self, incumbent: Incumbent, snapshot: Snapshot) -> bool:
+        """Whether the plan has stood long enough."""
+        return not 0.0 <= snapshot.now - incumbent.made_at < self.every_s
+
 
 @dataclass(frozen=True, slots=True)
 class Incumbent:
@@ -59,7 +63,7 @@ def carried_on(
     age_s = snapshot.now - incumbent.made_at
     if fleet_signature(snapshot) != incumbent.fleet:
         return None, "the fleet changed"
-    if not 0.0 <= age_s < config.every_s:
+    if config.is_old(incumbent, snapshot):
         return None, "the plan is old"
     problem = Problem(snapshot, groups, estimator)
     kept = standing(problem, incumbent.plan)

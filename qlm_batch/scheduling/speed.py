@@ -139,20 +139,7 @@ class Speed:
 
     def step_time(self) -> StepTime:
         """The present fit; coefficients that would come out negative are held at zero."""
-        gram = np.array(self.gram).reshape(4, 4) + _PRIOR_ROWS * np.eye(4)
-        before = self.prior
-        start = np.array([before.base, before.per_sequence, before.per_kv, before.per_prefill])
-        moment = np.array(self.moment) + _PRIOR_ROWS * start * _SCALE
-        free = np.ones(4, dtype=np.bool_)
-        theta = np.zeros(4)
-        while free.any():
-            theta[:] = 0.0
-            theta[free] = np.linalg.solve(gram[np.ix_(free, free)], moment[free])
-            if theta.min() >= 0.0:
-                break
-            free[int(theta.argmin())] = False
-        base, per_sequence, per_kv, per_prefill = (theta / _SCALE).tolist()
-        return StepTime(base, per_sequence, per_kv, per_prefill)
+        return _fitted(self.prior, self.gram, self.moment)
 
     def after_steps(self, rows: Sequence[StepRow]) -> Speed:
         """The speed after these steps, oldest first; rows that took no time are left out."""
@@ -233,6 +220,23 @@ class Speed:
             )
         )
         return Speed(prior, gram, moment, steps, tokens, requests, busy_s, efficiency)
+
+
+@lru_cache(maxsize=1024)
+def _fitted(prior: StepTime, rows: tuple[float, ...], moments: tuple[float, ...]) -> StepTime:
+    gram = np.array(rows).reshape(4, 4) + _PRIOR_ROWS * np.eye(4)
+    start = np.array([prior.base, prior.per_sequence, prior.per_kv, prior.per_prefill])
+    moment = np.array(moments) + _PRIOR_ROWS * start * _SCALE
+    free = np.ones(4, dtype=np.bool_)
+    theta = np.zeros(4)
+    while free.any():
+        theta[:] = 0.0
+        theta[free] = np.linalg.solve(gram[np.ix_(free, free)], moment[free])
+        if theta.min() >= 0.0:
+            break
+        free[int(theta.argmin())] = False
+    base, per_sequence, per_kv, per_prefill = (theta / _SCALE).tolist()
+    return StepTime(base, per_sequence, per_kv, per_prefill)
 
 
 def _floats(data: object) -> tuple[float, ...]:

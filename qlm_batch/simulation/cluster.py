@@ -24,7 +24,8 @@ from qlm_batch.scheduling.problem import Durations
 from qlm_batch.scheduling.routing import Route, route
 from qlm_batch.simulation.events import EventQueue
 from qlm_batch.simulation.fleet import Fleet
-from qlm_batch.simulation.instance import SimulatedInstance, Tallies, WorkerTimes
+from qlm_batch.simulation.instance import SimulatedInstance
+from qlm_batch.simulation.records import Tallies, WorkerTimes
 from qlm_batch.simulation.workload import Arrival, Outage, Requests, Workload, requests_of
 from qlm_batch.store.memory import MemoryStore
 
@@ -249,8 +250,8 @@ class Cluster:
         held = sum(instance.urgent for instance in self._instances if instance.alive)
         return held + len(self._homeless) + self._travelling
 
-    def _open(self) -> int:
-        return self.store.queue_totals().batches + self._urgent()
+    def _open(self) -> bool:
+        return self.store.queue_totals().batches > 0 or self._urgent() > 0
 
     # Arrivals
 

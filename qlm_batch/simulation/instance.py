@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Final, cast
+from typing import Final
 
 import numpy as np
 
-from qlm_batch.domain.jobs import ClaimedSlice, EngineKind, ResultRow, Usage
+from qlm_batch.domain.jobs import EngineKind, ResultRow, Usage
 from qlm_batch.domain.ledger import Directive, Held, ReleaseReason
 from qlm_batch.domain.ports import Heartbeat, Store
 from qlm_batch.domain.snapshot import InstanceState, ModelView, Observation, Output, Residency
@@ -20,6 +19,7 @@ from qlm_batch.simulation.engine import EngineLimits
 from qlm_batch.simulation.events import EventQueue
 from qlm_batch.simulation.fast_engine import FastEngine
 from qlm_batch.simulation.fleet import InstanceSpec
+from qlm_batch.simulation.records import Columns, Lease, Span, Tallies, WorkerTimes, expiry
 from qlm_batch.simulation.workload import Requests
 
 MOST_GENERATED: Final = 128
@@ -28,75 +28,6 @@ FAVOUR: Final = "throughput"
 _MAX_MODEL_LEN: Final = 32_768
 FORGETS: Final = 0.05
 """Weight of the newest request in the typical output."""
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerTimes:
-    """A simulated worker's periods, seconds.
-
-    `flush_s` is coarser than a real worker's, which spares store calls: the engine has a quarter
-    more than its slots in hand all the time, so it never waits for one.
-    """
-
-    flush_s: float = 0.25
-    poll_s: float = 1.5
-    heartbeat_s: float = 2.0
-    lease_s: float = 30.0
-
-
-@dataclass(slots=True)
-class _Lease:
-    slice: ClaimedSlice
-    first_key: int
-    claimed_at: float
-    left: set[int]
-    held: Held
-
-
-def _expiry(lease: _Lease) -> float:
-    expires_at = lease.slice.expires_at
-    return math.inf if expires_at is None else expires_at
-
-
-@dataclass(frozen=True, slots=True)
-class _Columns:
-    """The requests' arrays once more, for single values: those of arrays are slow to come by."""
-
-    prompt: memoryview[int]
-    output: memoryview[int]
-    arrival: memoryview[float]
-    first: memoryview[float]
-    end: memoryview[float]
-
-    @staticmethod
-    def of(requests: Requests) -> _Columns:
-        times = (requests.arrival.data, requests.first.data, requests.end.data)
-        arrival, first, end = cast("tuple[memoryview[float], ...]", times)
-        return _Columns(requests.prompt.data, requests.output.data, arrival, first, end)
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """What an instance did for a while: served a batch's slice, or swapped to a model."""
-
-    instance: str
-    what: str
-    model: str
-    start: float
-    end: float
-
-
-@dataclass(slots=True)
-class Tallies:
-    """Sums over an instance's life, all boots together."""
-
-    busy_s: float = 0.0
-    swap_s: float = 0.0
-    swaps: int = 0
-    preemptions: int = 0
-    recomputed: int = 0
-    generated: int = 0
-    spans: list[Span] = field(default_factory=list)
 
 
 class SimulatedInstance:
@@ -120,7 +51,7 @@ class SimulatedInstance:
         self.spec = spec
         self.tallies = Tallies()
         self._store, self._events, self._requests = store, events, requests
-        self._columns = _Columns.of(requests)
+        self._columns = Columns.of(requests)
         self._key_of, self._times, self._wake_fails, self._draw = key_of, times, wake_fails, draw
         self._boots = 0
         self.boot_id = ""
@@ -134,9 +65,9 @@ class SimulatedInstance:
         self.state = InstanceState.READY
         self.awake = awake
         self._residency = {awake: Residency.AWAKE, **others}
-        self._leases: dict[int, _Lease] = {}
-        self._parked: list[_Lease] = []
-        self._by_key: dict[int, _Lease] = {}
+        self._leases: dict[int, Lease] = {}
+        self._parked: list[Lease] = []
+        self._by_key: dict[int, Lease] = {}
         self._urgent: dict[int, str] = {}
         self._urgent_parked: list[int] = []
         self._change: Change | None = None
@@ -251,33 +182,38 @@ class SimulatedInstance:
 
     def _collect(self) -> None:
         """Take what the engine finished by now."""
+        keys, firsts, ends = self.engine.advance_columns(self._events.now())
         columns = self._columns
-        for key, first, end in zip(*self.engine.advance_columns(self._events.now()), strict=True):
+        for key, first, end in zip(keys, firsts, ends, strict=True):
             if math.isnan(columns.end[key]):
                 columns.first[key], columns.end[key] = first, end
             lease = self._by_key.pop(key, None)
             if lease is None:
                 del self._urgent[key]
                 continue
-            slice_ = lease.slice
             lease.left.discard(key)
-            prompt, output, came = columns.prompt[key], columns.output[key], columns.arrival[key]
+            slice_, came = lease.slice, columns.arrival[key]
+            prompt, output = columns.prompt[key], columns.output[key]
             self._finished.append((slice_.tenant, output, prompt))
             share = FORGETS if self._typical else 1.0
             self._typical += share * (output - self._typical)
+            # By position, where names would take a fifth of the time.
             self._rows.append(
                 ResultRow(
-                    slice_id=slice_.slice_id,
-                    epoch=slice_.epoch,
-                    run_id=slice_.run_id,
-                    position=key - lease.first_key,
-                    generation=slice_.generation,
-                    request_id=str(key),
-                    status_code=200,
-                    body="",
-                    usage=Usage(prompt, 0, output),
-                    first_token_s=first - came,
-                    duration_s=end - came,
+                    slice_.slice_id,
+                    slice_.epoch,
+                    slice_.run_id,
+                    key - lease.first_key,
+                    slice_.generation,
+                    str(key),
+                    200,
+                    "",
+                    None,
+                    None,
+                    Usage(prompt, 0, output),
+                    None,
+                    first - came,
+                    end - came,
                 )
             )
 
@@ -287,12 +223,12 @@ class SimulatedInstance:
         if now < self._expires_at:
             return
         for lease in self._leases.values():
-            if _expiry(lease) <= now and lease.left:
+            if expiry(lease) <= now and lease.left:
                 self._stop(lease)
-        left = (_expiry(lease) for lease in self._leases.values() if lease.left)
+        left = (expiry(lease) for lease in self._leases.values() if lease.left)
         self._expires_at = min(left, default=math.inf)
 
-    def _stop(self, lease: _Lease) -> None:
+    def _stop(self, lease: Lease) -> None:
         for key in sorted(lease.left):
             self.engine.abort(key)
             self._by_key.pop(key, None)
@@ -306,6 +242,8 @@ class SimulatedInstance:
         held = [lease.held for lease in self._leases.values()]
         outcome = self._store.flush(self.spec.name, self._rows, held, lease_s=self._times.lease_s)
         self._rows = []
+        if all(directive is Directive.KEEP for directive in outcome.directives.values()):
+            return
         back = []
         for slice_id, lease in list(self._leases.items()):
             directive = outcome.directives[slice_id]
@@ -318,7 +256,7 @@ class SimulatedInstance:
         if back:
             self._store.release(self.spec.name, back, ReleaseReason.PREEMPTED)
 
-    def _drop(self, lease: _Lease) -> None:
+    def _drop(self, lease: Lease) -> None:
         del self._leases[lease.slice.slice_id]
         if self._draw:
             self._span(lease.slice.batch_id, lease.slice.model, lease.claimed_at)
@@ -341,15 +279,15 @@ class SimulatedInstance:
             first_key = self._key_of(slice_.batch_id)
             keys = {first_key + request.position for request in slice_.requests}
             held = Held(slice_.slice_id, slice_.epoch)
-            lease = _Lease(slice_, first_key, now, keys, held)
-            self._expires_at = min(self._expires_at, _expiry(lease))
+            lease = Lease(slice_, first_key, now, keys, held)
+            self._expires_at = min(self._expires_at, expiry(lease))
             self._leases[slice_.slice_id] = lease
             if slice_.model == self.awake and self._change is None:
                 self._feed(lease)
             else:
                 self._parked.append(lease)
 
-    def _feed(self, lease: _Lease) -> None:
+    def _feed(self, lease: Lease) -> None:
         # All of it waits in the engine: outside of it, it would wait in the same order.
         priority, now = agent.engine_priority(lease.slice.deadline), self._events.now()
         keys = np.array(sorted(lease.left), dtype=np.int64)
@@ -386,7 +324,7 @@ class SimulatedInstance:
             self._leave_by = now + self._change.drain_s if drains else now
             if drains:
                 self._recall_waiting()
-        if not self._batch_inside() or now >= self._leave_by:
+        if not self._by_key or now >= self._leave_by:
             self._give_back()
         if not self.engine.running and not self.engine.waiting:
             self._swap(self._change.wakes)
@@ -420,9 +358,6 @@ class SimulatedInstance:
             return 0.0
         busy_s, steps = self.engine.busy_s, max(1, self.engine.steps)
         return agent.tokens_left(ages, self._typical) * busy_s / steps
-
-    def _batch_inside(self) -> bool:
-        return bool(self._by_key)
 
     def _recall_waiting(self) -> None:
         """Take out of the engine what has not begun, so that the rest can end."""

@@ -193,12 +193,14 @@ def _first_to_leave(ints: Ints, floats: Floats, order: Ints, totals: Ints) -> in
 @jit
 def _evict(ints: Ints, floats: Floats, order: Ints, totals: Ints, limits: Ints) -> int:
     """Make room for interactive rows, as `eviction.victims` does; how many of them wait."""
-    head = _head(ints, floats, totals[ROWS], -1) if totals[WAITS] > 0 else -1
-    if head < 0 or ints[head, PRIORITY] >= limits[URGENT_BELOW]:
+    if totals[WAITS] == 0:
         return 0
     urgent = 0
     for row in range(totals[ROWS]):
         urgent += ints[row, STATE] == WAITING and ints[row, PRIORITY] < limits[URGENT_BELOW]
+    if urgent == 0:
+        return 0
+    head = _head(ints, floats, totals[ROWS], -1)
     free_slots = limits[SIZE] - totals[RUNS]
     free = totals[FREE_BLOCKS]
     for at in range(totals[RUNS] + totals[RESTS]):

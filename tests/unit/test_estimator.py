@@ -23,7 +23,7 @@ from qlm_batch.scheduling.estimator import Estimator
 from qlm_batch.scheduling.flows import Flow, few
 from qlm_batch.scheduling.grouping import form_groups
 from qlm_batch.scheduling.policies import policy
-from qlm_batch.scheduling.profile import fold
+from qlm_batch.scheduling.profile import Knowledge, fold
 from qlm_batch.scheduling.promises import ends_of, with_estimates
 from tests.unit.planning_cases import assigned, group, instance, run_view, snapshot
 
@@ -303,3 +303,32 @@ def test_before_a_model_was_seen_promises_are_wide() -> None:
     wide, narrow = (estimate_of(situation, "batch-1") for situation in (fresh, planned(fresh)))
     assert wide.p95 > 3.0 * wide.p50
     assert narrow.p95 < 1.5 * narrow.p50
+
+
+def test_what_was_worked_out_is_taken_over_until_something_is_learned_or_reported() -> None:
+    seen = snapshot(instances=[instance("i", generated=(5, 9))])
+    told = Knowledge.of(learned())
+    first = Estimator(seen, knowledge=told)
+    later = replace(seen, now=seen.now + 1.0)
+    assert Estimator(later, knowledge=told, before=first).basis is first.basis
+    aged = replace(seen, instances=(instance("i", generated=(50, 90)),))
+    assert Estimator(aged, knowledge=told, before=first).basis is not first.basis
+    more = told.observed([Observation("i", "A100", "m", 2.0, (("t", 42, 9),))])
+    assert Estimator(seen, knowledge=more, before=first).basis is not first.basis
+
+
+def test_an_estimator_says_the_same_with_and_without_one_before_it() -> None:
+    told, asked = Knowledge.of(learned()), group("g", deadline=1e6, requests=640)
+    seen = snapshot(instances=[instance("i", generated=(5, 9)), instance("j")])
+    before = Estimator(seen, knowledge=told)
+    before.work(asked)
+    later = replace(seen, now=seen.now + 1.0)
+    fresh = Estimator(later, knowledge=told).work(asked)
+    carried = Estimator(later, knowledge=told, before=before).work(asked)
+    assert (fresh.mean == carried.mean).all() and (fresh.tail == carried.tail).all()
+
+
+def test_profiles_that_did_not_change_are_not_read_again() -> None:
+    told = Knowledge.of(learned())
+    assert Knowledge.of(learned(), told) is told
+    assert Knowledge.of((), told) is not told

@@ -15,6 +15,7 @@ from qlm_batch.scheduling import loops
 from qlm_batch.scheduling.compiled import AVAILABLE
 from qlm_batch.scheduling.estimator import Estimator
 from qlm_batch.scheduling.grouping import form_groups
+from qlm_batch.scheduling.lengthbook import DECAYS
 from qlm_batch.scheduling.lengths import kaplan_meier
 from qlm_batch.scheduling.policies import policy
 from qlm_batch.scheduling.policies.base import standing, to_plan
@@ -117,3 +118,18 @@ def test_compiling_ahead_covers_the_calls_of_a_plan() -> None:
     groups = form_groups(seen, estimator.capacities(seen))
     policy("qlm").plan(seen, groups, estimator, 25, 0)
     assert [len(loop.signatures) for loop in compiled] == known  # type: ignore[attr-defined]
+
+
+@given(
+    st.lists(st.integers(1, 2000), min_size=1, max_size=300),
+    st.integers(0, 60),
+)
+@settings(deadline=None, max_examples=30)
+def test_trust_is_judged_alike_compiled_and_as_written(lengths: list[int], first: int) -> None:
+    answers = np.array(lengths, dtype=np.float64)
+    memories = np.array(DECAYS)[:, None] ** np.arange(199, -1, -1, dtype=np.float64)
+    memories.setflags(write=False)
+    asked = (np.full(3, 1 / 3), answers, np.ones(answers.size), first, memories, 20, 9.0, 1000.0)
+    fast = loops.COMPILED.trusted(*asked)
+    assert fast.tolist() == loops.WRITTEN.trusted(*asked).tolist()
+    assert fast.sum() == pytest.approx(1.0)

@@ -140,8 +140,9 @@ def _cut(
     order: list[tuple[RunData, int]] = []
     seen: dict[str, int] = {}
     own = bucket_of(deadline, now)
+    place, register = order.append, seen.setdefault
     for line in lines:
-        first = seen.setdefault(line.custom_id, line.line)
+        first = register(line.custom_id, line.line)
         if first != line.line:
             raise InvalidInput(
                 f"Line {line.line} has the custom_id '{line.custom_id}' of line {first}; every line"
@@ -165,8 +166,9 @@ def _cut(
                     line=line.line,
                 )
             run = runs[key] = RunData(0, batch.view.id, spec.tenant, line.model, kind, until)
-        run.deadline = min(run.deadline, until)
-        order.append((run, len(run.lines)))
+        if until < run.deadline:
+            run.deadline = until
+        place((run, len(run.lines)))
         run.lines.append(line)
     if not order:
         raise InvalidInput("The input file has no lines.", code="empty_file")

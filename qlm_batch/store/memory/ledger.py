@@ -13,6 +13,8 @@ from qlm_batch.store.memory.leadership import check_leader
 from qlm_batch.store.memory.state import Facet, SliceData, locked
 from qlm_batch.store.memory.work import close, left, lose, move, requeue, store_row
 
+_HELD = frozenset({Directive.KEEP, Directive.PREEMPT})
+
 
 class MemoryLedger(Facet):
     """Ledger in memory."""
@@ -87,23 +89,23 @@ class MemoryLedger(Facet):
         lease_s: float | None,
     ) -> FlushOutcome:
         """Store results, close complete slices and renew the rest (None: do not renew), at once."""
-        epochs = {row.slice_id: row.epoch for row in rows} | {h.slice_id: h.epoch for h in held}
+        slices = self.state.slices
         written = sum(self._store(instance, row) for row in rows)
-        directives = {
-            slice_id: self._directive(instance, slice_id, epoch)
-            for slice_id, epoch in epochs.items()
-        }
         until = None if lease_s is None else self.state.clock() + lease_s
+        directives: dict[int, Directive] = {
+            row.slice_id: _directive(slices.get(row.slice_id), instance, row.epoch) for row in rows
+        }
         for lease in held:
-            if directives[lease.slice_id] in (Directive.CLOSED, Directive.LOST):
-                continue
-            part = self.state.slices[lease.slice_id]
-            if lease.complete:
-                # Its holder has stopped, yet lines still lack a row: somebody has to go on.
-                requeue(self.state, part)
-                directives[part.id] = Directive.LOST
-            elif until is not None:
-                part.lease_until = until
+            part = slices.get(lease.slice_id)
+            directive = _directive(part, instance, lease.epoch)
+            if part is not None and directive in _HELD:
+                if lease.complete:
+                    # Its holder has stopped, yet lines still lack a row: somebody has to go on.
+                    requeue(self.state, part)
+                    directive = Directive.LOST
+                elif until is not None:
+                    part.lease_until = until
+            directives[lease.slice_id] = directive
         return FlushOutcome(written, len(rows) - written, directives)
 
     def _store(self, instance: str, row: ResultRow) -> bool:
@@ -114,17 +116,9 @@ class MemoryLedger(Facet):
             return False
         if not part.lo <= row.position < part.hi:
             return False
-        if not row.ok and not _holds(part, instance, row.epoch):
+        if not (row.ok or _holds(part, instance, row.epoch)):
             return False
         return store_row(self.state, part, row)
-
-    def _directive(self, instance: str, slice_id: int, epoch: int) -> Directive:
-        part = self.state.slices.get(slice_id)
-        if part is None or part.state not in OPEN_SLICE:
-            return Directive.CLOSED
-        if not _holds(part, instance, epoch):
-            return Directive.LOST
-        return Directive.PREEMPT if part.preempt else Directive.KEEP
 
     @locked
     def release(self, instance: str, held: Sequence[Held], reason: ReleaseReason) -> None:
@@ -197,3 +191,11 @@ class MemoryLedger(Facet):
 
 def _holds(part: SliceData, instance: str, epoch: int) -> bool:
     return part.state is SliceState.LEASED and part.epoch == epoch and part.instance == instance
+
+
+def _directive(part: SliceData | None, instance: str, epoch: int) -> Directive:
+    if part is None or part.state not in OPEN_SLICE:
+        return Directive.CLOSED
+    if not _holds(part, instance, epoch):
+        return Directive.LOST
+    return Directive.PREEMPT if part.preempt else Directive.KEEP

@@ -136,23 +136,26 @@ def take_queued(state: State, key: Part) -> SliceData | None:
 
 def store_row(state: State, part: SliceData, row: ResultRow) -> bool:
     """Store a row of an open slice unless its line has one; close the slice with its last row."""
-    run, position, ok = part.run, row.position, row.ok
+    run, position = part.run, row.position
     rows = run.rows[part.generation]
     if position in rows or position in run.successes:
         return False
     rows[position] = row
-    line = run.lines[position]
-    tally = _tally(state, part)
+    line, tally, batch = run.lines[position], _tally(state, part), state.batches[run.batch_id]
+    prompt, most = line.prompt_tokens, line.max_tokens
     part.remaining -= 1
     tally.requests -= 1
-    prompt, most, unbounded = line.prompt_tokens, line.max_tokens or 0, line.max_tokens is None
-    for sums in (part, tally):
-        sums.prompt_tokens -= prompt
-        sums.max_tokens -= most
-        sums.unbounded -= unbounded
-    part.fruitful |= row.epoch == part.epoch
-    batch = state.batches[run.batch_id]
-    if ok:
+    part.prompt_tokens -= prompt
+    tally.prompt_tokens -= prompt
+    if most is None:
+        part.unbounded -= 1
+        tally.unbounded -= 1
+    else:
+        part.max_tokens -= most
+        tally.max_tokens -= most
+    if row.epoch == part.epoch:
+        part.fruitful = True
+    if row.ok:
         run.successes.add(position)
         due = line.deadline if part.generation == 1 and line.deadline else batch.view.deadline
         if state.clock() > due:
