@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from pathlib import Path
 
 import click
 
 from qlm_batch.domain.durations import parse_duration
-from qlm_batch.domain.errors import ConfigurationError
+from qlm_batch.domain.errors import ConfigurationError, InvalidInput
 from qlm_batch.domain.jobs import OnMiss
 from qlm_batch.scheduling.policies import POLICIES
 from qlm_cli.output import Output
@@ -46,7 +47,9 @@ _NEEDS = ("matplotlib", "numba", "scipy", "yaml")
     default=None,
     help="CSV or JSONL of recorded requests in place of a workload.",
 )
-@click.option("--seed", default=0, show_default=True, help="The first seed.")
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0), help="The first seed."
+)
 @click.option(
     "--seeds",
     default=1,
@@ -139,9 +142,9 @@ def simulate(
             trace=trace,
             log=log,
             seeds=range(seed, seed + seeds),
-            duration_s=parse_duration(duration, param="duration"),
+            duration_s=_seconds(duration, "--duration"),
             interactive_share=interactive_share,
-            windows_s=tuple(parse_duration(w, param="windows") for w in windows.split(",")),
+            windows_s=tuple(_seconds(w, "--windows") for w in windows.split(",")),
             as_recorded=as_recorded,
             on_miss=OnMiss(on_miss),
             plots=plots,
@@ -157,6 +160,16 @@ def _numbers(text: str) -> list[float]:
         numbers = [float(part) for part in text.split(",")]
     except ValueError:
         raise click.BadParameter(f"{text!r} is no list of numbers", param_hint="--load") from None
-    if min(numbers) <= 0.0:
-        raise click.BadParameter("loads are above 0", param_hint="--load")
+    if not all(0.0 < number < math.inf for number in numbers):
+        raise click.BadParameter("loads are finite and above 0", param_hint="--load")
     return numbers
+
+
+def _seconds(text: str, option: str) -> float:
+    try:
+        seconds = parse_duration(text.strip(), param=option)
+    except InvalidInput as error:
+        raise click.BadParameter(error.message, param_hint=option) from None
+    if seconds <= 0.0:
+        raise click.BadParameter(f"{text!r} is no time at all", param_hint=option)
+    return seconds

@@ -15,7 +15,7 @@ import structlog
 from qlm_batch.control.recording import Recorder
 from qlm_batch.domain.errors import ConfigurationError
 from qlm_batch.domain.jobs import OnMiss
-from qlm_batch.scheduling.policies import OraclePolicy, policy
+from qlm_batch.scheduling.policies import POLICIES, OraclePolicy
 from qlm_batch.simulation.cluster import Choice, SimulationConfig
 from qlm_batch.simulation.fleet import Fleet, read_fleet
 from qlm_batch.simulation.plots import draw
@@ -148,7 +148,14 @@ def _run(asked: Question, fleet: Fleet, build: Builder, once: bool, output: Outp
 
 
 def _choice(name: str) -> Choice:
-    return OraclePolicy if name == "oracle" else policy(name)
+    if name == "oracle":
+        return OraclePolicy
+    if name not in POLICIES:
+        raise ConfigurationError(
+            f"No policy is named {name!r}; use some of {', '.join(POLICIES)} and oracle.",
+            param="policy",
+        )
+    return POLICIES[name]
 
 
 def _tell_replay(past: Replay, output: Output) -> None:

@@ -57,6 +57,28 @@ def test_wrong_arguments_are_refused_by_name() -> None:
     assert "--load" in CliRunner().invoke(cli, ["simulate", "--load", "-1"]).output
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--load", "nan"),
+        ("--load", "inf"),
+        ("--seed", "-1"),
+        ("--duration", "0s"),
+        ("--duration", "soon"),
+        ("--windows", "1m,0s"),
+    ],
+)
+def test_a_value_that_cannot_be_is_a_wrong_usage_of_its_option(option: str, value: str) -> None:
+    done = CliRunner().invoke(cli, ["simulate", option, value])
+    assert done.exit_code == 2
+    assert option in done.output
+
+
+def test_the_policies_to_choose_from_are_told_with_the_oracle() -> None:
+    with pytest.raises(ConfigurationError, match="qlm-paper, qlm and oracle"):
+        CliRunner().invoke(cli, ["simulate", "--policy", "qlm,,edf"], catch_exceptions=False)
+
+
 def test_a_recorded_run_is_replayed_and_then_run_on_another_fleet(tmp_path: Path) -> None:
     log, fleet = tmp_path / "log.jsonl.gz", tmp_path / "f.yaml"
     fleet.write_text("instances: [{name: x, device: h100, models: [mistral-7b]}]\n")
