@@ -15,10 +15,11 @@ from qlm_batch.scheduling.policies import POLICIES
 from qlm_cli.output import Output
 
 _NEEDS = ("matplotlib", "numba", "scipy", "yaml")
+_MOST_ADDED = 10_000
 
 
 @click.command()
-@click.option("--workload", "-w", default="W1", show_default=True, help="W1 to W8.")
+@click.option("--workload", "-w", default=None, show_default="W1", help="W1 to W8.")
 @click.option(
     "--load",
     "loads",
@@ -39,7 +40,14 @@ _NEEDS = ("matplotlib", "numba", "scipy", "yaml")
     "--fleet",
     type=click.Path(path_type=Path, dir_okay=False),
     default=None,
-    help="YAML of instances; without it, the workload's own.",
+    help="YAML of instances; without it, the workload's own, or the one a log tells of.",
+)
+@click.option(
+    "--add",
+    "more",
+    multiple=True,
+    metavar="N[:LIKE]",
+    help="N more instances, like the first, an instance by its name, or on a device; repeatable.",
 )
 @click.option(
     "--trace",
@@ -102,10 +110,11 @@ _NEEDS = ("matplotlib", "numba", "scipy", "yaml")
 @click.option("--timings", is_flag=True, help="Show real time too; it differs from run to run.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def simulate(
-    workload: str,
+    workload: str | None,
     loads: str,
     policies: str,
     fleet: Path | None,
+    more: tuple[str, ...],
     trace: Path | None,
     seed: int,
     seeds: int,
@@ -139,6 +148,7 @@ def simulate(
             loads=_numbers(loads),
             policies=tuple(name.strip() for name in policies.split(",")),
             fleet=fleet,
+            more=[_more(text) for text in more],
             trace=trace,
             log=log,
             seeds=range(seed, seed + seeds),
@@ -163,6 +173,15 @@ def _numbers(text: str) -> list[float]:
     if not all(0.0 < number < math.inf for number in numbers):
         raise click.BadParameter("loads are finite and above 0", param_hint="--load")
     return numbers
+
+
+def _more(text: str) -> tuple[int, str]:
+    count, _, like = text.partition(":")
+    if not count.isdecimal() or not 0 < int(count) <= _MOST_ADDED:
+        raise click.BadParameter(
+            f"{text!r} is not N or N:LIKE, for example 2 or 2:h100", param_hint="--add"
+        )
+    return int(count), like.strip()
 
 
 def _seconds(text: str, option: str) -> float:
