@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import secrets
 import time
 from collections.abc import Callable
 
@@ -14,10 +13,13 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qlm_batch.api.errors import internal_error
+from qlm_batch.ids import REQUEST, new_id
 
 MAX_BODY_BYTES = 1024**2
 RATE_HEADERS = "rate_headers"
 """Key of the request's state under which the limiter leaves headers for the response."""
+FRESH_ID = "fresh_id"
+"""Key of the request's state under which an id made here lies; it is nobody else's."""
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _UPLOADS = frozenset({("POST", "/v1/files")})
@@ -33,9 +35,10 @@ Observe = Callable[[str, str, int, float], None]
 class Edge:
     """Wraps the application.
 
-    Every response carries `x-request-id`: the client's own when it is sane, else a new one. Bodies
-    other than uploads are bounded by MAX_BODY_BYTES. What no handler knew becomes a 500 that says
-    nothing about the inside, and is logged under the request id.
+    Every response carries `x-request-id`: the client's own when it is sane, else a new one, which
+    an interactive request then goes by. Bodies other than uploads are bounded by MAX_BODY_BYTES.
+    What no handler knew becomes a 500 that says nothing about the inside, and is logged under the
+    request id.
     """
 
     def __init__(self, app: ASGIApp, observe: Observe) -> None:
@@ -48,8 +51,10 @@ class Edge:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        request_id = _request_id(headers.get("x-request-id"))
         state = scope.setdefault("state", {})
+        request_id = _offered(headers)
+        if request_id is None:
+            request_id = state[FRESH_ID] = new_id(REQUEST)
         status = 0
         begun = time.perf_counter()
 
@@ -91,10 +96,9 @@ class Edge:
             )
 
 
-def _request_id(offered: str | None) -> str:
-    if offered is not None and _SANE_ID.fullmatch(offered):
-        return offered
-    return "req_" + secrets.token_hex(12)
+def _offered(headers: Headers) -> str | None:
+    offered = headers.get("x-request-id")
+    return offered if offered is not None and _SANE_ID.fullmatch(offered) else None
 
 
 def _bounded(receive: Receive, headers: Headers) -> Receive:
