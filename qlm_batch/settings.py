@@ -69,6 +69,8 @@ class Settings(BaseSettings):
     """Target for each further token; while steps take longer, batch work is held back."""
     interactive_open: int = 1000
     """Most interactive requests under way in one API process."""
+    interactive_body_bytes: int = 16 * 1024**2
+    """Largest body of an interactive request; images come inside it."""
     interactive_bodies_s: float = 86_400.0
     """How long bodies and answers of interactive requests are kept after their end."""
     interactive_rows_s: float = 30 * 86_400.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
@@ -36,14 +36,17 @@ class Edge:
     """Wraps the application.
 
     Every response carries `x-request-id`: the client's own when it is sane, else a new one, which
-    an interactive request then goes by. Bodies other than uploads are bounded by MAX_BODY_BYTES.
-    What no handler knew becomes a 500 that says nothing about the inside, and is logged under the
-    request id.
+    an interactive request then goes by. Bodies other than uploads are bounded by what `most_bytes`
+    says of their path, else by MAX_BODY_BYTES. What no handler knew becomes a 500 that says nothing
+    about the inside, and is logged under the request id.
     """
 
-    def __init__(self, app: ASGIApp, observe: Observe) -> None:
+    def __init__(
+        self, app: ASGIApp, observe: Observe, most_bytes: Mapping[str, int] | None = None
+    ) -> None:
         self._app = app
         self._observe = observe
+        self._most_bytes = most_bytes or {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one ASGI call."""
@@ -69,7 +72,8 @@ class Edge:
             await send(message)
 
         if (scope["method"], scope["path"]) not in _UPLOADS:
-            receive = _bounded(receive, headers)
+            most = self._most_bytes.get(scope["path"], MAX_BODY_BYTES)
+            receive = _bounded(receive, headers, most)
         try:
             with structlog.contextvars.bound_contextvars(request_id=request_id):
                 try:
@@ -101,11 +105,11 @@ def _offered(headers: Headers) -> str | None:
     return offered if offered is not None and _SANE_ID.fullmatch(offered) else None
 
 
-def _bounded(receive: Receive, headers: Headers) -> Receive:
+def _bounded(receive: Receive, headers: Headers, most: int) -> Receive:
     declared = headers.get("content-length", "0")
     taken = int(declared) if declared.isdecimal() and len(declared) < 20 else 0
-    refusal = HTTPException(413, f"The request body is larger than {MAX_BODY_BYTES} bytes.")
-    if taken > MAX_BODY_BYTES:
+    refusal = HTTPException(413, f"The request body is larger than {most} bytes.")
+    if taken > most:
 
         async def refuse() -> Message:
             raise refusal
@@ -117,7 +121,7 @@ def _bounded(receive: Receive, headers: Headers) -> Receive:
         nonlocal taken
         message = await receive()
         taken += len(message.get("body", b""))
-        if taken > MAX_BODY_BYTES:
+        if taken > most:
             raise refusal
         return message
 

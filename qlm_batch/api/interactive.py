@@ -25,6 +25,7 @@ from qlm_batch.domain.jobs import CHAT, COMPLETIONS, EMBEDDINGS, ApiKey
 
 router = APIRouter(tags=["interactive"])
 
+ENDPOINTS = (CHAT, COMPLETIONS, EMBEDDINGS)
 _MAX_TTFT_S = 3600.0
 _MAX_MODEL = 256
 _BODY = {

@@ -97,6 +97,15 @@ def test_a_name_of_the_clients_own_is_not_an_answers_id(line: Line) -> None:
     assert first.json()["id"] != second.json()["id"]
 
 
+def test_a_body_may_hold_more_than_other_calls_take_but_not_anything(line: Line) -> None:
+    text = {"type": "text", "text": "x" * 2_000_000}
+    long = chat(messages=[{"role": "user", "content": [text]}])
+    said = error_of(line.post("/v1/chat/completions", long), 400)["message"]
+    assert "context" in said
+    endless = chat(messages=[{"role": "user", "content": "x" * 17_000_000}])
+    assert "16777216" in error_of(line.post("/v1/chat/completions", endless), 413)["message"]
+
+
 def test_completions_and_two_choices(line: Line) -> None:
     body = {"model": MODEL, "prompt": "Once", "max_tokens": 4, "n": 2}
     answer = line.post("/v1/completions", body).json()
