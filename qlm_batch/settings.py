@@ -99,6 +99,9 @@ class Settings(BaseSettings):
     enforce_eager: bool = False
     favour: Favour = "balanced"
     """What engines favour where batch throughput and interactive latency are at odds."""
+    tool_parser: str = ""
+    """How the models write tool calls: one of vLLM's parsers, as `hermes` or `llama3_json`. Without
+    it requests whose tools may be called are refused."""
     engine_args: dict[str, object] = Field(default_factory=dict)
     """Further vLLM engine arguments, as JSON."""
     simulated_time_scale: float = 1.0
