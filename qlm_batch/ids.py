@@ -6,7 +6,7 @@ import itertools
 import secrets
 from collections.abc import Callable
 
-FILE, BATCH, EVENT, KEY = "file-", "batch_", "evt_", "key_"
+FILE, BATCH, EVENT, KEY, REQUEST = "file-", "batch_", "evt_", "key_", "req_"
 
 
 def new_id(prefix: str) -> str:

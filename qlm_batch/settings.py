@@ -69,6 +69,8 @@ class Settings(BaseSettings):
     """Target for each further token; while steps take longer, batch work is held back."""
     interactive_open: int = 1000
     """Most interactive requests under way in one API process."""
+    interactive_body_bytes: int = 16 * 1024**2
+    """Largest body of an interactive request; images come inside it."""
     interactive_bodies_s: float = 86_400.0
     """How long bodies and answers of interactive requests are kept after their end."""
     interactive_rows_s: float = 30 * 86_400.0
@@ -97,6 +99,9 @@ class Settings(BaseSettings):
     enforce_eager: bool = False
     favour: Favour = "balanced"
     """What engines favour where batch throughput and interactive latency are at odds."""
+    tool_parser: str = ""
+    """How the models write tool calls: one of vLLM's parsers, as `hermes` or `llama3_json`. Without
+    it requests whose tools may be called are refused."""
     engine_args: dict[str, object] = Field(default_factory=dict)
     """Further vLLM engine arguments, as JSON."""
     simulated_time_scale: float = 1.0

@@ -27,6 +27,7 @@ from qlm_cli.output import Json, Output, clock, eta_text, progress_text
 
 ENDED = ("completed", "failed", "expired", "cancelled")
 _PEEK = 1 << 16
+_MOST_FAULTS = 10
 
 
 @click.command()
@@ -86,7 +87,7 @@ def submit(
         )
         return
     batch = follow(client, batch["id"], output)
-    output.result(batch, progress_text(batch))
+    output.result(batch, _ended(batch))
     sys.exit(0 if batch["status"] == "completed" else EXIT_UNFINISHED)
 
 
@@ -168,7 +169,7 @@ def retry(context: Context, batch_id: str, window: str | None, wait: bool) -> No
     batch = client.post(f"/v1/batches/{batch_id}/retry", body)
     if wait:
         batch = follow(client, batch_id, output)
-    output.result(batch, progress_text(batch))
+    output.result(batch, _ended(batch))
     if wait:
         sys.exit(0 if batch["status"] == "completed" else EXIT_UNFINISHED)
 
@@ -254,12 +255,21 @@ def describe(batch: Json) -> str:
     usage = batch.get("usage")
     if usage:
         lines.append(f"tokens     {usage['input_tokens']} in, {usage['output_tokens']} out")
-    for error in (batch.get("errors") or {}).get("data", [])[:10]:
-        lines.append(f"error      {error['message']} ({error['code']})")
+    lines += _faults(batch)
     for kind in ("output_file_id", "error_file_id"):
         if batch.get(kind):
             lines.append(f"{kind.replace('_file_id', ''):<10} {batch[kind]}")
     return "\n".join(lines)
+
+
+def _ended(batch: Json) -> str:
+    """How a batch came out, with why it failed."""
+    return "\n".join([progress_text(batch), *_faults(batch)])
+
+
+def _faults(batch: Json) -> list[str]:
+    faults = (batch.get("errors") or {}).get("data", [])
+    return [f"error      {fault['message']} ({fault['code']})" for fault in faults[:_MOST_FAULTS]]
 
 
 def _follow_in_lines(

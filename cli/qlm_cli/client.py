@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 import httpx
 
-from qlm_batch.domain.errors import NotFound, QlmError, Unauthenticated, Unavailable
+from qlm_batch.domain.errors import InvalidInput, NotFound, QlmError, Unauthenticated, Unavailable
 
 Json = dict[str, Any]
 _CHUNK = 1 << 20
@@ -26,6 +26,12 @@ class Client:
 
     def __init__(self, url: str, key: str) -> None:
         self.url = url.rstrip("/")
+        if not self.url.startswith(("http://", "https://")):
+            raise InvalidInput(
+                f"{url!r} is no address of a service; write it like http://127.0.0.1:8600 in --url"
+                " or QLM_URL",
+                param="url",
+            )
         self._http = httpx.Client(
             base_url=self.url,
             headers={"Authorization": f"Bearer {key}"},

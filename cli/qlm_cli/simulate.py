@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from pathlib import Path
 
 import click
 
 from qlm_batch.domain.durations import parse_duration
-from qlm_batch.domain.errors import ConfigurationError
+from qlm_batch.domain.errors import ConfigurationError, InvalidInput
 from qlm_batch.domain.jobs import OnMiss
 from qlm_batch.scheduling.policies import POLICIES
 from qlm_cli.output import Output
 
 _NEEDS = ("matplotlib", "numba", "scipy", "yaml")
+_MOST_ADDED = 10_000
 
 
 @click.command()
-@click.option("--workload", "-w", default="W1", show_default=True, help="W1 to W8.")
+@click.option("--workload", "-w", default=None, show_default="W1", help="W1 to W8.")
 @click.option(
     "--load",
     "loads",
@@ -38,7 +40,14 @@ _NEEDS = ("matplotlib", "numba", "scipy", "yaml")
     "--fleet",
     type=click.Path(path_type=Path, dir_okay=False),
     default=None,
-    help="YAML of instances; without it, the workload's own.",
+    help="YAML of instances; without it, the workload's own, or the one a log tells of.",
+)
+@click.option(
+    "--add",
+    "more",
+    multiple=True,
+    metavar="N[:LIKE]",
+    help="N more instances, like the first, an instance by its name, or on a device; repeatable.",
 )
 @click.option(
     "--trace",
@@ -46,7 +55,9 @@ _NEEDS = ("matplotlib", "numba", "scipy", "yaml")
     default=None,
     help="CSV or JSONL of recorded requests in place of a workload.",
 )
-@click.option("--seed", default=0, show_default=True, help="The first seed.")
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0), help="The first seed."
+)
 @click.option(
     "--seeds",
     default=1,
@@ -99,10 +110,11 @@ _NEEDS = ("matplotlib", "numba", "scipy", "yaml")
 @click.option("--timings", is_flag=True, help="Show real time too; it differs from run to run.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def simulate(
-    workload: str,
+    workload: str | None,
     loads: str,
     policies: str,
     fleet: Path | None,
+    more: tuple[str, ...],
     trace: Path | None,
     seed: int,
     seeds: int,
@@ -136,12 +148,13 @@ def simulate(
             loads=_numbers(loads),
             policies=tuple(name.strip() for name in policies.split(",")),
             fleet=fleet,
+            more=[_more(text) for text in more],
             trace=trace,
             log=log,
             seeds=range(seed, seed + seeds),
-            duration_s=parse_duration(duration, param="duration"),
+            duration_s=_seconds(duration, "--duration"),
             interactive_share=interactive_share,
-            windows_s=tuple(parse_duration(w, param="windows") for w in windows.split(",")),
+            windows_s=tuple(_seconds(w, "--windows") for w in windows.split(",")),
             as_recorded=as_recorded,
             on_miss=OnMiss(on_miss),
             plots=plots,
@@ -157,6 +170,25 @@ def _numbers(text: str) -> list[float]:
         numbers = [float(part) for part in text.split(",")]
     except ValueError:
         raise click.BadParameter(f"{text!r} is no list of numbers", param_hint="--load") from None
-    if min(numbers) <= 0.0:
-        raise click.BadParameter("loads are above 0", param_hint="--load")
+    if not all(0.0 < number < math.inf for number in numbers):
+        raise click.BadParameter("loads are finite and above 0", param_hint="--load")
     return numbers
+
+
+def _more(text: str) -> tuple[int, str]:
+    count, _, like = text.partition(":")
+    if not count.isdecimal() or not 0 < int(count) <= _MOST_ADDED:
+        raise click.BadParameter(
+            f"{text!r} is not N or N:LIKE, for example 2 or 2:h100", param_hint="--add"
+        )
+    return int(count), like.strip()
+
+
+def _seconds(text: str, option: str) -> float:
+    try:
+        seconds = parse_duration(text.strip(), param=option)
+    except InvalidInput as error:
+        raise click.BadParameter(error.message, param_hint=option) from None
+    if seconds <= 0.0:
+        raise click.BadParameter(f"{text!r} is no time at all", param_hint=option)
+    return seconds

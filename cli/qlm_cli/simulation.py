@@ -15,10 +15,11 @@ import structlog
 from qlm_batch.control.recording import Recorder
 from qlm_batch.domain.errors import ConfigurationError
 from qlm_batch.domain.jobs import OnMiss
-from qlm_batch.scheduling.policies import OraclePolicy, policy
+from qlm_batch.scheduling.policies import POLICIES, OraclePolicy
 from qlm_batch.simulation.cluster import Choice, SimulationConfig
 from qlm_batch.simulation.fleet import Fleet, read_fleet
 from qlm_batch.simulation.plots import draw
+from qlm_batch.simulation.recorded_fleet import with_more
 from qlm_batch.simulation.replay import Replay, replay
 from qlm_batch.simulation.results import timings
 from qlm_batch.simulation.run import Builder, Run, compare, rows
@@ -27,6 +28,7 @@ from qlm_batch.simulation.workload import Workload
 from qlm_batch.simulation.workloads import Scenario, build, scenario
 from qlm_cli.output import Json, Output
 
+DEFAULT_WORKLOAD = "W1"
 _COLUMNS = (
     "load",
     "policy",
@@ -42,12 +44,17 @@ _COLUMNS = (
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """The command's options, parsed. A `trace` or a `log` takes the place of the workload."""
+    """The command's options, parsed. A `trace` or a `log` takes the place of the workload.
 
-    workload: str
+    `workload` is None where none was named; `more` are instances added to the fleet: how many,
+    and like which.
+    """
+
+    workload: str | None
     loads: Sequence[float]
     policies: Sequence[str]
     fleet: Path | None
+    more: Sequence[tuple[int, str]]
     trace: Path | None
     log: Path | None
     seeds: Sequence[int]
@@ -60,15 +67,20 @@ class Question:
     record: Path | None
     timings: bool
 
+    @property
+    def stretched(self) -> bool:
+        """Whether the load sets the pace; the past is run as it was."""
+        return self.log is None and not (self.trace is not None and self.as_recorded)
+
 
 def answer(asked: Question, output: Output) -> None:
     """Run what is asked and print it."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
-    chosen = scenario(asked.workload)
-    fleet = read_fleet(asked.fleet) if asked.fleet is not None else chosen.fleet()
+    chosen = scenario(asked.workload or DEFAULT_WORKLOAD)
     past = None if asked.log is None else replay(asked.log)
     if past is not None:
         _tell_replay(past, output)
+    fleet = _fleet(asked, chosen, past)
     runs = _run(asked, fleet, _builder(asked, chosen, fleet, past), past is not None, output)
     table = rows(runs)
     value: Json = {"rows": table, "runs": [run.summary for run in runs]}
@@ -79,9 +91,12 @@ def answer(asked: Question, output: Output) -> None:
     if asked.timings:
         value["timings"] = [timings(run.outcome) for run in runs]
     about = "" if asked.trace or past else f" ({chosen.about})"
-    size = f"{runs[0].summary['requests']} requests on {len(fleet.instances)} instances"
+    count = len(fleet.instances)
+    size = f"{runs[0].summary['requests']} requests on {count} instance{'s' if count > 1 else ''}"
     output.note(f"{table[0]['workload']}{about}: {size}")
-    output.table([_shown(row) for row in table], _COLUMNS, value)
+    several = len(asked.seeds) > 1
+    shown = [_shown(row, stretched=asked.stretched, several=several) for row in table]
+    output.table(shown, _COLUMNS, value)
     if fleet.extrapolated:
         output.note(f"extrapolated step times: {', '.join(fleet.extrapolated)}")
     if asked.timings:
@@ -89,6 +104,18 @@ def answer(asked: Question, output: Output) -> None:
     if asked.plots is not None:
         for path in draw(runs, table, asked.plots):
             output.note(f"wrote {path}")
+
+
+def _fleet(asked: Question, chosen: Scenario, past: Replay | None) -> Fleet:
+    if asked.fleet is not None:
+        fleet = read_fleet(asked.fleet)
+    elif past is not None and past.fleet is not None and asked.workload is None:
+        fleet = past.fleet
+    else:
+        fleet = chosen.fleet()
+    for count, like in asked.more:
+        fleet = with_more(fleet, count, like)
+    return fleet
 
 
 def _builder(asked: Question, chosen: Scenario, fleet: Fleet, past: Replay | None) -> Builder:
@@ -143,12 +170,20 @@ def _run(asked: Question, fleet: Fleet, build: Builder, once: bool, output: Outp
             if not output.live:
                 goodput = 100.0 * run.summary["goodput"]
                 name = run.outcome.policy
-                output.note(f"load {run.load:g}, {name}, seed {run.seed}: {goodput:.1f} % on time")
+                load = f"load {run.load:g}" if asked.stretched else "as recorded"
+                output.note(f"{load}, {name}, seed {run.seed}: {goodput:.1f} % on time")
         return runs
 
 
 def _choice(name: str) -> Choice:
-    return OraclePolicy if name == "oracle" else policy(name)
+    if name == "oracle":
+        return OraclePolicy
+    if name not in POLICIES:
+        raise ConfigurationError(
+            f"No policy is named {name!r}; use some of {', '.join(POLICIES)} and oracle.",
+            param="policy",
+        )
+    return POLICIES[name]
 
 
 def _tell_replay(past: Replay, output: Output) -> None:
@@ -168,16 +203,18 @@ def _tell_timings(runs: Sequence[Run], output: Output) -> None:
         )
 
 
-def _shown(row: Json) -> Json:
+def _shown(row: Json, *, stretched: bool, several: bool) -> Json:
+    """A row for people: no load where the past is run as it was, no interval of one seed."""
+
     def percent(value: float | None) -> str:
         return "" if value is None else f"{100.0 * value:.1f}"
 
     on_time = "  ".join(f"{name} {percent(share)}" for name, share in row["attainment"].items())
     return {
-        "load": f"{row['load']:g}",
+        "load": f"{row['load']:g}" if stretched else "recorded",
         "policy": row["policy"],
         "goodput %": percent(row["goodput"]),
-        "± ": percent(row["goodput_ci"]),
+        "± ": percent(row["goodput_ci"]) if several else "",
         "bound %": percent(row["bound"]),
         "on time %": on_time,
         "TTFT p99 s": "" if row["ttft_p99"] is None else f"{row['ttft_p99']:.2f}",

@@ -43,6 +43,11 @@ DEFAULT_MODEL = "qlm-tiny"
     metavar="[BASE:]NAME=FOLDER",
     help="A LoRA adapter of a model, the first one without BASE; repeatable.",
 )
+@click.option(
+    "--tool-parser",
+    metavar="NAME",
+    help="How the models write tool calls, as hermes or llama3_json; for requests with tools.",
+)
 @data_dir_option
 @click.option("--port", type=int, default=None, help="The API's port.  [8600]")
 @click.option("--host", default=None, help="The API's address.  [127.0.0.1]")
@@ -53,6 +58,7 @@ def up(
     models: tuple[str, ...],
     models_awake: int | None,
     lora: tuple[str, ...],
+    tool_parser: str | None,
     data_dir: Path,
     port: int | None,
     host: str | None,
@@ -70,6 +76,7 @@ def up(
         models=models,
         models_awake=models_awake,
         lora=lora,
+        tool_parser=tool_parser,
         port=port,
         host=host,
         engine=engine,
@@ -113,6 +120,7 @@ def settings_for_up(
     models: tuple[str, ...] = (),
     models_awake: int | None = None,
     lora: tuple[str, ...] = (),
+    tool_parser: str | None = None,
     port: int | None = None,
     host: str | None = None,
     engine: str | None = None,
@@ -129,6 +137,7 @@ def settings_for_up(
         ("models", models or None),
         ("models_awake", models_awake),
         ("lora", lora or None),
+        ("tool_parser", tool_parser),
     ):
         if value is not None:
             given[name] = value

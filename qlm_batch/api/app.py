@@ -66,7 +66,8 @@ def create_app(services: ApiServices) -> FastAPI:
     app.state.limiter = RateLimiter(SharedBuckets(redis_url) if redis_url else None)
     app.state.metrics = Metrics(services.store)
     errors.install(app, require_key)
-    app.add_middleware(Edge, observe=app.state.metrics.observe)
+    most = dict.fromkeys(interactive.ENDPOINTS, services.settings.interactive_body_bytes)
+    app.add_middleware(Edge, observe=app.state.metrics.observe, most_bytes=most)
     for part in (
         files,
         batches,

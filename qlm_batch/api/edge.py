@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
@@ -14,10 +13,13 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qlm_batch.api.errors import internal_error
+from qlm_batch.ids import REQUEST, new_id
 
 MAX_BODY_BYTES = 1024**2
 RATE_HEADERS = "rate_headers"
 """Key of the request's state under which the limiter leaves headers for the response."""
+FRESH_ID = "fresh_id"
+"""Key of the request's state under which an id made here lies; it is nobody else's."""
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _UPLOADS = frozenset({("POST", "/v1/files")})
@@ -33,14 +35,18 @@ Observe = Callable[[str, str, int, float], None]
 class Edge:
     """Wraps the application.
 
-    Every response carries `x-request-id`: the client's own when it is sane, else a new one. Bodies
-    other than uploads are bounded by MAX_BODY_BYTES. What no handler knew becomes a 500 that says
-    nothing about the inside, and is logged under the request id.
+    Every response carries `x-request-id`: the client's own when it is sane, else a new one, which
+    an interactive request then goes by. Bodies other than uploads are bounded by what `most_bytes`
+    says of their path, else by MAX_BODY_BYTES. What no handler knew becomes a 500 that says nothing
+    about the inside, and is logged under the request id.
     """
 
-    def __init__(self, app: ASGIApp, observe: Observe) -> None:
+    def __init__(
+        self, app: ASGIApp, observe: Observe, most_bytes: Mapping[str, int] | None = None
+    ) -> None:
         self._app = app
         self._observe = observe
+        self._most_bytes = most_bytes or {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one ASGI call."""
@@ -48,8 +54,10 @@ class Edge:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        request_id = _request_id(headers.get("x-request-id"))
         state = scope.setdefault("state", {})
+        request_id = _offered(headers)
+        if request_id is None:
+            request_id = state[FRESH_ID] = new_id(REQUEST)
         status = 0
         begun = time.perf_counter()
 
@@ -64,7 +72,8 @@ class Edge:
             await send(message)
 
         if (scope["method"], scope["path"]) not in _UPLOADS:
-            receive = _bounded(receive, headers)
+            most = self._most_bytes.get(scope["path"], MAX_BODY_BYTES)
+            receive = _bounded(receive, headers, most)
         try:
             with structlog.contextvars.bound_contextvars(request_id=request_id):
                 try:
@@ -91,17 +100,16 @@ class Edge:
             )
 
 
-def _request_id(offered: str | None) -> str:
-    if offered is not None and _SANE_ID.fullmatch(offered):
-        return offered
-    return "req_" + secrets.token_hex(12)
+def _offered(headers: Headers) -> str | None:
+    offered = headers.get("x-request-id")
+    return offered if offered is not None and _SANE_ID.fullmatch(offered) else None
 
 
-def _bounded(receive: Receive, headers: Headers) -> Receive:
+def _bounded(receive: Receive, headers: Headers, most: int) -> Receive:
     declared = headers.get("content-length", "0")
     taken = int(declared) if declared.isdecimal() and len(declared) < 20 else 0
-    refusal = HTTPException(413, f"The request body is larger than {MAX_BODY_BYTES} bytes.")
-    if taken > MAX_BODY_BYTES:
+    refusal = HTTPException(413, f"The request body is larger than {most} bytes.")
+    if taken > most:
 
         async def refuse() -> Message:
             raise refusal
@@ -113,7 +121,7 @@ def _bounded(receive: Receive, headers: Headers) -> Receive:
         nonlocal taken
         message = await receive()
         taken += len(message.get("body", b""))
-        if taken > MAX_BODY_BYTES:
+        if taken > most:
             raise refusal
         return message
 

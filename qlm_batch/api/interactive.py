@@ -11,6 +11,7 @@ import orjson
 from fastapi import APIRouter, Header, Request, Response
 
 from qlm_batch.api.auth import Parts, Writer
+from qlm_batch.api.edge import FRESH_ID
 from qlm_batch.api.errors import RETRY_AFTER_S
 from qlm_batch.api.limits import TTFT_MS
 from qlm_batch.api.responses import errors
@@ -24,6 +25,7 @@ from qlm_batch.domain.jobs import CHAT, COMPLETIONS, EMBEDDINGS, ApiKey
 
 router = APIRouter(tags=["interactive"])
 
+ENDPOINTS = (CHAT, COMPLETIONS, EMBEDDINGS)
 _MAX_TTFT_S = 3600.0
 _MAX_MODEL = 256
 _BODY = {
@@ -102,7 +104,13 @@ async def _answer(
     asked = _read(await request.body(), endpoint)
     target_s = ttft or _target(key, services)
     call = await calls.open(
-        key.tenant, endpoint, asked.model, asked.body, streamed=asked.streamed, ttft_s=target_s
+        key.tenant,
+        endpoint,
+        asked.model,
+        asked.body,
+        streamed=asked.streamed,
+        ttft_s=target_s,
+        request_id=getattr(request.state, FRESH_ID, None),
     )
     watch = Watch(request.app.state.metrics, calls, began, target_s)
     parts = calls.parts(call)

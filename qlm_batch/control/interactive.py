@@ -28,14 +28,13 @@ from qlm_batch.domain.interactive import (
 from qlm_batch.domain.messages import Interactive
 from qlm_batch.domain.ports import Courier, InstanceStore, InteractiveStore
 from qlm_batch.domain.snapshot import InstanceState
-from qlm_batch.ids import new_id
+from qlm_batch.ids import REQUEST, new_id
 from qlm_batch.scheduling.routing import Boot, Full, Route, route
 
 P = ParamSpec("P")
 T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
-REQUEST = "req_"
 THREADS = 8
 WAIT_S = 0.5
 """How long a silent stream is waited for before anything else is looked at."""
@@ -107,9 +106,19 @@ class Calls:
         self._service_s = 1.0
 
     async def open(
-        self, tenant: str, endpoint: str, model: str, body: str, *, streamed: bool, ttft_s: float
+        self,
+        tenant: str,
+        endpoint: str,
+        model: str,
+        body: str,
+        *,
+        streamed: bool,
+        ttft_s: float,
+        request_id: str | None = None,
     ) -> Call:
         """Route, store and send a request; follow it with `parts`, and `close` it in every case.
+
+        It goes by `request_id`, which no other request may have had, else by a new id.
 
         NotFound for a model nobody serves; TooMany when all who do have enough; Unavailable.
         """
@@ -120,7 +129,7 @@ class Calls:
             )
         chosen = await self._route(model, ())
         new = NewInteractive(
-            id=new_id(REQUEST),
+            id=request_id or new_id(REQUEST),
             tenant=tenant,
             endpoint=endpoint,
             model=model,

@@ -102,9 +102,10 @@ def _out_of_bounds(body: Mapping[str, object], max_n: int) -> InvalidInput | Non
     limits = dict.fromkeys(_COUNTS, max_n) | dict.fromkeys(_LOGPROBS, MAX_LOGPROBS)
     for field, limit in limits.items():
         value = body.get(field)
-        if isinstance(value, int) and not -1 < value <= limit:
+        least = 1 if field in _COUNTS else 0
+        if isinstance(value, int) and not least <= value <= limit:
             return InvalidInput(
-                f"'{field}' is {value}; it must lie between 0 and {limit}.",
+                f"'{field}' is {value}; it must lie between {least} and {limit}.",
                 code="invalid_value",
                 param=field,
             )

@@ -18,9 +18,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from qlm_batch.domain.errors import ConfigurationError
 from qlm_batch.scheduling.speed import StepTime
@@ -113,6 +114,13 @@ class _Instance(_Strict):
     batched_tokens: int = Field(default=2048, ge=16)
     rotate: bool = False
 
+    @field_validator("models")
+    @classmethod
+    def _once(cls, models: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(models)) < len(models):
+            raise ValueError("a model is named twice")
+        return models
+
 
 class _Profile(_Strict):
     model: str
@@ -138,6 +146,15 @@ class _Profile(_Strict):
         )
 
 
+_PLAIN: Final = {
+    "extra_forbidden": "there is no such field",
+    "missing": "is missing",
+    "model_type": "must be a mapping of fields and values",
+    "too_short": "must not be empty",
+}
+"""What pydantic's types of errors mean to who wrote the file."""
+
+
 class _File(_Strict):
     instances: tuple[_Instance, ...] = Field(min_length=1)
     profiles: tuple[_Profile, ...] = ()
@@ -146,15 +163,18 @@ class _File(_Strict):
 def read_fleet(path: Path) -> Fleet:
     """The fleet a YAML file describes. ConfigurationError names the field that is wrong."""
     try:
-        data = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+        # From the file rather than its text, so that a fault names it.
+        with path.open(encoding="utf-8") as text:
+            data = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigurationError(f"The fleet file {path} cannot be read: {error}") from None
     try:
         file = _File.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise ConfigurationError(f"{path}: {where}: {first['msg']}", param=where) from None
+        what = _PLAIN.get(first["type"], first["msg"])
+        raise ConfigurationError(f"{path}: {where}: {what}", param=where) from None
     own = {(p.model, p.device): p.profile() for p in file.profiles}
     specs = tuple(
         spec

@@ -12,6 +12,7 @@ mpl.use("Agg")
 
 import numpy as np
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator
 
 from qlm_batch.simulation.cluster import START, Outcome
 from qlm_batch.simulation.results import Json
@@ -20,6 +21,8 @@ from qlm_batch.simulation.run import Run
 _SIZE = (8.0, 4.5)
 _DPI = 120
 _COLORS = 10
+_MARKS = "os^DvP*X<"
+_DASHES: tuple[Any, ...] = ("-", (0, (6, 3)), (0, (2, 2)), (0, (6, 2, 1, 2)), (0, (1, 1)))
 
 
 def draw(runs: Sequence[Run], table: Sequence[Json], folder: Path) -> list[Path]:
@@ -43,29 +46,47 @@ def _saved(figure: Any, path: Path) -> Path:
     return path
 
 
+def _style(number: int) -> dict[str, Any]:
+    """A line of its own for each policy: thinner and broken ones lie over others they cover."""
+    return {
+        "color": plt.get_cmap("tab10")(number % _COLORS),
+        "linestyle": _DASHES[number % len(_DASHES)],
+        "linewidth": max(1.2, 3.2 - 0.5 * number),
+    }
+
+
 def _against_load(table: Sequence[Json], path: Path) -> Path:
     figure, axes = plt.subplots(figsize=_SIZE)
-    for policy in dict.fromkeys(row["policy"] for row in table):
+    least = 100.0
+    for n, policy in enumerate(dict.fromkeys(row["policy"] for row in table)):
         own = sorted((row for row in table if row["policy"] == policy), key=lambda row: row["load"])
         axes.errorbar(
             [row["load"] for row in own],
             [100.0 * row["goodput"] for row in own],
             yerr=[100.0 * row["goodput_ci"] for row in own],
-            marker="o",
             capsize=3,
             label=policy,
+            **_style(n),
+            marker=_MARKS[n % len(_MARKS)],
+            markersize=10.0 - min(n, 6),
         )
+        least = min(least, *(100.0 * (row["goodput"] - row["goodput_ci"]) for row in own))
     for name, style in (("bound", "--"), ("bound_clairvoyant", ":")):
         known = {row["load"]: row[name] for row in table if row[name] is not None}
         label = "length-blind bound" if name == "bound" else "clairvoyant bound"
         axes.plot(
-            sorted(known), [100.0 * known[x] for x in sorted(known)], f"k{style}", label=label
+            sorted(known),
+            [100.0 * known[x] for x in sorted(known)],
+            f"k{style}",
+            label=label,
+            zorder=5,
         )
     axes.set_xlabel("load, relative to the fleet's capacity")
     axes.set_ylabel("weighted goodput, %")
-    axes.set_ylim(bottom=0.0)
+    # Down to the next ten below the worst: policies are told apart near the top.
+    axes.set_ylim(bottom=max(0.0, 10.0 * ((least - 2.0) // 10.0)), top=102.0)
     axes.set_title(f"{table[0]['workload']}: what was on time")
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     axes.grid(alpha=0.3)
     return _saved(figure, path)
 
@@ -74,7 +95,7 @@ def _latencies(runs: Sequence[Run], path: Path) -> Path:
     """Distributions at the highest load: time to the first token, and of whole batch requests."""
     most = max(run.load for run in runs)
     figure, both = plt.subplots(1, 2, figsize=_SIZE)
-    for policy in dict.fromkeys(run.outcome.policy for run in runs):
+    for n, policy in enumerate(dict.fromkeys(run.outcome.policy for run in runs)):
         own = [r.outcome.requests for r in runs if r.load == most and r.outcome.policy == policy]
         waits = np.concatenate([(r.first - r.arrival)[r.interactive] for r in own])
         times = np.concatenate([(r.end - r.arrival)[~r.interactive] for r in own])
@@ -84,7 +105,7 @@ def _latencies(runs: Sequence[Run], path: Path) -> Path:
             # What never came counts as infinitely late: the curve ends below 100 %.
             known = np.sort(values[np.isfinite(values)])
             share = 100.0 * np.arange(1, len(known) + 1) / len(values)
-            axes.plot(known, share, label=policy)
+            axes.plot(known, share, label=policy, **_style(n))
     for axes, title in zip(both, ("interactive: first token", "batch: last token"), strict=True):
         axes.set_title(f"{title}, load {most:g}")
         axes.set_xlabel("seconds after arrival")
@@ -93,6 +114,10 @@ def _latencies(runs: Sequence[Run], path: Path) -> Path:
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter("")
+            axes.tick_params(axis="x", labelsize=8)
             axes.legend()
         else:
             axes.text(0.5, 0.5, "none", ha="center", transform=axes.transAxes)

@@ -19,8 +19,10 @@ from qlm_batch.control.recording import (
 )
 from qlm_batch.domain.errors import InvalidInput
 from qlm_batch.domain.jobs import SloClass
-from qlm_batch.domain.snapshot import RunView
+from qlm_batch.domain.snapshot import RunView, Snapshot
 from qlm_batch.scheduling.policies import POLICIES
+from qlm_batch.simulation.fleet import Fleet
+from qlm_batch.simulation.recorded_fleet import recorded_fleet
 from qlm_batch.simulation.workload import Arrival, Ints, WorkClass, Workload
 
 _UNKNOWN_OUTPUT = 128
@@ -34,7 +36,7 @@ class Replay:
     """What a log said: `same` of `plans` came back byte for byte.
 
     `different` is the time of the first that did not; `skipped` plans are of policies that are
-    not here.
+    not here. `fleet` is the one that served last; None where the log tells of none.
     """
 
     plans: int
@@ -42,12 +44,14 @@ class Replay:
     skipped: int
     different: float | None
     history: Workload
+    fleet: Fleet | None
 
 
 def replay(path: Path) -> Replay:
     """Ask every recorded question again. InvalidInput when the file is no log or has no work."""
     plans = same = skipped = 0
     different: float | None = None
+    last: Snapshot | None = None
     runs: dict[tuple[int, int], RunView] = {}
     lengths: dict[tuple[str, str], deque[_Sizes]] = defaultdict(deque)
     for entry in _entries(path):
@@ -59,6 +63,7 @@ def replay(path: Path) -> Replay:
                 for tenant, tokens, prompt in outputs:
                     lengths[model, tenant].append((max(1, prompt), max(1, tokens)))
             case PlanEntry():
+                last = entry.snapshot if entry.snapshot.instances else last
                 policy = POLICIES.get(entry.policy)
                 if policy is None:
                     skipped += 1
@@ -71,7 +76,8 @@ def replay(path: Path) -> Replay:
     if not runs:
         raise InvalidInput(f"The log {path} holds no work.", param="replay")
     history = _history(path.name.split(".")[0], list(runs.values()), lengths)
-    return Replay(plans, same, skipped, different, history)
+    fleet = None if last is None else recorded_fleet(last)
+    return Replay(plans, same, skipped, different, history, fleet)
 
 
 def _entries(path: Path) -> list[Entry]:

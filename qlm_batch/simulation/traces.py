@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, TextIO
 
@@ -20,6 +22,8 @@ from qlm_batch.simulation.workload import Arrival, Floats, Ints, WorkClass, Work
 
 _AZURE: Final = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 _MOONCAKE: Final = ("timestamp", "input_length", "output_length")
+_STAMP: Final = re.compile(r"(?P<whole>[^.]+)(?:\.(?P<decimals>\d+))?(?P<zone>Z|[+-]\d\d:?\d\d)?")
+_MOST_TOKENS: Final = 10**9
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,32 +82,60 @@ def _parsed(
     path: Path, rows: Iterable[tuple[int, Mapping[str, object]]]
 ) -> Iterator[tuple[float, int, int]]:
     for number, row in rows:
+        # Mooncake counts milliseconds.
+        names, unit = (_AZURE, 1.0) if all(name in row for name in _AZURE) else (_MOONCAKE, 1e-3)
+        if not all(row.get(name) not in (None, "") for name in names):
+            raise _fault(
+                path, number, f"expected {', '.join(_AZURE)} or {', '.join(_MOONCAKE)}, none empty"
+            )
+        name = names[0]
         try:
-            if all(name in row for name in _AZURE):
-                at, prompt, output = (str(row[name]) for name in _AZURE)
-                yield _seconds(at), int(prompt), int(output)
-            else:
-                # Mooncake counts milliseconds.
-                at, prompt, output = (str(row[name]) for name in _MOONCAKE)
-                yield float(at) / 1e3, int(prompt), int(output)
-        except (KeyError, ValueError):
-            raise InvalidInput(
-                f"{path}, line {number}: expected {', '.join(_AZURE)} or {', '.join(_MOONCAKE)}"
-                " with a time and two counts of tokens.",
-                param="trace",
-                line=number,
-            ) from None
+            at = unit * _seconds(str(row[name]))
+            name = names[1]
+            prompt = _tokens(str(row[name]))
+            name = names[2]
+            output = _tokens(str(row[name]))
+        except ValueError as error:
+            raise _fault(path, number, f"{name} is {str(row[name])[:80]!r}, {error}") from None
+        yield at, prompt, output
+
+
+def _fault(path: Path, line: int, what: str) -> InvalidInput:
+    return InvalidInput(f"{path}, line {line}: {what}.", param="trace", line=line)
+
+
+def _tokens(text: str) -> int:
+    """A count of tokens; ValueError says what it is not."""
+    if not text.isdecimal() or int(text) > _MOST_TOKENS:
+        raise ValueError("no count of tokens")
+    return int(text)
 
 
 def _seconds(text: str) -> float:
-    """A time stamp with up to seven decimals, or plain seconds."""
+    """A time stamp with any number of decimals, or a plain number; ValueError says what it is not.
+
+    Those without a zone are UTC.
+    """
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
-        head, _, decimals = text.partition(".")
-        whole = datetime.fromisoformat(head)
-        zero = datetime(1970, 1, 1, tzinfo=whole.tzinfo)
-        return (whole - zero).total_seconds() + float(f"0.{decimals or 0}")
+        stamp = _STAMP.fullmatch(text)
+        try:
+            whole = (
+                datetime.fromisoformat(stamp["whole"] + (stamp["zone"] or "")) if stamp else None
+            )
+        except ValueError:
+            whole = None
+        if stamp is None or whole is None:
+            raise ValueError("no time") from None
+        zone = whole.tzinfo or UTC
+        zero = datetime(1970, 1, 1, tzinfo=UTC)
+        return (whole.replace(tzinfo=zone) - zero).total_seconds() + float(
+            f"0.{stamp['decimals'] or 0}"
+        )
+    if not math.isfinite(number):
+        raise ValueError("no time")
+    return number
 
 
 def workload_of(

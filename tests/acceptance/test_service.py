@@ -136,6 +136,10 @@ def test_the_log_of_the_running_service_replays_to_the_same_plans(
     told = replay(log)
     assert told.plans == told.same > 0
     assert told.skipped == 0
+    assert told.fleet is not None
+    (instance,) = told.fleet.instances
+    assert told.history.arrivals[-1].model in instance.models
+    assert not told.fleet.extrapolated
 
 
 def test_the_command_line_says_what_is_wrong_and_how_to_mend_it(service: RunningService) -> None:
@@ -146,6 +150,18 @@ def test_the_command_line_says_what_is_wrong_and_how_to_mend_it(service: Running
     assert "No batch found" in json.loads(unknown.stdout)["error"]["message"]
     elsewhere = service.qlm("list", "--url", "http://127.0.0.1:9")
     assert elsewhere.returncode == 4 and "qlm up" in elsewhere.stderr
+
+
+def test_a_file_that_cannot_be_run_is_told_with_its_lines(
+    service: RunningService, tmp_path: Path
+) -> None:
+    file = tmp_path / "bad.jsonl"
+    file.write_text('{"url": "/v1/completions"}\n{never\n')
+    submitted = service.qlm("submit", str(file), "--wait")
+    assert submitted.returncode == 3
+    told = submitted.stdout.splitlines()
+    assert "failed" in told[0]
+    assert any("line 1" in line.lower() for line in told[1:])
 
 
 def test_a_batch_can_be_cancelled_while_it_runs(client: OpenAI, tmp_path: Path) -> None:

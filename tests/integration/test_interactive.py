@@ -81,6 +81,31 @@ def test_what_was_answered_is_stored_with_its_usage_and_timings(line: Line) -> N
     wait_until(lambda: not line.keys())
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_answer_goes_by_the_id_of_its_response(line: Line, *, streamed: bool) -> None:
+    answer = line.post("/v1/chat/completions", chat(stream=streamed))
+    named = answer.headers["x-request-id"]
+    told = events(answer)[0] if streamed else answer.json()
+    assert told["id"] == f"chatcmpl-{named}"
+
+
+def test_a_name_of_the_clients_own_is_not_an_answers_id(line: Line) -> None:
+    first, second = (
+        line.post("/v1/chat/completions", chat(), **{"x-request-id": "mine"}) for _ in range(2)
+    )
+    assert first.headers["x-request-id"] == second.headers["x-request-id"] == "mine"
+    assert first.json()["id"] != second.json()["id"]
+
+
+def test_a_body_may_hold_more_than_other_calls_take_but_not_anything(line: Line) -> None:
+    text = {"type": "text", "text": "x" * 2_000_000}
+    long = chat(messages=[{"role": "user", "content": [text]}])
+    said = error_of(line.post("/v1/chat/completions", long), 400)["message"]
+    assert "context" in said
+    endless = chat(messages=[{"role": "user", "content": "x" * 17_000_000}])
+    assert "16777216" in error_of(line.post("/v1/chat/completions", endless), 413)["message"]
+
+
 def test_completions_and_two_choices(line: Line) -> None:
     body = {"model": MODEL, "prompt": "Once", "max_tokens": 4, "n": 2}
     answer = line.post("/v1/completions", body).json()

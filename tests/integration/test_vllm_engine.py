@@ -235,6 +235,7 @@ async def test_an_engine_nobody_waits_for_any_more_is_not_started_again(
         (Settings(kv_cache_bytes=2**50), "of memory are free"),
         (Settings(max_model_len=2048, kv_cache_bytes=1024**2), "raise QLM_KV_CACHE_BYTES"),
         (Settings(start_timeout_s=0.01), "QLM_START_TIMEOUT_S"),
+        (Settings(tool_parser="parrot"), "no tool parser 'parrot'.*hermes"),
     ],
 )
 async def test_what_cannot_start_says_why(settings: Settings, problem: str) -> None:
@@ -244,6 +245,29 @@ async def test_what_cannot_start_says_why(settings: Settings, problem: str) -> N
     with pytest.raises(EngineDead):
         await engine.answer(chat())
     await engine.stop()
+
+
+@needs_vllm
+async def test_a_model_whose_tool_calls_can_be_read_calls_tools() -> None:
+    engine = make_engine(
+        Settings(kv_cache_bytes=KV_BYTES, tool_parser="hermes"), MODEL, EngineKind.GENERATE
+    )
+    await engine.start()
+    body = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": "What is the capital of Peru?"}],
+        "tools": [{"type": "function", "function": {"name": "look", "parameters": {}}}],
+        "tool_choice": "required",
+        "max_tokens": 200,
+        "temperature": 0,
+    }
+    try:
+        answer = await engine.answer(EngineRequest("r1", CHAT, json.dumps(body), 5, ""))
+    finally:
+        await engine.stop()
+    assert answer.status_code == 200, answer.body
+    (choice,) = json.loads(answer.body)["choices"]
+    assert [call["function"]["name"] for call in choice["message"]["tool_calls"]] == ["look"]
 
 
 def test_a_missing_folder_is_named() -> None:

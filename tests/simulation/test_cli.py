@@ -57,6 +57,28 @@ def test_wrong_arguments_are_refused_by_name() -> None:
     assert "--load" in CliRunner().invoke(cli, ["simulate", "--load", "-1"]).output
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--load", "nan"),
+        ("--load", "inf"),
+        ("--seed", "-1"),
+        ("--duration", "0s"),
+        ("--duration", "soon"),
+        ("--windows", "1m,0s"),
+    ],
+)
+def test_a_value_that_cannot_be_is_a_wrong_usage_of_its_option(option: str, value: str) -> None:
+    done = CliRunner().invoke(cli, ["simulate", option, value])
+    assert done.exit_code == 2
+    assert option in done.output
+
+
+def test_the_policies_to_choose_from_are_told_with_the_oracle() -> None:
+    with pytest.raises(ConfigurationError, match="qlm-paper, qlm and oracle"):
+        CliRunner().invoke(cli, ["simulate", "--policy", "qlm,,edf"], catch_exceptions=False)
+
+
 def test_a_recorded_run_is_replayed_and_then_run_on_another_fleet(tmp_path: Path) -> None:
     log, fleet = tmp_path / "log.jsonl.gz", tmp_path / "f.yaml"
     fleet.write_text("instances: [{name: x, device: h100, models: [mistral-7b]}]\n")
@@ -67,6 +89,47 @@ def test_a_recorded_run_is_replayed_and_then_run_on_another_fleet(tmp_path: Path
     told = json.loads(done.stdout)
     assert told["replay"]["plans"] == told["replay"]["same"] > 0
     assert told["rows"][0]["goodput"] > 0.9
+    assert "as recorded, edf-shed" in done.stderr
     with pytest.raises(ConfigurationError, match="--fleet"):
         arguments = ["simulate", "-w", "W2", "--replay", str(log)]
         CliRunner().invoke(cli, arguments, catch_exceptions=False)
+
+
+def test_a_history_runs_on_the_fleet_it_was_recorded_on_and_on_one_with_more(
+    tmp_path: Path,
+) -> None:
+    log, fleet = tmp_path / "log.jsonl", tmp_path / "f.yaml"
+    fleet.write_text(
+        "instances: [{name: x, device: card, models: [mine]}]\n"
+        "profiles: [{model: mine, device: card, base_ms: 30, per_sequence_ms: 0.1,"
+        " kv_tokens: 60000, slots: 16, weights_gb: 14}]\n"
+    )
+    busy_minute = ["simulate", "--policy", "edf", "--load", "0.9", "--duration", "1m"]
+    CliRunner().invoke(
+        cli, [*busy_minute, "--fleet", str(fleet), "--record", str(log)], catch_exceptions=False
+    )
+
+    def busy(*more: str) -> float:
+        done = CliRunner().invoke(
+            cli, ["simulate", "--replay", str(log), "--policy", "edf", "--json", *more]
+        )
+        assert done.exit_code == 0, done.output
+        (row,) = json.loads(done.stdout)["rows"]
+        return float(row["busy"])
+
+    alone = busy("--fleet", str(fleet))
+    assert busy() == pytest.approx(alone, rel=0.1), "learned steps are not what was simulated"
+    assert busy("--add", "1") < 0.7 * alone
+    assert busy("--add", "2:h100") < 0.5 * alone
+
+
+@pytest.mark.parametrize("more", ["x", "0", "-1", "1.5:h100"])
+def test_what_cannot_be_added_is_a_wrong_usage(more: str) -> None:
+    done = CliRunner().invoke(cli, ["simulate", "--add", more])
+    assert done.exit_code == 2
+    assert "2:h100" in done.output
+
+
+def test_a_device_nobody_knows_cannot_be_added() -> None:
+    with pytest.raises(ConfigurationError, match="moon"):
+        CliRunner().invoke(cli, [*SMALL, "--add", "1:moon"], catch_exceptions=False)

@@ -94,6 +94,37 @@ def test_a_trace_that_cannot_be_read_names_its_line(tmp_path: Path, name: str, t
         read_trace(path)
 
 
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ("0,10,-4", "output_length is '-4', no count of tokens"),
+        ("0,1e9,4", "input_length is '1e9', no count of tokens"),
+        ("0,10,99999999999999999999", "no count of tokens"),
+        ("nan,10,4", "timestamp is 'nan', no time"),
+        ("soon,10,4", "timestamp is 'soon', no time"),
+        ("0,10", "none empty"),
+    ],
+)
+def test_a_value_a_trace_cannot_have_is_refused_by_its_column(
+    tmp_path: Path, row: str, said: str
+) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_text(f"timestamp,input_length,output_length\n0,10,4\n{row}\n")
+    with pytest.raises(InvalidInput, match=f"line 3: .*{said}"):
+        read_trace(path)
+
+
+def test_time_stamps_may_name_their_zone(tmp_path: Path) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_text(
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+        "2023-11-16 18:15:46.68059Z,1,1\n"
+        "2023-11-16T19:15:47.68059+01:00,1,1\n"
+        "2023-11-16 18:15:48,1,1\n"
+    )
+    assert read_trace(path).at == pytest.approx([0.0, 1.0, 1.31941])
+
+
 def test_an_empty_trace_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "empty.csv"
     path.write_text("timestamp,input_length,output_length\n")
@@ -156,13 +187,17 @@ profiles:
             " {name: a, device: h100, models: [mistral-7b]}]",
             "share a name",
         ),
-        ("[1, 2", "cannot be read"),
+        ("[1, 2", r"cannot be read.*in \".*fleet.yaml\", line 1"),
+        ("\udcff", "cannot be read"),
+        ("", "mapping of fields"),
+        ("instances: []", "instances: must not be empty"),
+        ("instances: [{name: a, device: a100, models: [m, m]}]", "named twice"),
     ],
 )
 def test_a_wrong_fleet_file_is_refused_with_the_field(tmp_path: Path, text: str, told: str) -> None:
     path = tmp_path / "fleet.yaml"
-    path.write_text(text)
-    with pytest.raises(ConfigurationError, match=told):
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(ConfigurationError, match=f"(?s){told}"):
         read_fleet(path)
 
 

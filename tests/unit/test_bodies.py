@@ -50,7 +50,14 @@ def test_streaming_is_refused_naming_the_field() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("n", 17), ("n", -1), ("best_of", 17), ("top_logprobs", 21), ("prompt_logprobs", -1)],
+    [
+        ("n", 17),
+        ("n", 0),
+        ("n", -1),
+        ("best_of", 17),
+        ("top_logprobs", 21),
+        ("prompt_logprobs", -1),
+    ],
 )
 def test_counts_are_bounded(field: str, value: int) -> None:
     error = refuse_owned_fields(chat(**{field: value}))

@@ -66,6 +66,15 @@ def test_without_a_service_a_client_says_how_to_start_one(
     assert status == 4 and "qlm up" in said
 
 
+def test_an_address_that_is_none_is_refused_with_an_example(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, _, said = _run(capsys, monkeypatch, "list", "--url", "here:80", "--key", "k")
+    assert status == 1
+    assert "here:80" in said
+    assert "http://127.0.0.1:8600" in said
+
+
 def test_errors_are_json_when_json_is_asked_for(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

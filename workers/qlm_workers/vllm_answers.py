@@ -15,6 +15,7 @@ from qlm_workers.answers import error_answer, usage_of
 def shape(response: Any, first_token_s: float | None, duration_s: float) -> EngineAnswer:
     """The answer in a response model, an error model or a starlette response."""
     if (failure := getattr(response, "error", None)) is not None:
+        failure.message = _with_remedy(failure.message)
         return EngineAnswer(int(failure.code), response.model_dump_json(), duration_s=duration_s)
     if hasattr(response, "model_dump_json"):
         return EngineAnswer(
@@ -34,6 +35,15 @@ def shape(response: Any, first_token_s: float | None, duration_s: float) -> Engi
         )
     usage = usage_of(orjson.loads(raw).get("usage"))
     return EngineAnswer(response.status_code, bytes(raw).decode(), usage, duration_s, duration_s)
+
+
+def _with_remedy(message: str) -> str:
+    """vLLM names flags of its own server, which nobody here can give."""
+    if "--tool-call-parser" not in message:
+        return message
+    return (
+        f"{message}: start the service with --tool-parser NAME, or a worker with QLM_TOOL_PARSER."
+    )
 
 
 def _usage(usage: Any) -> Usage:

@@ -135,6 +135,15 @@ def on_cpu() -> bool:
     return bool(_platform.is_cpu())
 
 
+def tool_parsers() -> list[str]:
+    """The names of the parsers of tool calls, sorted."""
+    manager = _first(
+        "vllm.tool_parsers:ToolParserManager",
+        "vllm.entrypoints.openai.tool_parsers:ToolParserManager",
+    )
+    return sorted(manager.list_registered())
+
+
 def split_args(further: Mapping[str, object]) -> tuple[dict[str, object], dict[str, object]]:
     """Arguments of the engine and of its OpenAI layer. Raises ConfigurationError on others."""
     engine_fields = {field.name for field in dataclasses.fields(AsyncEngineArgs)}

@@ -297,7 +297,7 @@ class VllmEngine:
 
         self._api = vllm_api
         self._log = vllm_api.StepLog()
-        further, frontend = vllm_api.split_args(self._settings.engine_args)
+        further, frontend = vllm_api.split_args(self._further())
         arguments = self._arguments(vllm_api.on_cpu()) | further
         if vllm_api.on_cpu():
             arguments = processor.engine_args(further) | arguments
@@ -306,6 +306,21 @@ class VllmEngine:
         self.sleeps = bool(arguments.get("enable_sleep_mode"))
         self._engine = self._build(arguments)
         return frontend
+
+    def _further(self) -> dict[str, object]:
+        """Arguments the user gave, with those that other settings stand for."""
+        parser = self._settings.tool_parser
+        if not parser or self._kind is not EngineKind.GENERATE:
+            return self._settings.engine_args
+        known = self._api.tool_parsers()
+        if parser not in known:
+            raise ConfigurationError(
+                f"This vLLM has no tool parser '{parser}'; set QLM_TOOL_PARSER or --tool-parser to "
+                f"one of {', '.join(known)}.",
+                param="tool_parser",
+            )
+        own: dict[str, object] = {"enable_auto_tool_choice": True, "tool_call_parser": parser}
+        return own | self._settings.engine_args
 
     def _build(self, arguments: dict[str, object]) -> Any:
         """The engine, tried for twice where its process ended without a reason known here."""
