@@ -112,20 +112,28 @@ def _in_hand(snapshot: Snapshot, instance: int, estimator: Estimator) -> float:
 
 def parts_of(places: Places, snapshot: Snapshot) -> Parts:
     """The parts that batches have in these places, those that have a place to themselves first."""
-    of = [n for n, batches in enumerate(places.batches) if len(batches) == 1]
+    sizes = list(map(len, places.batches))
+    of = [n for n, size in enumerate(sizes) if size == 1]
     batches = [places.batches[n][0] for n in of]
-    requests, behind = [float(places.work[n].requests) for n in of], [0.0] * len(of)
-    if len(of) < len(places.work):
+    requests, behind = [places.work[n].requests for n in of], [0.0] * len(of)
+    mixed = [n for n, size in enumerate(sizes) if size > 1]
+    if mixed:
         batch_of = {(run.run_id, run.generation): run.batch_id for run in snapshot.runs}
-        for n, work in enumerate(places.work):
-            if isinstance(work, RequestGroup) and len(work.batches) > 1:
-                slices, done = work.slices, 0
-                for part in work.parts:
-                    done += part.slices
-                    batch_id = batch_of.get((part.run_id, part.generation))
-                    if batch_id is not None:
-                        of.append(n)
-                        batches.append(batch_id)
-                        requests.append(max(1, round(work.requests * part.slices / slices)))
-                        behind.append(1.0 - done / slices)
-    return Parts(batches, np.array(of, dtype=np.int64), np.array(requests), np.array(behind))
+        for n in mixed:
+            work = places.work[n]
+            assert isinstance(work, RequestGroup)
+            slices, done = work.slices, 0
+            for part in work.parts:
+                done += part.slices
+                batch_id = batch_of.get((part.run_id, part.generation))
+                if batch_id is not None:
+                    of.append(n)
+                    batches.append(batch_id)
+                    requests.append(max(1, round(work.requests * part.slices / slices)))
+                    behind.append(1.0 - done / slices)
+    return Parts(
+        batches,
+        np.array(of, dtype=np.int64),
+        np.array(requests, dtype=np.float64),
+        np.array(behind),
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import repeat
 
 import numpy as np
 
@@ -28,11 +29,6 @@ class End:
     told: Foreseen
     miss: float
     reason: str
-
-    def estimate(self, now: float) -> Estimate:
-        """In absolute times."""
-        told = self.told
-        return Estimate(now + told.p50_s, now + told.p95_s, self.miss, self.reason, now)
 
 
 def ends_of(plan: Plan, snapshot: Snapshot, estimator: Estimator) -> Mapping[str, End]:
@@ -106,7 +102,16 @@ def _part_ends(
 def with_estimates(plan: Plan, ends: Mapping[str, End]) -> Plan:
     """The plan with an estimate for every batch; without quantiles where a part is not served."""
     now = plan.made_at
-    estimates = {batch_id: end.estimate(now) for batch_id, end in ends.items()}
+    told = [end.told for end in ends.values()]
+    made = map(
+        Estimate,
+        [now + end.p50_s for end in told],
+        [now + end.p95_s for end in told],
+        [end.miss for end in ends.values()],
+        [end.reason for end in ends.values()],
+        repeat(now),
+    )
+    estimates = dict(zip(ends, made, strict=True))
     for placed in plan.unplaced:
         for batch_id in placed.group.batches:
             estimates[batch_id] = Estimate(None, None, None, placed.reason, now)
