@@ -116,21 +116,26 @@ def parts_of(places: Places, snapshot: Snapshot) -> Parts:
     of = [n for n, size in enumerate(sizes) if size == 1]
     batches = [places.batches[n][0] for n in of]
     requests, behind = [places.work[n].requests for n in of], [0.0] * len(of)
-    mixed = [n for n, size in enumerate(sizes) if size > 1]
-    if mixed:
+    mixed = [
+        (n, own)
+        for n, own in enumerate(places.work)
+        if isinstance(own, RequestGroup) and sizes[n] > 1
+    ]
+    batch_of: dict[tuple[int, int], str] = {}
+    if any(len(own.parts) != sizes[n] for n, own in mixed):
         batch_of = {(run.run_id, run.generation): run.batch_id for run in snapshot.runs}
-        for n in mixed:
-            work = places.work[n]
-            assert isinstance(work, RequestGroup)
-            slices, done = work.slices, 0
-            for part in work.parts:
-                done += part.slices
-                batch_id = batch_of.get((part.run_id, part.generation))
-                if batch_id is not None:
-                    of.append(n)
-                    batches.append(batch_id)
-                    requests.append(max(1, round(work.requests * part.slices / slices)))
-                    behind.append(1.0 - done / slices)
+    for n, work in mixed:
+        names = work.batches
+        # Batches are in the order of parts, but some may be of the same one.
+        if len(work.parts) != sizes[n]:
+            names = tuple(batch_of[part.run_id, part.generation] for part in work.parts)
+        slices, done = work.slices, 0
+        for part, batch_id in zip(work.parts, names, strict=True):
+            done += part.slices
+            of.append(n)
+            batches.append(batch_id)
+            requests.append(max(1, round(work.requests * part.slices / slices)))
+            behind.append(1.0 - done / slices)
     return Parts(
         batches,
         np.array(of, dtype=np.int64),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
 
@@ -31,7 +31,42 @@ class End:
     reason: str
 
 
-def ends_of(plan: Plan, snapshot: Snapshot, estimator: Estimator) -> Mapping[str, End]:
+class Ends(Mapping[str, End]):
+    """The end of each batch, kept as columns: of thousands only few are looked at."""
+
+    def __init__(
+        self,
+        index: Mapping[str, int],
+        models: Sequence[str],
+        told: Sequence[Sequence[float]],
+        informed: Sequence[bool],
+        misses: Sequence[float],
+        reasons: Sequence[str],
+    ) -> None:
+        """`index` says at which place of the columns a batch is; `told` are those of Foreseen."""
+        self._index, self._models, self._told, self._informed = index, models, told, informed
+        self._misses, self._reasons = misses, reasons
+
+    def __getitem__(self, batch_id: str) -> End:
+        n = self._index[batch_id]
+        mean_s, error, p50_s, p95_s = (column[n] for column in self._told)
+        told = Foreseen(mean_s, error, p50_s, p95_s, self._informed[n])
+        return End(self._models[n], told, self._misses[n], self._reasons[n])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._index)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def estimates(self, now: float) -> dict[str, Estimate]:
+        """All of them in absolute times."""
+        _, _, p50, p95 = ([now + own for own in column] for column in self._told)
+        made = map(Estimate, p50, p95, self._misses, self._reasons, repeat(now))
+        return dict(zip(self._index, made, strict=True))
+
+
+def ends_of(plan: Plan, snapshot: Snapshot, estimator: Estimator) -> Ends:
     """When every batch that has queued or assigned work ends, where all of it is served.
 
     A batch ends with the last of its parts; it misses when its most endangered part does.
@@ -39,7 +74,7 @@ def ends_of(plan: Plan, snapshot: Snapshot, estimator: Estimator) -> Mapping[str
     places = places_of(plan, snapshot, estimator)
     parts = parts_of(places, snapshot)
     if not parts.batches:
-        return {}
+        return Ends({}, (), ((),) * 4, (), (), ())
     work = estimator.steady(places.work, places.sources)
     mean, var = _part_ends(places, parts, work, estimator)
     # What is told beside that is the same for all work of one source at one class of instances.
@@ -60,18 +95,21 @@ def ends_of(plan: Plan, snapshot: Snapshot, estimator: Estimator) -> Mapping[str
     batch = np.array([index[batch_id] for batch_id in parts.batches], dtype=np.int64)
     order = np.lexsort((parts.of, -told[2], batch))
     starts = np.searchsorted(batch[order], np.arange(len(index)))
-    last = order[starts]
-    ends = map(
-        End,
-        [places.sources[n][0] for n in parts.of[last].tolist()],
-        map(Foreseen, *(part[last].tolist() for part in told), (informed[last] > 0.0).tolist()),
-        map(chance, np.minimum.reduceat(late[order], starts).tolist()),
-        [places.reasons[n] for n in parts.of[last].tolist()],
+    worst = np.minimum.reduceat(late[order], starts)
+    for lost in plan.unplaced:
+        for batch_id in lost.group.batches:
+            index.pop(batch_id, None)
+    kept = np.array(list(index.values()), dtype=np.int64)
+    last = order[starts[kept]]
+    of = parts.of[last].tolist()
+    return Ends(
+        {batch_id: n for n, batch_id in enumerate(index)},
+        [places.sources[n][0] for n in of],
+        [part[last].tolist() for part in told],
+        (informed[last] > 0.0).tolist(),
+        list(map(chance, worst[kept].tolist())),
+        [places.reasons[n] for n in of],
     )
-    unserved = {batch_id for lost in plan.unplaced for batch_id in lost.group.batches}
-    return {
-        batch_id: end for batch_id, end in zip(index, ends, strict=True) if batch_id not in unserved
-    }
 
 
 def _part_ends(
@@ -99,20 +137,10 @@ def _part_ends(
     return np.where(sooner, own.mean, mean), np.where(sooner, own.var, places.var[of] + own.var)
 
 
-def with_estimates(plan: Plan, ends: Mapping[str, End]) -> Plan:
+def with_estimates(plan: Plan, ends: Ends) -> Plan:
     """The plan with an estimate for every batch; without quantiles where a part is not served."""
-    now = plan.made_at
-    told = [end.told for end in ends.values()]
-    made = map(
-        Estimate,
-        [now + end.p50_s for end in told],
-        [now + end.p95_s for end in told],
-        [end.miss for end in ends.values()],
-        [end.reason for end in ends.values()],
-        repeat(now),
-    )
-    estimates = dict(zip(ends, made, strict=True))
+    estimates = ends.estimates(plan.made_at)
     for placed in plan.unplaced:
         for batch_id in placed.group.batches:
-            estimates[batch_id] = Estimate(None, None, None, placed.reason, now)
+            estimates[batch_id] = Estimate(None, None, None, placed.reason, plan.made_at)
     return replace(plan, estimates=estimates, estimator=VERSION)
