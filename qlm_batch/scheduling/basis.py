@@ -32,8 +32,6 @@ class Basis:
     flows: dict[tuple[Shape, int], Flow] = field(default_factory=dict)
     speeds: dict[tuple[str, str], tuple[Speed, StepTime]] = field(default_factory=dict)
     drains: dict[tuple[str, int], float] = field(default_factory=dict)
-    lasts: dict[tuple[Shape, int, int], tuple[Flow, float, float]] = field(default_factory=dict)
-    ignorances: dict[tuple[str, int], float] = field(default_factory=dict)
 
     @staticmethod
     def of(instances: Sequence[InstanceView], knowledge: Knowledge, before: Basis | None) -> Basis:

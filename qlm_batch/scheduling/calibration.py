@@ -20,6 +20,8 @@ from typing import Final
 
 import numpy as np
 
+from qlm_batch.scheduling.speed import Amount
+
 LEVEL = 0.95
 STEP = 0.02
 WINDOW = 100
@@ -67,10 +69,7 @@ class Foreseen:
 
     def beyond(self, seconds: float) -> float:
         """The chance that it takes longer, by the log-normal distribution of the two quantiles."""
-        if seconds <= 0.0:
-            return 1.0
-        spread = max(1e-6, math.log(self.p95_s / self.p50_s) / _Z95)
-        return 0.5 * math.erfc(math.log(seconds / self.p50_s) / (spread * _SQRT2))
+        return chance(float(beyond(seconds, self.p50_s, self.p95_s)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +85,37 @@ class Quantiles:
 
     def foreseen(self, mean_s: float, error: float, informed: bool = True) -> Foreseen:
         """What to tell of something that should take `mean_s`."""
-        mean_s, error = max(mean_s, _LEAST_S), max(error, LEAST_ERROR)
-        middle = max(-_MOST, min(_MOST, self.middle * error))
-        high = max(middle, min(_MOST, self.high * error))
-        return Foreseen(mean_s, error, mean_s * math.exp(middle), mean_s * math.exp(high), informed)
+        mean_s, error, p50_s, p95_s = bounds(mean_s, error, self.middle, self.high)
+        return Foreseen(float(mean_s), float(error), float(p50_s), float(p95_s), informed)
+
+
+def bounds(
+    mean_s: Amount, error: Amount, middle: Amount, high: Amount
+) -> tuple[Amount, Amount, Amount, Amount]:
+    """What to tell of what should take `mean_s`, by scores of half and of 95 % of outcomes.
+
+    The mean and its relative error as they are used, and the two quantiles in seconds.
+    """
+    mean_s, error = np.maximum(mean_s, _LEAST_S), np.maximum(error, LEAST_ERROR)
+    middle = np.clip(middle * error, -_MOST, _MOST)
+    high = np.maximum(middle, np.minimum(_MOST, high * error))
+    return mean_s, error, mean_s * np.exp(middle), mean_s * np.exp(high)
+
+
+def beyond(seconds: Amount, p50_s: Amount, p95_s: Amount) -> Amount:
+    """How far `seconds` lie beyond the median, as a deviation for `chance`; -inf without any.
+
+    By the log-normal distribution of the two quantiles.
+    """
+    spread = np.maximum(1e-6, np.log(p95_s / p50_s) / _Z95)
+    with np.errstate(divide="ignore"):
+        found: Amount = np.log(np.maximum(0.0, seconds) / p50_s) / (spread * _SQRT2)
+    return found
+
+
+def chance(deviation: float) -> float:
+    """The chance that something takes longer than a time that deviates so much."""
+    return 0.5 * math.erfc(deviation)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qlm_batch.domain.buckets import PromptMix
 from qlm_batch.domain.jobs import EngineKind
 from qlm_batch.domain.snapshot import (
     AssignedView,
@@ -26,10 +25,8 @@ from qlm_batch.domain.snapshot import (
     Snapshot,
 )
 from qlm_batch.scheduling.basis import Basis
-from qlm_batch.scheduling.calibration import Foreseen, Quantiles
 from qlm_batch.scheduling.fairness import Served
 from qlm_batch.scheduling.flows import (
-    EPSILON_S,
     Flow,
     Shape,
     few,
@@ -42,6 +39,7 @@ from qlm_batch.scheduling.flows import (
 from qlm_batch.scheduling.grouping import ModelCapacity
 from qlm_batch.scheduling.profile import Knowledge
 from qlm_batch.scheduling.speed import Amount, Speed, StepTime
+from qlm_batch.scheduling.steady import Source, Steady, steady
 from qlm_batch.scheduling.tabulating import tabulated
 from qlm_batch.scheduling.worktable import GroupWork, WorkTable
 
@@ -84,16 +82,18 @@ class Ready:
     ends: Mapping[tuple[int, int], tuple[float, float]] = field(default_factory=dict)
 
 
-class Last(NamedTuple):
-    """When the longest of some requests ends after its start, as mean and variance, seconds.
+class Doubt(NamedTuple):
+    """What is told of a model's work at some instances beside its mean and variance.
 
-    `together`: all that is inside the instance runs at once; else it is full, and interactive work
-    slows it down.
+    Scores of half and of 95 % of outcomes, see `Quantiles`; the sum of squared relative errors of
+    the model, of a mean length known from few requests, and of what was not learned yet; whether
+    the last is no more than that of the model.
     """
 
-    mean: float
-    var: float
-    together: bool
+    middle: float
+    high: float
+    squared: float
+    informed: bool
 
 
 class Estimator:
@@ -120,9 +120,7 @@ class Estimator:
         self.fleet = basis.fleet
         self._running, self._expected = basis.running, basis.expected
         self._flows, self._speeds, self._drains = basis.flows, basis.speeds, basis.drains
-        self._lasts, self._ignorances = basis.lasts, basis.ignorances
-        self._bounds: dict[str, tuple[Quantiles, float]] = {}
-        self._slow: list[float] = self.fleet.slow.tolist()
+        self._doubts: dict[tuple[str, int], Doubt] = {}
         self._ready: dict[tuple[int, bool], Ready] = {}
 
     @property
@@ -167,7 +165,6 @@ class Estimator:
             found = self._flows[key] = Flow(
                 running,
                 step_s,
-                step_s if speed.rate_only else min(step_s, step.base / speed.efficiency),
                 max(1.0, lengths.mean) * per_token,
                 lengths.var * per_token**2,
                 lengths,
@@ -228,7 +225,14 @@ class Estimator:
 
     def table(self, groups: Sequence[RequestGroup]) -> WorkTable:
         """What these groups would take at each instance, in the snapshot's order."""
-        return tabulated(groups, self.fleet, self._expected, self._speed)
+        sources = [(group.model, group.kind, group.tenant) for group in groups]
+        return tabulated(self.steady(groups, sources), self.fleet)
+
+    def steady(
+        self, work: Sequence[RequestGroup | AssignedView], sources: Sequence[Source]
+    ) -> Steady:
+        """How this work, each of its source, would run at each class of instances."""
+        return steady(work, sources, self.fleet, self._expected, self._speed)
 
     def expected_tokens(self, group: RequestGroup) -> float:
         """The output tokens the group's requests are expected to have in all."""
@@ -308,23 +312,6 @@ class Estimator:
         last = few(min(own.requests, math.ceil(flow.running)))
         return flow.tail_s(last) * float(self.fleet.slow[instance])
 
-    def last(
-        self, instance: int, shape: Shape, requests: int, prompts: PromptMix, inside: float
-    ) -> Last:
-        """How long the longest of so many takes at an instance that holds `inside` requests."""
-        key = (shape, self.fleet.class_of[instance], few(max(1, requests)))
-        found = self._lasts.get(key)
-        if found is None:
-            flow = self._flow(instance, shape)
-            found = self._lasts[key] = (flow, *flow.last(key[2], flow.running))
-        flow, mean, var = found
-        factor = self._expected.factor(shape, prompts) if prompts else 1.0
-        if inside <= flow.running:
-            mean, var = flow.last(requests, inside)
-            return Last(mean * factor, var * factor**2, True)
-        factor *= self._slow[instance]
-        return Last(mean * factor, var * factor**2, False)
-
     def flow_of(self, instance: int, group: RequestGroup) -> Flow:
         """The group's kind of work at an instance that hosts its model."""
         return self._flow(instance, shape_of_group(group))
@@ -359,31 +346,23 @@ class Estimator:
         found: Amount = np.maximum(0.0, mean + _z(level) * self.spread(mean, var))
         return found
 
-    def foreseen(self, mean: float, var: float, model: str, instance: int) -> Foreseen:
-        """When work of the model at the instance ends that should take so long, as users are told.
-
-        The relative error is that of the spread, of the model, of a mean length known from few
-        requests, and of what was not learned yet.
-        """
-        known = self._bounds.get(model)
-        if known is None:
-            of_lengths = self.knowledge.book(model).mean_error
-            known = self._bounds[model] = (self.knowledge.quantiles(model), of_lengths)
-        quantiles, of_lengths = known
-        mean = max(EPSILON_S, mean)
-        ignorance, of_model = self._ignorance(model, instance), self.config.model_error
-        squared = max(0.0, var) / mean**2 + of_model**2 + of_lengths**2 + ignorance**2
-        return quantiles.foreseen(mean, math.sqrt(math.log1p(squared)), ignorance <= of_model)
-
-    def _ignorance(self, model: str, instance: int) -> float:
-        """The relative error of what was not learned yet about the model's lengths and speed."""
+    def doubt(self, model: str, instance: int) -> Doubt:
+        """What is to be told of the model's work at an instance."""
         key = (model, self.fleet.class_of[instance])
-        found = self._ignorances.get(key)
+        found = self._doubts.get(key)
         if found is None:
-            pair = (self.fleet.roots.get(model, model), self.instances[instance].device)
-            lengths = UNKNOWN_LENGTHS * self.knowledge.book(model).unknown
-            speed = UNKNOWN_SPEED * self.knowledge.speed(*pair).unknown
-            found = self._ignorances[key] = math.hypot(lengths, speed)
+            book = self.knowledge.book(model)
+            speed = self.knowledge.speed(
+                self.fleet.roots.get(model, model), self.instances[instance].device
+            )
+            quantiles, of_model = self.knowledge.quantiles(model), self.config.model_error
+            ignorance = math.hypot(UNKNOWN_LENGTHS * book.unknown, UNKNOWN_SPEED * speed.unknown)
+            found = self._doubts[key] = Doubt(
+                quantiles.middle,
+                quantiles.high,
+                of_model**2 + book.mean_error**2 + ignorance**2,
+                ignorance <= of_model,
+            )
         return found
 
 

@@ -35,13 +35,11 @@ Shape = tuple[str, EngineKind, str, int, int]
 class Flow:
     """One kind of work at one instance, saturated: `running` at once, a step each `step_s`.
 
-    `request_s` and `request_var` are what one request adds to the instance's occupation. `base_s`
-    is the part of a step that does not depend on how many run.
+    `request_s` and `request_var` are what one request adds to the instance's occupation.
     """
 
     running: float
     step_s: float
-    base_s: float
     request_s: float
     request_var: float
     lengths: LengthDistribution
@@ -55,16 +53,6 @@ class Flow:
     def requests_per_s(self) -> float:
         """Requests per second."""
         return 1.0 / self.request_s
-
-    def last(self, requests: int, inside: float) -> tuple[float, float]:
-        """How long the longest of so many takes where `inside` run at once: mean and variance."""
-        full = min(1.0, inside / self.running)
-        step_s = self.base_s + (self.step_s - self.base_s) * full
-        count = few(max(1, min(requests, round(self.running))))
-        return (
-            self.lengths.largest_of(count) * step_s,
-            self.lengths.largest_var(count) * step_s**2,
-        )
 
     def tail_s(self, requests: float) -> float:
         """How much later than its occupation a group's last request is expected to end."""
@@ -114,6 +102,13 @@ def _least(bound: float, values: Amount) -> Amount:
 def _most(values: Amount, bounds: Amount) -> Amount:
     """The values, or of each its bound where it is more."""
     return min(values, bounds) if isinstance(values, float) else np.minimum(values, bounds)
+
+
+def unshared(speed: Speed, step: StepTime, step_s: Floats) -> Floats:
+    """The part of each of these steps that does not depend on how many run."""
+    if speed.rate_only:
+        return step_s
+    return np.minimum(step_s, step.base / speed.efficiency)
 
 
 def shape_of_group(group: RequestGroup) -> Shape:

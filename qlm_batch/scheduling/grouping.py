@@ -145,7 +145,8 @@ class _Queued:
 
     def label(self, run: int, behind: int) -> str:
         """The name of the piece with so many slices behind it; it keeps while any are left."""
-        return f"{self.runs[run].run_id}.{self.runs[run].generation}.{behind}"
+        own = self.runs[run]
+        return f"{own.run_id}.{own.generation}.{behind}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -194,56 +195,57 @@ def _groups(queued: _Queued, formed: _Formed) -> tuple[RequestGroup, ...]:
     deadline = np.array([runs[n].deadline for n in formed.run[first].tolist()])
     created = np.array([run.created_at for run in runs])
     arrivals = np.minimum.reduceat(created[formed.run], first)
-    arrived = arrivals.tolist()
+    # Stable, so that a run's groups stay in order from its head to its tail.
+    order = np.lexsort((arrivals, deadline))
+    starts, stops = first[order], np.append(first[1:], formed.run.size)[order]
     requests, prompt_tokens, max_tokens = (
-        np.add.reduceat(amount, first).tolist()
+        np.add.reduceat(amount, first)[order].tolist()
         for amount in (formed.requests, formed.prompt_tokens, formed.max_tokens)
     )
-    stops = np.append(first[1:], formed.run.size).tolist()
-    starts, of_piece, slices = first.tolist(), formed.run.tolist(), formed.slices.tolist()
-    names = zip(formed.run[formed.name].tolist(), formed.behind[formed.name].tolist(), strict=True)
-    keys = [queued.label(run, behind) for run, behind in names]
-    groups = []
-    # Stable, so that a run's groups stay in order from its head to its tail.
-    for g in np.lexsort((arrivals, deadline)).tolist():
-        start, stop = starts[g], stops[g]
-        run = runs[of_piece[start]]
-        if stop - start == 1:
-            parts: tuple[GroupPart, ...] = (GroupPart(run.run_id, run.generation, slices[start]),)
-            batches: tuple[str, ...] = (run.batch_id,)
-            prompts = run.prompts
-        else:
-            inside: dict[int, int] = {}
-            for n, size in zip(of_piece[start:stop], slices[start:stop], strict=True):
-                inside[n] = inside.get(n, 0) + size
-            members = [runs[n] for n in inside]
-            parts = tuple(
-                [
-                    GroupPart(own.run_id, own.generation, size)
-                    for own, size in zip(members, inside.values(), strict=True)
-                ]
-            )
-            batches = tuple(dict.fromkeys([own.batch_id for own in members]))
-            prompts = _mixed(members)
-        groups.append(
-            RequestGroup(
-                keys[g],
-                run.model,
-                run.kind,
-                run.slo_class,
-                run.tenant,
-                run.deadline,
-                arrived[g],
-                parts,
-                batches,
-                requests[g],
-                prompt_tokens[g],
-                max_tokens[g],
-                run.on_miss,
-                prompts,
-            )
+    name = formed.name[order]
+    keys = map(queued.label, formed.run[name].tolist(), formed.behind[name].tolist())
+    heads = [runs[n] for n in formed.run[starts].tolist()]
+    parts: list[tuple[GroupPart, ...]] = [
+        (GroupPart(run.run_id, run.generation, size),)
+        for run, size in zip(heads, formed.slices[starts].tolist(), strict=True)
+    ]
+    batches: list[tuple[str, ...]] = [(run.batch_id,) for run in heads]
+    prompts = [run.prompts for run in heads]
+    of_piece, slices = formed.run.tolist(), formed.slices.tolist()
+    mixed = np.flatnonzero(stops - starts > 1)
+    bounds = zip(mixed.tolist(), starts[mixed].tolist(), stops[mixed].tolist(), strict=True)
+    for g, start, stop in bounds:
+        inside: dict[int, int] = {}
+        for n, size in zip(of_piece[start:stop], slices[start:stop], strict=True):
+            inside[n] = inside.get(n, 0) + size
+        members = [runs[n] for n in inside]
+        parts[g] = tuple(
+            [
+                GroupPart(own.run_id, own.generation, size)
+                for own, size in zip(members, inside.values(), strict=True)
+            ]
         )
-    return tuple(groups)
+        batches[g] = tuple(dict.fromkeys([own.batch_id for own in members]))
+        prompts[g] = _mixed(members)
+    return tuple(
+        map(
+            RequestGroup,
+            keys,
+            [run.model for run in heads],
+            [run.kind for run in heads],
+            [run.slo_class for run in heads],
+            [run.tenant for run in heads],
+            [run.deadline for run in heads],
+            arrivals[order].tolist(),
+            parts,
+            batches,
+            requests,
+            prompt_tokens,
+            max_tokens,
+            [run.on_miss for run in heads],
+            prompts,
+        )
+    )
 
 
 def _mixed(runs: Sequence[RunView]) -> PromptMix:

@@ -124,15 +124,15 @@ class LengthDistribution:
         """From each value to the next, and from its square to the next one's."""
         return np.stack((np.diff(self.values), np.diff(self.values * self.values)))
 
-    def largest_under(self, limits: Floats, counts: Ints) -> Floats:
-        """Expected largest of each of these counts, at least 1, of lengths under each limit."""
+    def largest_under(self, limits: Floats, counts: Ints) -> tuple[Floats, Floats]:
+        """Mean and variance of the largest of so many lengths (at least 1) under each limit."""
         order = np.argsort(counts, kind="stable")
         kept = np.searchsorted(self.values, limits)
-        found = np.empty(counts.size)
-        found[order] = loops().largest(
+        mean, var = np.empty(counts.size), np.empty(counts.size)
+        mean[order], var[order] = loops().largest(
             self.values, self._up_to, counts[order], kept[order], limits[order]
         )
-        return found
+        return mean, var
 
     @cached_property
     def equally_likely(self) -> Floats:

@@ -42,7 +42,7 @@ class Loops(NamedTuple):
     by_insertion: Callable[[Columns, Ints, Ints, Ints, float, float], Ints]
     search: Callable[[Columns, Floats, Ints, Ints, Ints, int, int, int, float, float], int]
     survival: Callable[[Floats, Floats, Floats, float, float], tuple[Floats, Floats]]
-    largest: Callable[[Floats, Floats, Ints, Ints, Floats], Floats]
+    largest: Callable[[Floats, Floats, Ints, Ints, Floats], tuple[Floats, Floats]]
     trusted: Callable[[Floats, Floats, Floats, int, Floats, int, float, float], Floats]
     cut: Callable[[Ints, Ints, Floats, Ints], tuple[Ints, Ints]]
     packed: Callable[[Ints, Flags, Ints, Floats], tuple[Ints, Ints]]

@@ -2,154 +2,145 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
+
+import numpy as np
 
 from qlm_batch.domain.jobs import Estimate
-from qlm_batch.domain.snapshot import InstanceState, Plan, RequestGroup, Snapshot
-from qlm_batch.scheduling.calibration import Foreseen
-from qlm_batch.scheduling.estimator import VERSION, Estimator, Last
-from qlm_batch.scheduling.flows import shape_of_assigned, shape_of_group
+from qlm_batch.domain.snapshot import Plan, Snapshot
+from qlm_batch.scheduling.calibration import Foreseen, beyond, bounds, chance
+from qlm_batch.scheduling.estimator import VERSION, Estimator
+from qlm_batch.scheduling.flows import EPSILON_S, fews
+from qlm_batch.scheduling.places import Parts, Places, parts_of, places_of
+from qlm_batch.scheduling.steady import Steady, distinct
+from qlm_batch.scheduling.worktable import Floats
 
 
 @dataclass(slots=True)
 class End:
-    """When a batch is done, going by the parts seen so far: `told` of the last, of this `model`."""
+    """When a batch is done: `told` of its last part, of this `model`, and why it is there.
+
+    `miss` is the chance that its most endangered part is late.
+    """
 
     model: str
     told: Foreseen
     miss: float
     reason: str
 
-    def add(self, other: End) -> None:
-        """Take in one more part."""
-        if other.told.p50_s > self.told.p50_s:
-            self.model, self.told, self.reason = other.model, other.told, other.reason
-        self.miss = max(self.miss, other.miss)
 
-    def estimate(self, now: float) -> Estimate:
-        """In absolute times."""
-        told = self.told
-        return Estimate(now + told.p50_s, now + told.p95_s, self.miss, self.reason, now)
+class Ends(Mapping[str, End]):
+    """The end of each batch, kept as columns: of thousands only few are looked at."""
+
+    def __init__(
+        self,
+        index: Mapping[str, int],
+        models: Sequence[str],
+        told: Sequence[Sequence[float]],
+        informed: Sequence[bool],
+        misses: Sequence[float],
+        reasons: Sequence[str],
+    ) -> None:
+        """`index` says at which place of the columns a batch is; `told` are those of Foreseen."""
+        self._index, self._models, self._told, self._informed = index, models, told, informed
+        self._misses, self._reasons = misses, reasons
+
+    def __getitem__(self, batch_id: str) -> End:
+        n = self._index[batch_id]
+        mean_s, error, p50_s, p95_s = (column[n] for column in self._told)
+        told = Foreseen(mean_s, error, p50_s, p95_s, self._informed[n])
+        return End(self._models[n], told, self._misses[n], self._reasons[n])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._index)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def estimates(self, now: float) -> dict[str, Estimate]:
+        """All of them in absolute times."""
+        _, _, p50, p95 = ([now + own for own in column] for column in self._told)
+        made = map(Estimate, p50, p95, self._misses, self._reasons, repeat(now))
+        return dict(zip(self._index, made, strict=True))
 
 
-def ends_of(plan: Plan, snapshot: Snapshot, estimator: Estimator) -> Mapping[str, End]:
+def ends_of(plan: Plan, snapshot: Snapshot, estimator: Estimator) -> Ends:
     """When every batch that has queued or assigned work ends, where all of it is served.
 
     A batch ends with the last of its parts; it misses when its most endangered part does.
     """
-    ends: dict[str, End] = {}
-    for mean, var, left_s, model, instance, reason, batch_id in (
-        *_planned(plan, snapshot, estimator),
-        *_assigned(snapshot, estimator),
-    ):
-        told = estimator.foreseen(mean, var, model, instance)
-        end = End(model, told, told.beyond(left_s), reason)
-        known = ends.setdefault(batch_id, end)
-        if known is not end:
-            known.add(end)
-    for placed in plan.unplaced:
-        for batch_id in placed.group.batches:
-            ends.pop(batch_id, None)
-    return ends
+    places = places_of(plan, snapshot, estimator)
+    parts = parts_of(places, snapshot)
+    if not parts.batches:
+        return Ends({}, (), ((),) * 4, (), (), ())
+    work = estimator.steady(places.work, places.sources)
+    mean, var = _part_ends(places, parts, work, estimator)
+    # What is told beside that is the same for all work of one source at one class of instances.
+    source = np.repeat(np.arange(len(work.rows.sources)), np.diff(work.rows.bounds))[work.kind]
+    first, which = distinct(source, estimator.fleet.classes[places.instance])
+    doubts = [
+        estimator.doubt(places.sources[n][0], i)
+        for n, i in zip(first.tolist(), places.instance[first].tolist(), strict=True)
+    ]
+    middle, high, squared, informed = np.array(doubts).T[:, which[parts.of]]
+    mean = np.maximum(EPSILON_S, mean)
+    error = np.sqrt(np.log1p(np.maximum(0.0, var) / mean**2 + squared))
+    told = bounds(mean, error, middle, high)
+    left_s = np.array([own.deadline for own in places.work])[parts.of] - plan.made_at
+    late = beyond(left_s, told[2], told[3])
+    # Each batch's parts together, the last to end first; of those that end alike the first placed.
+    index = {batch_id: n for n, batch_id in enumerate(dict.fromkeys(parts.batches))}
+    batch = np.array([index[batch_id] for batch_id in parts.batches], dtype=np.int64)
+    order = np.lexsort((parts.of, -told[2], batch))
+    starts = np.searchsorted(batch[order], np.arange(len(index)))
+    worst = np.minimum.reduceat(late[order], starts)
+    for lost in plan.unplaced:
+        for batch_id in lost.group.batches:
+            index.pop(batch_id, None)
+    kept = np.array(list(index.values()), dtype=np.int64)
+    last = order[starts[kept]]
+    of = parts.of[last].tolist()
+    return Ends(
+        {batch_id: n for n, batch_id in enumerate(index)},
+        [places.sources[n][0] for n in of],
+        [part[last].tolist() for part in told],
+        (informed[last] > 0.0).tolist(),
+        list(map(chance, worst[kept].tolist())),
+        [places.reasons[n] for n in of],
+    )
 
 
-def with_estimates(plan: Plan, ends: Mapping[str, End]) -> Plan:
-    """The plan with an estimate for every batch; without quantiles where a part is not served."""
-    now = plan.made_at
-    estimates = {batch_id: end.estimate(now) for batch_id, end in ends.items()}
-    for placed in plan.unplaced:
-        for batch_id in placed.group.batches:
-            estimates[batch_id] = Estimate(None, None, None, placed.reason, now)
-    return replace(plan, estimates=estimates, estimator=VERSION)
+def _part_ends(
+    places: Places, parts: Parts, work: Steady, estimator: Estimator
+) -> tuple[Floats, Floats]:
+    """When each part ends, as mean and variance, seconds from now.
 
-
-_Part = tuple[float, float, float, str, int, str, str]
-"""Mean and variance of the end of some work, time to its deadline, model, where, why, batch."""
-
-
-def _planned(plan: Plan, snapshot: Snapshot, estimator: Estimator) -> Iterator[_Part]:
-    now = plan.made_at
-    index = {view.name: i for i, view in enumerate(snapshot.instances)}
-    batch_of = {(run.run_id, run.generation): run.batch_id for run in snapshot.runs}
-    for queue in plan.queues:
-        if not queue.groups:
-            continue
-        i = index[queue.instance]
-        inside, awake = _inside(snapshot, i, estimator), estimator.ready(i).awake
-        for placed in queue.groups:
-            group, shape = placed.group, shape_of_group(placed.group)
-            inside += group.requests if group.model in awake else math.inf
-            end_s, start_s = placed.finish_mean - now, placed.start - now
-            last = estimator.last(i, shape, group.requests, group.prompts, inside)
-            occupied_s = max(0.0, end_s - last.mean - start_s)
-            for batch_id, requests, behind in _batches(group, batch_of):
-                own = last
-                if requests < group.requests:
-                    own = estimator.last(i, shape, requests, group.prompts, inside)
-                mean = end_s - (last.mean - own.mean) - behind * occupied_s
-                yield (
-                    *_sooner(mean, placed.finish_var, own),
-                    group.deadline - now,
-                    group.model,
-                    i,
-                    f"let go: {placed.reason}" if placed.shed else placed.reason,
-                    batch_id,
-                )
-
-
-def _sooner(mean: float, var: float, last: Last) -> tuple[float, float]:
-    """When work ends, as mean and variance: as a full instance would end it, in `mean` and `var`.
-
-    Where all an instance has runs together, it ends when its longest request does.
+    Where all an instance has runs together, it ends when its longest request does; else in its
+    turn, as a full instance ends it.
     """
-    if last.together and last.mean < mean:
-        return last.mean, last.var
-    return mean, var + last.var
+    fleet, held = estimator.fleet, places.held
+    place, slow = fleet.classes[places.instance], fleet.slow[places.instance]
+    every = np.arange(len(places.work))
+    end = places.end.copy()
+    rest, at = work.kind[held:], place[held:]
+    running = np.ceil(work.flows.running[rest, at])
+    last = fews(np.minimum(work.requests[held:], running))
+    end[held:] += work.tails(rest, at, last) * slow[held:]
+    whole = work.lasts(every, place, slow, work.requests, places.inside)
+    of = parts.of
+    own = work.lasts(of, place[of], slow[of], parts.requests, places.inside[of])
+    occupied = np.maximum(0.0, end - whole.mean - places.start)
+    mean = end[of] - (whole.mean[of] - own.mean) - parts.behind * occupied[of]
+    sooner = own.together & (own.mean < mean)
+    return np.where(sooner, own.mean, mean), np.where(sooner, own.var, places.var[of] + own.var)
 
 
-def _batches(
-    group: RequestGroup, batch_of: Mapping[tuple[int, int], str]
-) -> Iterator[tuple[str, int, float]]:
-    """The group's batches with their requests, and the share of its work that stands behind."""
-    if len(group.batches) == 1:
-        yield group.batches[0], group.requests, 0.0
-        return
-    slices, done = group.slices, 0
-    for part in group.parts:
-        done += part.slices
-        requests = max(1, round(group.requests * part.slices / slices))
-        batch_id = batch_of.get((part.run_id, part.generation))
-        if batch_id is not None:
-            yield batch_id, requests, 1.0 - done / slices
-
-
-def _inside(snapshot: Snapshot, instance: int, estimator: Estimator) -> float:
-    """The requests an instance has in hand; inf where what comes next cannot begin at once."""
-    view, awake = snapshot.instances[instance], estimator.ready(instance).awake
-    held = [own for own in view.assigned if own.requests > 0]
-    if view.state is not InstanceState.READY or any(own.model not in awake for own in held):
-        return math.inf
-    return view.interactive_running + sum(own.requests for own in held)
-
-
-def _assigned(snapshot: Snapshot, estimator: Estimator) -> Iterator[_Part]:
-    for i, view in enumerate(snapshot.instances):
-        if not view.assigned:
-            continue
-        models = {model.name: model for model in view.models}
-        inside = _inside(snapshot, i, estimator)
-        for own in view.assigned:
-            if own.requests > 0 and estimator.serves(i, own.model):
-                mean, var = estimator.ready(i).ends[own.run_id, own.generation]
-                shape = shape_of_assigned(own, models[own.model])
-                last = estimator.last(i, shape, own.requests, own.prompts, inside)
-                yield (
-                    *_sooner(mean + estimator.tail_s(i, own), var, last),
-                    own.deadline - snapshot.now,
-                    own.model,
-                    i,
-                    f"running on {view.name}; model {own.model}",
-                    own.batch_id,
-                )
+def with_estimates(plan: Plan, ends: Ends) -> Plan:
+    """The plan with an estimate for every batch; without quantiles where a part is not served."""
+    estimates = ends.estimates(plan.made_at)
+    for placed in plan.unplaced:
+        for batch_id in placed.group.batches:
+            estimates[batch_id] = Estimate(None, None, None, placed.reason, plan.made_at)
+    return replace(plan, estimates=estimates, estimator=VERSION)

@@ -56,17 +56,19 @@ def survival(
 
 
 @compiled
-def largest(values: Floats, up_to: Floats, count: Ints, kept: Ints, limits: Floats) -> Floats:
-    """The expected largest of `count[n]` lengths of at most `limits[n]`; counts ascend.
+def largest(
+    values: Floats, up_to: Floats, count: Ints, kept: Ints, limits: Floats
+) -> tuple[Floats, Floats]:
+    """Mean and variance of the largest of `count[n]` lengths of at most `limits[n]`; counts ascend.
 
     `up_to` is the chance of a length up to each of the `values` but the last, `kept[n]` how many of
-    these are below the limit. E max = limit - ∫ F(x)^count dx, up to the limit.
+    these are below the limit. E max = limit - ∫ F(x)^count dx, up to the limit, and E max² alike
+    over x².
     """
-    out = np.empty(count.size)
-    below = np.zeros(values.size)
+    mean, var = np.empty(count.size), np.empty(count.size)
+    below, below_squares = np.zeros(values.size), np.zeros(values.size)
     n = 0
     while n < count.size:
-        below[0] = 0.0
         for j in range(up_to.size):
             power, base, left = 1.0, up_to[j], count[n]
             while left > 0:
@@ -74,18 +76,23 @@ def largest(values: Floats, up_to: Floats, count: Ints, kept: Ints, limits: Floa
                     power *= base
                 base *= base
                 left //= 2
-            below[j + 1] = below[j] + (values[j + 1] - values[j]) * power
+            step = values[j + 1] - values[j]
+            below[j + 1] = below[j] + step * power
+            square = step * (values[j + 1] + values[j])
+            below_squares[j + 1] = below_squares[j] + square * power
         same = count[n]
         while n < count.size and count[n] == same:
-            last = kept[n] - 1
-            if last < 0:
-                out[n] = limits[n]
-            elif last == up_to.size:
-                out[n] = values[last] - below[last]
-            else:
+            last, most = kept[n] - 1, limits[n]
+            lost = lost_squares = 0.0
+            if last == up_to.size:
+                most, lost, lost_squares = values[last], below[last], below_squares[last]
+            elif last >= 0:
                 # The part of a step between two values that lies below the limit.
-                part = (limits[n] - values[last]) / (values[last + 1] - values[last])
-                step = below[last + 1] - below[last]
-                out[n] = limits[n] - below[last] - part * step
+                step = values[last + 1] - values[last]
+                power = (below[last + 1] - below[last]) / step
+                lost = below[last] + (most - values[last]) * power
+                lost_squares = below_squares[last] + (most**2 - values[last] ** 2) * power
+            mean[n] = most - lost
+            var[n] = max(0.0, most**2 - lost_squares - mean[n] ** 2)
             n += 1
-    return out
+    return mean, var
