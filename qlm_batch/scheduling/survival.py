@@ -91,8 +91,10 @@ def largest(
                 step = values[last + 1] - values[last]
                 power = (below[last + 1] - below[last]) / step
                 lost = below[last] + (most - values[last]) * power
-                lost_squares = below_squares[last] + (most**2 - values[last] ** 2) * power
+                squares = (most - values[last]) * (most + values[last])
+                lost_squares = below_squares[last] + squares * power
             mean[n] = most - lost
-            var[n] = max(0.0, most**2 - lost_squares - mean[n] ** 2)
+            # That is E max² - (E max)², without taking one large number from another.
+            var[n] = max(0.0, lost * (most + mean[n]) - lost_squares)
             n += 1
     return mean, var
