@@ -101,7 +101,7 @@ class VllmEngine:
                     self._engine, self._name, self._kind, frontend, self._adapters
                 )
             # Seen once, they are ended even if the engine's core dies before its workers.
-            await asyncio.to_thread(self._guard.children)
+            await asyncio.to_thread(self._guard.settle)
             started = True
         except TimeoutError:
             raise ConfigurationError(
