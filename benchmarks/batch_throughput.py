@@ -3,7 +3,7 @@
 All three have the same model, type, slots and token budget and take their turns, several rounds
 over; while one runs the others are stopped. In its turn each gets a file to warm up, a small one
 and a large one; the rate is the marginal one, from the two times. Every output is parsed and its
-tokens are counted.
+tokens are counted. `--only llama-8b` is for a GPU.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +28,8 @@ import orjson
 import psutil
 
 from benchmarks.contenders import Contender
+from benchmarks.random_llama import DUMMY, SHAPES
+from benchmarks.random_llama import make as make_random
 from benchmarks.support import CHAT, TENANT, Stand, finish, load, require, say, stand, wait_until
 from qlm_batch.bootstrap import open_blobs
 from qlm_batch.domain.jobs import BatchSpec, FilePurpose, FileRecord
@@ -53,6 +55,7 @@ class Setup:
     dtype: str = "float32"
     kv_bytes: int = 512 * 1024**2
     eager: bool = True
+    further: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def files(self) -> tuple[int, int, int]:
@@ -86,7 +89,8 @@ class Setup:
             "max_num_batched_tokens": self.budget,
             "max_model_len": self.model_len,
             "kv_cache_memory_bytes": self.kv_bytes,
-            "enforce_eager": self.eager,
+            **({"enforce_eager": True} if self.eager else {}),
+            **self.further,
         }
 
 
@@ -94,21 +98,32 @@ def main() -> None:
     """Print the median rates of each contender on each model."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", choices=["tiny", "compute"])
+    parser.add_argument("--only", choices=["tiny", "compute", *SHAPES])
     parser.add_argument("--sizes", type=int, nargs=2, metavar=("SMALL", "LARGE"))
     options = parser.parse_args()
     result: dict[str, object] = {}
     with tempfile.TemporaryDirectory(prefix="qlm-throughput-") as folder:
-        for name in ("tiny", "compute"):
-            if options.only in (None, name):
-                setup = _setup(name, Path(folder), options.sizes)
-                result[name] = _compare(setup, Path(folder), options.rounds)
+        for name in (options.only,) if options.only else ("tiny", "compute"):
+            setup = _setup(name, Path(folder), options.sizes)
+            result[name] = _compare(setup, Path(folder), options.rounds)
     finish(result)
 
 
 def _setup(name: str, folder: Path, sizes: list[int] | None) -> Setup:
     if name == "tiny":
         return Setup("tiny", str(tiny_model_path()), tuple(sizes or (200, 1_700)))  # type: ignore[arg-type]
+    if name in SHAPES:
+        return Setup(
+            name,
+            str(make_random(folder / name, SHAPES[name])),
+            tuple(sizes or (1_000, 5_000)),  # type: ignore[arg-type]
+            slots=128,
+            dtype="bfloat16",
+            kv_bytes=4 * 1024**3,
+            eager=False,
+            # All three are on the GPU at once, and take turns.
+            further={**DUMMY, "gpu_memory_utilization": 0.3},
+        )
     path = folder / "compute"
     make = [sys.executable, str(ROOT / "tools/tiny_model/compute_bound.py"), str(path)]
     subprocess.run([*make, "--layers", "8", "--hidden", "512"], check=True, stdout=sys.stderr)
@@ -182,6 +197,7 @@ def _service(setup: Setup, folder: Path) -> Iterator[Stand]:
         max_model_len=setup.model_len,
         kv_cache_bytes=setup.kv_bytes,
         dtype=setup.dtype,
+        engine_args=dict(setup.further),
         instance="bench-0",
     ) as site:
         for name in ("scheduler", "files", "worker"):

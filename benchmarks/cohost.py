@@ -1,11 +1,13 @@
 """What interactive users notice of a batch on the same engine, and what it costs the batch.
 
-Real vLLM on a CPU, everything through HTTP. Arms: `idle` (the service without a batch), `service`
-(the service with a saturating batch, in windows between windows of `batch_only`), `fcfs` and
-`priority` (vLLM's own server with the same batch and the same interactive load). Times are seconds.
+Real vLLM on a CPU or a GPU, everything through HTTP. Arms: `idle` (the service without a batch),
+`service` (the service with a saturating batch, in windows between windows of `batch_only`), `fcfs`
+and `priority` (vLLM's own server with the same batch and the same interactive load). Times are
+seconds.
 
 `step_p50` is slots over the median batch-only rate. `--kv` makes keys and values scarce instead of
 places. `--instances 2` halves the slots over two engines and kills one in the middle of the load.
+`--device cuda` takes a model, slots and a load of a GPU's size.
 """
 
 from __future__ import annotations
@@ -18,9 +20,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +38,16 @@ from benchmarks.cohost_batch import body as line_body
 from benchmarks.cohost_forecast import Sizes, fitted
 from benchmarks.interactive_load import Arrival, Counter, Seen, arrivals, play, samples, summary
 from benchmarks.interactive_load import body as request_body
+from benchmarks.random_llama import DUMMY, SHAPES
+from benchmarks.random_llama import make as make_random
 from benchmarks.support import CHAT, Stand, finish, load, require, say, stand
 from benchmarks.vllm_server import vllm_server
 from qlm_workers.processor import BLOCK_TOKENS
 
 ARMS = ("idle", "service", "fcfs", "priority")
-RATE = 3.0
 BURST_EVERY_S = 6.0
 SETTLE_S = 3.0
 """Between a change of the load and the measurement of its rates."""
-KV_BYTES = 512 * 1024**2
 MODEL_LEN = 1024
 BUDGET = 2048
 REPEATS = 4
@@ -55,8 +57,41 @@ DUE = 1_900_000_000
 
 
 @dataclass(frozen=True)
+class Machine:
+    """What fits a device: the engine's sizes, and the interactive load."""
+
+    slots: int
+    kv_bytes: int
+    eager: bool
+    rate: float
+    burst: int
+    lines_per_s: float
+    """More lines of the batch than are answered in a second."""
+    shape: str | None = None
+    engine: Mapping[str, object] = field(default_factory=dict)
+    """Arguments both servers get."""
+
+
+MACHINES = {
+    "cpu": Machine(32, 512 * 1024**2, eager=True, rate=3.0, burst=16, lines_per_s=40),
+    "cuda": Machine(
+        128,
+        24 * 1024**3,
+        eager=False,
+        rate=20.0,
+        burst=64,
+        lines_per_s=120,
+        shape="llama-8b",
+        engine=DUMMY,
+    ),
+}
+
+
+@dataclass(frozen=True)
 class Plan:
     """Sizes of a run."""
+
+    machine: Machine
 
     window_s: float
     rounds: int
@@ -80,13 +115,16 @@ class Plan:
     def engine_args(self) -> dict[str, object]:
         """Arguments both servers get beyond the settings they share."""
         if self.kv_blocks is None:
-            return {}
-        return {"num_gpu_blocks_override": self.kv_blocks, "block_size": BLOCK_TOKENS}
+            return {**self.machine.engine}
+        blocks = {"num_gpu_blocks_override": self.kv_blocks, "block_size": BLOCK_TOKENS}
+        return {**self.machine.engine, **blocks}
 
     def loads(self) -> list[list[Arrival]]:
         """The interactive load of each window: the same in every arm, so that medians compare."""
         every_s = min(BURST_EVERY_S, self.window_s)
-        return [arrivals(self.window_s, RATE, every_s, seed) for seed in range(1, self.rounds + 1)]
+        rate, burst = self.machine.rate, self.machine.burst
+        seeds = range(1, self.rounds + 1)
+        return [arrivals(self.window_s, rate, every_s, seed, burst) for seed in seeds]
 
 
 def main() -> None:
@@ -96,23 +134,29 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small sizes, for development")
     parser.add_argument("--kv", type=int, nargs="?", const=240, metavar="BLOCKS")
     parser.add_argument("--instances", type=int, choices=(1, 2), default=1)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--device", choices=tuple(MACHINES), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="bfloat16 on a GPU")
+    parser.add_argument("--window", type=float, metavar="SECONDS", help="of each load")
     options = parser.parse_args()
+    machine = MACHINES[options.device]
     with tempfile.TemporaryDirectory(prefix="qlm-cohost-") as folder:
         plan = Plan(
-            window_s=7.0 if options.quick else 20.0,
+            machine=machine,
+            window_s=options.window or (7.0 if options.quick else 20.0),
             rounds=1 if options.quick else 3,
             bodies=32 if options.quick else 96,
-            slots=32 // options.instances,
+            slots=machine.slots // options.instances,
             instances=options.instances,
-            dtype=options.dtype,
+            dtype=options.dtype or ("float32" if options.device == "cpu" else "bfloat16"),
             kv_blocks=options.kv,
-            model=_make_model(Path(folder)),
+            model=_make_model(Path(folder), machine.shape),
         )
         finish(asyncio.run(_run(plan, options.arms, Path(folder))))
 
 
-def _make_model(folder: Path) -> Path:
+def _make_model(folder: Path, shape: str | None) -> Path:
+    if shape is not None:
+        return make_random(folder / shape, SHAPES[shape])
     path = folder / "compute"
     make = [sys.executable, str(ROOT / "tools/tiny_model/compute_bound.py"), str(path)]
     subprocess.run([*make, "--layers", "8", "--hidden", "512"], check=True, stdout=sys.stderr)
@@ -144,7 +188,7 @@ def _service(plan: Plan) -> Iterator[Stand]:
         slots=plan.slots,
         max_num_batched_tokens=BUDGET,
         max_model_len=MODEL_LEN,
-        kv_cache_bytes=KV_BYTES,
+        kv_cache_bytes=plan.machine.kv_bytes,
         dtype=plan.dtype,
         engine_args=plan.engine_args(),
         # Often told, so that tokens are counted to the window's edges.
@@ -253,7 +297,7 @@ async def _beside_a_batch(
         spread = compare(again, reference)
         say(f"two batch-only runs: {spread}")
     windows = 2 * plan.rounds + 1
-    lines = int(windows * (plan.window_s + SETTLE_S) * 40)
+    lines = int(windows * (plan.window_s + SETTLE_S) * plan.machine.lines_per_s)
     batch_id = await api.submit(file_of(plan.name, lines, plan.bodies))
     counter = Counter(session, f"{url}/metrics", "qlm_instance_output_tokens_total")
     watching = asyncio.create_task(counter.watch(0.25))
@@ -353,9 +397,9 @@ def _arguments(plan: Plan, policy: str) -> dict[str, object]:
         "max_num_seqs": plan.slots * plan.instances,
         "max_num_batched_tokens": BUDGET,
         "max_model_len": MODEL_LEN,
-        "kv_cache_memory_bytes": KV_BYTES,
+        "kv_cache_memory_bytes": plan.machine.kv_bytes,
         "scheduling_policy": policy,
-        "enforce_eager": True,
+        **({"enforce_eager": True} if plan.machine.eager else {}),
         **plan.engine_args(),
     }
 

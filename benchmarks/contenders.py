@@ -72,8 +72,13 @@ class Contender:
 
 def run_batch(engine: dict[str, object], given: IO[str]) -> None:
     """`vllm run-batch`, its engine started once."""
-    from vllm.entrypoints.launchers import run_batch as launcher
-    from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
+    try:
+        from vllm.entrypoints.launchers import run_batch as launcher
+        from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
+    except ImportError:
+        # Where they were up to 0.27 or so.
+        from vllm.entrypoints.openai import run_batch as launcher
+        from vllm.entrypoints.openai.api_server import build_async_engine_client
     from vllm.usage.usage_lib import UsageContext
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 

@@ -16,7 +16,7 @@ import numpy as np
 import orjson
 
 BURST = 16
-"""Requests of a burst, sent at once."""
+"""Requests of a burst, sent at once, unless more are asked for."""
 TOKENS = 16
 """Output tokens of an interactive request."""
 LIMIT_S = 180.0
@@ -41,7 +41,9 @@ class Seen:
     fault: str = ""
 
 
-def arrivals(seconds: float, rate: float, burst_every_s: float, seed: int) -> list[Arrival]:
+def arrivals(
+    seconds: float, rate: float, burst_every_s: float, seed: int, burst: int = BURST
+) -> list[Arrival]:
     """Poisson arrivals at `rate` a second, and a burst in the middle of every `burst_every_s`."""
     chance = random.Random(seed)
     found, at = [], chance.expovariate(rate)
@@ -52,7 +54,7 @@ def arrivals(seconds: float, rate: float, burst_every_s: float, seed: int) -> li
     found += [
         Arrival((number + 0.5) * burst_every_s, burst=True)
         for number in range(bursts)
-        for _ in range(BURST)
+        for _ in range(burst)
     ]
     return sorted(found, key=lambda arrival: arrival.at)
 

@@ -115,3 +115,44 @@ def test_a_grandchild_whose_parent_died_is_ended_too() -> None:
     guard.end_children()
     assert not alive(grandchild.pid)
     guard.release()
+
+
+def test_what_another_engine_started_later_is_left_alone() -> None:
+    sleeps = [sys.executable, "-c", "import time; time.sleep(300)"]
+    first = Guard()
+    own = subprocess.Popen([sys.executable, "-c", "import os, time; os.fork(); time.sleep(300)"])
+    wait_until(lambda: len(first.children()) == 2, "both seen")
+    first.settle()
+    second = Guard()
+    other = subprocess.Popen(sleeps)
+    wait_until(lambda: len(second.children()) == 1, "the other seen")
+    second.settle()
+    grown = {process.pid for process in first.children()}
+    first.end_children()
+    assert not any(alive(pid) for pid in (own.pid, *grown))
+    assert other.poll() is None
+    assert alive(second.pid)
+    second.end_children()
+    assert not alive(other.pid)
+    first.release()
+    second.release()
+
+
+def test_a_process_that_an_engine_starts_late_is_ended_with_it(tmp_path: Path) -> None:
+    guard = Guard()
+    go = tmp_path / "go"
+    late = (
+        "import pathlib, subprocess, sys, time\n"
+        f"while not pathlib.Path({str(go)!r}).exists(): time.sleep(0.02)\n"
+        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(300)'])\n"
+        "time.sleep(300)"
+    )
+    subprocess.Popen([sys.executable, "-c", late])
+    wait_until(lambda: len(guard.children()) == 1, "the engine seen")
+    guard.settle()
+    go.touch()
+    wait_until(lambda: len(guard.children()) == 2, "what it started seen")
+    pids = [process.pid for process in guard.children()]
+    guard.end_children()
+    assert not any(map(alive, pids))
+    guard.release()

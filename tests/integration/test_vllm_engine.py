@@ -180,6 +180,23 @@ async def test_a_dead_engine_core_fails_what_is_inside_and_stops_clean() -> None
 
 
 @needs_vllm
+async def test_the_end_of_one_engine_leaves_another_alone() -> None:
+    first, second = (
+        make_engine(Settings(kv_cache_bytes=KV_BYTES), MODEL, EngineKind.GENERATE) for _ in range(2)
+    )
+    try:
+        await first.start()
+        await second.start()
+        await first.stop()
+        body = {"model": MODEL, "messages": [{"role": "user", "content": "Hi."}], "max_tokens": 4}
+        answer = await second.answer(EngineRequest("r1", CHAT, json.dumps(body), 5, ""))
+        assert answer.status_code == 200, answer.body
+    finally:
+        await second.stop()
+        await first.stop()
+
+
+@needs_vllm
 async def test_an_engine_that_ends_while_it_starts_is_started_once_more(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

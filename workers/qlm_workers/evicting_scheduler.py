@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
+from collections import deque
 from collections.abc import Iterator
 from typing import Any, Self, cast
 
@@ -33,10 +34,13 @@ from qlm_batch.scheduling.eviction import (
 )
 
 OPTIONS = "qlm"
-"""The key in vLLM's `additional_config` under which `favour` and `slots` stand."""
+"""The key in vLLM's `additional_config` under which this scheduler's options stand."""
 
 EVICTIONS, RECOMPUTED = "qlm_evictions", "qlm_recomputed_tokens"
 """Under these names the counts stand in the statistics that reach the engine's front end."""
+
+STEP_US = "qlm_step_us"
+"""Under this name stands what a step took, in microseconds, where vLLM cannot tell."""
 
 _ADMITTED = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
 _GRAMMAR_WORDS = ("GRAMMAR", "FSM")
@@ -52,10 +56,14 @@ class EvictingScheduler(Scheduler):  # type: ignore[misc]
     Who gives a place away rests: for vLLM it runs, with its KV, but is in no step until there is a
     place again. Only where KV is short is one that rests preempted.
 
-    Options in `additional_config["qlm"]`: `favour` (see `eviction.Favour`), and `slots`, how many
-    requests of batch work may run; without it `max_num_seqs` less the headroom. With `tell` the
-    statistics carry how often requests gave way and how many tokens that cost, since the start,
-    in `waiting_lora_adapters`: their one field that takes any name.
+    Options in `additional_config["qlm"]`: `favour` (see `eviction.Favour`), `places`, how many
+    requests may run (without it `max_num_seqs`), and `slots`, how many of batch work (without it
+    `places` less the headroom). With `tell` the statistics carry how often requests gave way and
+    how many tokens that cost, since the start, in `waiting_lora_adapters`: their one field that
+    takes any name.
+
+    vLLM's second model runner has room for `max_num_seqs` requests, those that rest included: what
+    `places` leaves of them is how many can rest.
     """
 
     running: list[Any]
@@ -71,7 +79,10 @@ class EvictingScheduler(Scheduler):  # type: ignore[misc]
         super().__init__(vllm_config, *args, **kwargs)
         options = options_of(vllm_config.additional_config)
         self._limit_name = next(name for name in _LIMITS if hasattr(self, name))
-        self._size: int = getattr(self, self._limit_name)
+        limit: int = getattr(self, self._limit_name)
+        self._size = min(limit, int(options.get("places") or limit))
+        bounded = getattr(vllm_config, "use_v2_model_runner", False)
+        self._kept: int | None = self.scheduler_config.max_num_seqs if bounded else None
         favour = str(options.get("favour", "balanced"))
         slots = int(options.get("slots") or self._size - pace(favour, self._size).headroom)
         self._slots = max(1, min(slots, self._size))
@@ -83,6 +94,7 @@ class EvictingScheduler(Scheduler):  # type: ignore[misc]
         self._told = {EVICTIONS: 0, RECOMPUTED: 0}
         self._lost: dict[str, int] = {}
         self._resting: dict[str, Any] = {}
+        self._awaited: list[Any] = []
         self._stalled = False
         self._evictions: dict[str, int] = {}
         self._tried: dict[str, int] = {}
@@ -113,6 +125,8 @@ class EvictingScheduler(Scheduler):  # type: ignore[misc]
         finally:
             # Whoever looks between two steps finds those that rest among the running.
             self.running = [*self._resting.values(), *held, *self.running]
+            while self._awaited:
+                self.waiting.prepend_request(self._awaited.pop())
             self.max_num_scheduled_tokens = self._tokens_per_step
             setattr(self, self._limit_name, self._size)
         self._stalled = not output.total_num_scheduled_tokens
@@ -146,6 +160,7 @@ class EvictingScheduler(Scheduler):  # type: ignore[misc]
             self._urgent_at = now
         if urgent:
             self._evict(urgent, now)
+            self._fit_kept(urgent, now)
         places = self._limit(self._slots, urgent_running, urgent) - len(urgent)
         self._run_again(places, now)
         self._let_grow(now)
@@ -153,13 +168,29 @@ class EvictingScheduler(Scheduler):  # type: ignore[misc]
         limit = self._limit(0 if held else self._slots, urgent_running, urgent, len(held))
         # A streaming session between two inputs keeps a place without running.
         idle = getattr(self, "num_waiting_for_streaming_input", 0)
-        size = self._size - len(held)
+        size = self._room() - len(held)
         setattr(self, self._limit_name, max(min(size, limit + idle), len(self.running)))
         self._bound_batch_prefill(urgent, now)
         return held
 
     def _limit(self, slots: int, urgent_running: int, urgent: list[Any], held: int = 0) -> int:
         return admission_limit(self._size - held, slots, urgent_running + len(urgent))
+
+    def _room(self) -> int:
+        """How many may run, held back or not, so that the model runner has room for all."""
+        if self._kept is None:
+            return self._size
+        return min(self._size, self._kept - len(self._resting))
+
+    def _fit_kept(self, urgent: list[Any], now: float) -> None:
+        """Take from those that rest what the model runner keeps for them, where it runs short."""
+        if self._kept is None:
+            return
+        inside = len(self.running) + min(len(urgent), self._size - len(self.running))
+        for request in self._resting_by_rank():
+            if inside + len(self._resting) <= self._kept:
+                return
+            self._leave(request, now)
 
     def _run_again(self, places: int, now: float) -> None:
         """Let those that rest run while fewer than `places` do, who gives way last coming first.
@@ -200,6 +231,10 @@ class EvictingScheduler(Scheduler):  # type: ignore[misc]
         if self._frees_at_once(request):
             self._preempt_request(request, now)
             del self._resting[request.request_id]
+            if getattr(request, "num_output_placeholders", 0):
+                # Admitted in this very step it would compute the token still on its way again.
+                self.waiting.remove_request(request)
+                self._awaited.append(request)
 
     def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
         computed = request.num_computed_tokens
@@ -354,7 +389,28 @@ class EvictingScheduler(Scheduler):  # type: ignore[misc]
 
 
 class AsyncEvictingScheduler(EvictingScheduler, AsyncScheduler):  # type: ignore[misc]
-    """The same over vLLM's asynchronous scheduler."""
+    """The same over vLLM's asynchronous scheduler, which prepares a step while another runs.
+
+    vLLM times how long it waits for a step after the next one was prepared; here a step lasts from
+    the end of the one before, or from its own beginning where nothing ran.
+    """
+
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(vllm_config, *args, **kwargs)
+        self._begun: deque[float] = deque()
+        self._ended = float("-inf")
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        """One step, and when it began."""
+        self._begun.append(time.monotonic())
+        return super().schedule(*args, **kwargs)
+
+    def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
+        """What came of the oldest step under way, and how long it took."""
+        now = time.monotonic()
+        self._told[STEP_US] = round(1e6 * (now - max(self._ended, self._begun.popleft())))
+        self._ended = now
+        return super().update_from_output(*args, **kwargs)
 
 
 def options_of(additional_config: Any) -> dict[str, Any]:

@@ -25,7 +25,11 @@ _EAGER_FOR_S = 60.0
 
 
 class Guard:
-    """While it stands, the death of this process ends every child it has from now on."""
+    """While it stands, the death of this process ends every child it has from now on.
+
+    Of several in one process each ends, while the process lives, the children that came between its
+    own beginning and `settle`.
+    """
 
     def __init__(self) -> None:
         spared = sorted(_children_of(os.getpid()))
@@ -37,6 +41,7 @@ class Guard:
         )
         self._spared = {*spared, self._process.pid}
         self._known: dict[int, psutil.Process] = {}
+        self._settled = False
 
     @property
     def pid(self) -> int:
@@ -44,13 +49,25 @@ class Guard:
         return self._process.pid
 
     def children(self) -> list[psutil.Process]:
-        """The processes started since the guard stands, and theirs.
+        """The processes started since the guard stands, until it settled, and theirs.
 
         Those seen by an earlier call stay in the list while they live, also when the process
         between died and they are nobody's any more.
         """
-        for child in _descendants(psutil.Process(), self._spared):
+        if self._settled:
+            found = [later for child in self._alive() for later in _family(child)]
+        else:
+            found = _descendants(psutil.Process(), self._spared)
+        for child in found:
             self._known[child.pid] = child
+        return self._alive()
+
+    def settle(self) -> None:
+        """What this process starts from now on is somebody else's."""
+        self.children()
+        self._settled = True
+
+    def _alive(self) -> list[psutil.Process]:
         return [child for child in self._known.values() if child.is_running()]
 
     def end_children(self, patience_s: float = 5.0) -> None:
@@ -103,10 +120,14 @@ def _descendants(process: psutil.Process, spared: set[int]) -> list[psutil.Proce
     found: list[psutil.Process] = []
     for child in process.children():
         if child.pid not in spared and not _is_tracker(child):
-            found.append(child)
-            with contextlib.suppress(psutil.NoSuchProcess):
-                found += child.children(recursive=True)
+            found += [child, *_family(child)]
     return found
+
+
+def _family(process: psutil.Process) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return list(process.children(recursive=True))
+    return []
 
 
 def _is_tracker(process: psutil.Process) -> bool:

@@ -103,7 +103,7 @@ class StepLog(StatLoggerBase):  # type: ignore[misc]
                         details.num_ctx_requests + details.num_generation_requests,
                         round(self.kv_usage * self.kv_tokens),
                         details.num_ctx_tokens,
-                        details.elapsed_ms / 1000,
+                        told.get("qlm_step_us", 1000 * details.elapsed_ms) / 1e6,
                     )
                 )
         if iteration_stats is not None:

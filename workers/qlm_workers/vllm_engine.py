@@ -101,7 +101,7 @@ class VllmEngine:
                     self._engine, self._name, self._kind, frontend, self._adapters
                 )
             # Seen once, they are ended even if the engine's core dies before its workers.
-            await asyncio.to_thread(self._guard.children)
+            await asyncio.to_thread(self._guard.settle)
             started = True
         except TimeoutError:
             raise ConfigurationError(
@@ -291,6 +291,8 @@ class VllmEngine:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        # A fork would copy the locks that this process's other threads hold.
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         # A worker process may hang at its end, and what it holds is worth no wait.
         os.environ.setdefault("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "1")
         from qlm_workers import vllm_api
@@ -347,8 +349,16 @@ class VllmEngine:
         size = settings.slots
         if self._kind is EngineKind.GENERATE:
             size += pace(settings.favour, settings.slots).headroom
-            options = {"favour": settings.favour, "slots": settings.slots, "tell": True}
+            options = {
+                "favour": settings.favour,
+                "places": size,
+                "slots": settings.slots,
+                "tell": True,
+            }
             evicting = {"scheduler_cls": _EVICTING, "additional_config": {"qlm": options}}
+            if not cpu:
+                # Room in the model runner for batch work that rests.
+                size += settings.slots
         arguments: dict[str, object] = {
             "model": self._path,
             "served_model_name": [self._name],
