@@ -118,7 +118,7 @@ def fitted(
     `idle` is the load of the idle arm's windows; `idle_alone_s` and `idle_burst_s` are medians of
     its times to the first token, out of bursts and in them.
     """
-    own = pace("balanced", slots)
+    own = pace("balanced", slots, processor=device.startswith("cpu"))
     limits = EngineLimits(
         slots,
         kv_tokens,

@@ -42,12 +42,16 @@ class Pace:
     batch_prefill: int | None
 
 
-def pace(favour: str, slots: int) -> Pace:
-    """The pace for `slots` places of batch work. ValueError for an unknown favour."""
+def pace(favour: str, slots: int, *, processor: bool = False) -> Pace:
+    """The pace for `slots` places of batch work. ValueError for an unknown favour.
+
+    On a `processor` a step of few tokens is short. On a GPU it takes most of a full one, since it
+    reads the same weights: there, batch work sits out only where latency is favoured.
+    """
     if favour == "throughput":
         return Pace(0, False, None)
     if favour == "balanced":
-        return Pace(max(1, slots // 8), True, 512)
+        return Pace(max(1, slots // 8), processor, 512)
     if favour == "latency":
         return Pace(max(2, slots // 4), True, 64)
     raise ValueError(f"'{favour}' is none of {', '.join(get_args(Favour))}.")

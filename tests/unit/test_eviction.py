@@ -183,7 +183,8 @@ def test_batch_work_keeps_to_its_slots(urgent: int) -> None:
 def test_headroom_grows_as_latency_is_favoured() -> None:
     paces = [pace(favour, 32) for favour in ("throughput", "balanced", "latency")]
     assert [each.headroom for each in paces] == [0, 4, 8]
-    assert [each.alone for each in paces] == [False, True, True]
+    assert [each.alone for each in paces] == [False, False, True]
+    assert pace("balanced", 32, processor=True).alone
     assert pace("balanced", 1).headroom == 1
     with pytest.raises(ValueError, match="none of throughput, balanced, latency"):
         pace("both", 32)

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any, Self, cast
 
+from vllm.platforms import current_platform
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreEventType
@@ -86,7 +87,7 @@ class EvictingScheduler(Scheduler):  # type: ignore[misc]
         favour = str(options.get("favour", "balanced"))
         slots = int(options.get("slots") or self._size - pace(favour, self._size).headroom)
         self._slots = max(1, min(slots, self._size))
-        self._pace = pace(favour, self._slots)
+        self._pace = pace(favour, self._slots, processor=bool(current_platform.is_cpu()))
         self._tokens_per_step = self.max_num_scheduled_tokens
         self._decode_tokens = 1 + getattr(self, "num_spec_tokens", 0)
         self._kv_groups = max(1, len(self.kv_cache_config.kv_cache_groups))
