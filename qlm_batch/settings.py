@@ -40,7 +40,7 @@ class Settings(BaseSettings):
     log_json: bool = False
 
     host: str = "127.0.0.1"
-    port: int = 8600
+    port: int = Field(default=8600, ge=0, le=65535)
     public_url: str = ""
     """Base of the links in e-mails; empty means http://host:port."""
     max_file_bytes: int = 8 * 1024**3

@@ -35,7 +35,13 @@ _CALLBACK_WAIT_S = 60.0
     show_default=True,
     help="Folder the demo keeps its data and results in.",
 )
-@click.option("--port", type=int, default=8650, show_default=True, help="The API's port.")
+@click.option(
+    "--port",
+    type=click.IntRange(1, 65535),
+    default=8650,
+    show_default=True,
+    help="The API's port.",
+)
 @click.option("--engine", type=click.Choice(["vllm", "simulated"]), default="vllm")
 @json_option
 def demo(data_dir: Path, port: int, engine: str, as_json: bool) -> None:

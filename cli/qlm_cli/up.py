@@ -49,7 +49,7 @@ DEFAULT_MODEL = "qlm-tiny"
     help="How the models write tool calls, as hermes or llama3_json; for requests with tools.",
 )
 @data_dir_option
-@click.option("--port", type=int, default=None, help="The API's port.  [8600]")
+@click.option("--port", type=click.IntRange(1, 65535), help="The API's port.  [8600]")
 @click.option("--host", default=None, help="The API's address.  [127.0.0.1]")
 @click.option("--engine", type=click.Choice(["vllm", "openai", "simulated"]), default=None)
 @click.option("--engine-url", "--url", "engine_url", help="The server behind --engine openai.")

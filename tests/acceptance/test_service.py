@@ -139,7 +139,6 @@ def test_the_log_of_the_running_service_replays_to_the_same_plans(
     assert told.fleet is not None
     (instance,) = told.fleet.instances
     assert told.history.arrivals[-1].model in instance.models
-    assert not told.fleet.extrapolated
 
 
 def test_the_command_line_says_what_is_wrong_and_how_to_mend_it(service: RunningService) -> None:

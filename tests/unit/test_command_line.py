@@ -83,6 +83,13 @@ def test_errors_are_json_when_json_is_asked_for(
     assert set(json.loads(printed)["error"]) == {"message", "type", "param", "code"}
 
 
+@pytest.mark.parametrize("command", ["up", "demo"])
+def test_a_port_there_cannot_be_is_a_wrong_usage(command: str) -> None:
+    outcome = CliRunner().invoke(cli, [command, "--port", "99999"])
+    assert outcome.exit_code == 2
+    assert "--port" in outcome.output
+
+
 def test_an_unusable_setting_is_named(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
