@@ -14,6 +14,7 @@ import httpx
 
 from qlm_batch.domain.errors import ConfigurationError
 from qlm_batch.embedded.service import EmbeddedService
+from qlm_batch.scheduling.policies import policy
 from qlm_batch.settings import Settings, load_settings
 from qlm_cli.context import data_dir_option, json_option
 from qlm_cli.existing_engine import look_at
@@ -82,6 +83,8 @@ def up(
         engine=engine,
         engine_url=engine_url,
     )
+    # Told now, not by the scheduler once everything has started.
+    policy(settings.policy)
     if settings.engine == "openai":
         served, lines = look_at(settings.engine_url, settings.engine_api_key, settings.models)
         settings = settings.model_copy(update={"models": served})

@@ -98,6 +98,15 @@ def test_an_unusable_setting_is_named(
     assert status == 78 and "port" in said
 
 
+def test_a_policy_there_is_not_stops_the_service_before_it_starts(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("QLM_POLICY", "lifo")
+    status, _, said = _run(capsys, monkeypatch, "up", "--data-dir", str(tmp_path))
+    assert status == 78 and "QLM_POLICY" in said and "edf-shed" in said
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_process_without_a_database_says_what_to_set() -> None:
     kept = {name: value for name, value in os.environ.items() if name != "DATABASE_URL"}
     done = subprocess.run(

@@ -25,7 +25,9 @@ def policy(name: str) -> Policy:
         return POLICIES[name]
     except KeyError:
         known = ", ".join(POLICIES)
-        raise ConfigurationError(f"No policy is named {name!r}; set one of {known}.") from None
+        raise ConfigurationError(
+            f"No policy is named {name!r}; set QLM_POLICY to one of {known}.", param="policy"
+        ) from None
 
 
 __all__ = ["POLICIES", "OraclePolicy", "Policy", "policy"]
