@@ -1,8 +1,8 @@
 """A log of what the scheduler saw and decided, for the simulator: no bodies, no prompts.
 
-JSON lines. `arrival`: a run appeared in the queue. `lengths`: requests finished. `plan`: a policy
-was asked; the snapshot, the groups and the plan it gave are all there, so asking it again must
-give the same bytes.
+JSON lines. `arrival`: a run appeared in the queue. `lengths`: requests finished. `calls`:
+interactive requests were answered. `plan`: a policy was asked; the snapshot, the groups and the
+plan it gave are all there, so asking it again must give the same bytes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,15 @@ import structlog
 from pydantic import SerializerFunctionWrapHandler, TypeAdapter, WrapSerializer
 
 from qlm_batch.domain.ports import Planning
-from qlm_batch.domain.snapshot import Observation, Output, Plan, RequestGroup, RunView, Snapshot
+from qlm_batch.domain.snapshot import (
+    Call,
+    Observation,
+    Output,
+    Plan,
+    RequestGroup,
+    RunView,
+    Snapshot,
+)
 from qlm_batch.scheduling.estimator import Estimator, EstimatorConfig
 from qlm_batch.scheduling.policies import Policy
 from qlm_batch.scheduling.problem import Durations
@@ -53,6 +61,15 @@ class LengthsEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class CallsEntry:
+    """Interactive requests to `model` that were answered."""
+
+    model: str
+    calls: tuple[Call, ...]
+    type: Literal["calls"] = "calls"
+
+
+@dataclass(frozen=True, slots=True)
 class PlanEntry:
     """A question to a policy and its answer."""
 
@@ -68,7 +85,7 @@ class PlanEntry:
 
 log = structlog.get_logger(__name__)
 
-Entry = ArrivalEntry | LengthsEntry | PlanEntry
+Entry = ArrivalEntry | LengthsEntry | CallsEntry | PlanEntry
 
 _ENTRY: Final[TypeAdapter[Entry]] = TypeAdapter(Entry)
 _PLAN: Final[TypeAdapter[Plan]] = TypeAdapter(Plan)
@@ -133,6 +150,8 @@ class Recorder:
         for seen in observations:
             if seen.outputs:
                 self._write(LengthsEntry(seen.at, seen.model, seen.outputs))
+            if seen.calls:
+                self._write(CallsEntry(seen.model, seen.calls))
 
     def _write(self, entry: Entry) -> None:
         if not self._full:

@@ -194,15 +194,19 @@ class Profile:
 Output = tuple[str, int, int]
 """Tenant, output tokens and prompt tokens of a finished request."""
 
+Call = tuple[float, float, str, int, int]
+"""An interactive request answered: when it came (Unix time), in how many seconds its first token
+was due then, tenant, output tokens and prompt tokens."""
+
 
 @dataclass(frozen=True, slots=True)
 class Observation:
     """What an instance saw since it last reported; folded into profiles by the leader.
 
     `outputs` are (tenant, output tokens, prompt tokens as intake counted them) of finished
-    requests of `model`. `steps` are rows
-    (sequences, kv tokens, prefill tokens, seconds) of engine steps. `tokens` generated in `seconds`
-    while busy give the measured throughput.
+    requests of `model`, batch work all; `calls` are interactive ones, which nothing is learned
+    from. `steps` are rows (sequences, kv tokens, prefill tokens, seconds) of engine steps. `tokens`
+    generated in `seconds` while busy give the measured throughput.
     """
 
     instance: str
@@ -214,6 +218,7 @@ class Observation:
     tokens: int = 0
     requests: int = 0
     seconds: float = 0.0
+    calls: tuple[Call, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

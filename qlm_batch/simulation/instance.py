@@ -12,14 +12,29 @@ import numpy as np
 from qlm_batch.domain.jobs import EngineKind, ResultRow, Usage
 from qlm_batch.domain.ledger import Directive, Held, ReleaseReason
 from qlm_batch.domain.ports import Heartbeat, Store
-from qlm_batch.domain.snapshot import InstanceState, ModelView, Observation, Output, Residency
+from qlm_batch.domain.snapshot import (
+    Call,
+    InstanceState,
+    ModelView,
+    Observation,
+    Output,
+    Residency,
+)
 from qlm_batch.scheduling import agent, eviction
 from qlm_batch.scheduling.swapping import Change, Hosted, Parting, next_change, stay_s
 from qlm_batch.simulation.engine import EngineLimits
 from qlm_batch.simulation.events import EventQueue
 from qlm_batch.simulation.fast_engine import FastEngine
 from qlm_batch.simulation.fleet import InstanceSpec
-from qlm_batch.simulation.records import Columns, Lease, Span, Tallies, WorkerTimes, expiry
+from qlm_batch.simulation.records import (
+    Columns,
+    Lease,
+    Span,
+    Tallies,
+    WorkerTimes,
+    call_of,
+    expiry,
+)
 from qlm_batch.simulation.workload import Requests
 
 MOST_GENERATED: Final = 128
@@ -75,6 +90,7 @@ class SimulatedInstance:
         self._expires_at = math.inf
         self._rows: list[ResultRow] = []
         self._finished: list[Output] = []
+        self._calls: list[Call] = []
         self._share, self._shared_at = 0.0, self._events.now()
         self._turn = 0
         self._start_engine()
@@ -190,6 +206,7 @@ class SimulatedInstance:
             lease = self._by_key.pop(key, None)
             if lease is None:
                 del self._urgent[key]
+                self._calls.append(call_of(self._requests, key))
                 continue
             lease.left.discard(key)
             slice_, came = lease.slice, columns.arrival[key]
@@ -471,7 +488,7 @@ class SimulatedInstance:
         engine = self.engine
         generated, busy_s = self._reported
         tokens, seconds = engine.generated - generated, engine.busy_s - busy_s
-        if not (tokens or self._finished):
+        if not (tokens or self._finished or self._calls):
             return ()
         self._reported = (engine.generated, engine.busy_s)
         seen = Observation(
@@ -484,8 +501,9 @@ class SimulatedInstance:
             tokens=tokens,
             requests=len(self._finished),
             seconds=seconds,
+            calls=tuple(self._calls),
         )
-        self._finished = []
+        self._finished, self._calls = [], []
         return (seen,)
 
     def _fold_engine(self) -> None:

@@ -8,6 +8,7 @@ from typing import cast
 
 from qlm_batch.domain.jobs import ClaimedSlice
 from qlm_batch.domain.ledger import Held
+from qlm_batch.domain.snapshot import Call
 from qlm_batch.simulation.workload import Requests
 
 
@@ -58,6 +59,14 @@ class Columns:
         times = (requests.arrival.data, requests.first.data, requests.end.data)
         arrival, first, end = cast("tuple[memoryview[float], ...]", times)
         return Columns(requests.prompt.data, requests.output.data, arrival, first, end)
+
+
+def call_of(requests: Requests, key: int) -> Call:
+    """What an instance tells of an interactive request it answered."""
+    came = float(requests.arrival[key])
+    tenant = requests.tenants[int(requests.tenant[key])]
+    sizes = int(requests.output[key]), int(requests.prompt[key])
+    return came, float(requests.due[key]) - came, tenant, *sizes
 
 
 @dataclass(frozen=True, slots=True)

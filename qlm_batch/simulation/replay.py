@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import numpy as np
 
 from qlm_batch.control.recording import (
     ArrivalEntry,
+    CallsEntry,
     Entry,
     LengthsEntry,
     PlanEntry,
@@ -19,7 +22,7 @@ from qlm_batch.control.recording import (
 )
 from qlm_batch.domain.errors import InvalidInput
 from qlm_batch.domain.jobs import SloClass
-from qlm_batch.domain.snapshot import RunView, Snapshot
+from qlm_batch.domain.snapshot import Call, RunView, Snapshot
 from qlm_batch.scheduling.policies import POLICIES
 from qlm_batch.simulation.fleet import Fleet
 from qlm_batch.simulation.recorded_fleet import recorded_fleet
@@ -54,6 +57,7 @@ def replay(path: Path) -> Replay:
     last: Snapshot | None = None
     runs: dict[tuple[int, int], RunView] = {}
     lengths: dict[tuple[str, str], deque[_Sizes]] = defaultdict(deque)
+    calls: list[tuple[str, Call]] = []
     for entry in _entries(path):
         match entry:
             case ArrivalEntry(run):
@@ -62,6 +66,8 @@ def replay(path: Path) -> Replay:
             case LengthsEntry(_, model, outputs):
                 for tenant, tokens, prompt in outputs:
                     lengths[model, tenant].append((max(1, prompt), max(1, tokens)))
+            case CallsEntry(model, answered):
+                calls += [(model, call) for call in answered]
             case PlanEntry():
                 last = entry.snapshot if entry.snapshot.instances else last
                 policy = POLICIES.get(entry.policy)
@@ -73,9 +79,9 @@ def replay(path: Path) -> Replay:
                     same += 1
                 elif different is None:
                     different = entry.snapshot.now
-    if not runs:
+    if not runs and not calls:
         raise InvalidInput(f"The log {path} holds no work.", param="replay")
-    history = _history(path.name.split(".")[0], list(runs.values()), lengths)
+    history = _history(path.name.split(".")[0], list(runs.values()), lengths, calls)
     fleet = None if last is None else recorded_fleet(last)
     return Replay(plans, same, skipped, different, history, fleet)
 
@@ -90,33 +96,49 @@ def _entries(path: Path) -> list[Entry]:
 
 
 def _history(
-    name: str, runs: list[RunView], lengths: dict[tuple[str, str], deque[_Sizes]]
+    name: str,
+    runs: Sequence[RunView],
+    lengths: Mapping[tuple[str, str], deque[_Sizes]],
+    calls: Sequence[tuple[str, Call]],
 ) -> Workload:
-    """The runs as they came, with the lengths their requests had, in the order they finished.
+    """The runs and calls as they came.
 
-    Work the log does not see the end of gets lengths seen before; without any, a usual one.
+    Requests of runs get the lengths they had, in the order they finished. Work the log does not see
+    the end of gets lengths seen before; without any, a usual one.
     """
-    zero = min(run.created_at for run in runs)
+    zero = min((*(run.created_at for run in runs), *(came for _, (came, *_) in calls)))
     windows = sorted({_window(run) for run in runs})
+    targets = sorted({_target(call) for _, call in calls})
     arrivals = []
     for run in sorted(runs, key=lambda run: (run.created_at, run.run_id, run.generation)):
         prompt = max(1, round(run.prompt_tokens / max(1, run.requests)))
         known = lengths[run.model, run.tenant]
         prompts, outputs = _taken(known, run.requests, (prompt, _UNKNOWN_OUTPUT))
-        arrivals.append(
-            Arrival(
-                run.created_at - zero,
-                windows.index(_window(run)),
-                run.model,
-                run.tenant,
-                prompts,
-                outputs,
-            )
-        )
-    classes = tuple(WorkClass(f"{w:.0f}s", SloClass.BATCH, w) for w in windows)
-    most = max(-(-run.max_tokens // max(1, run.requests)) for run in runs)
-    duration = max(1.0, arrivals[-1].at)
-    return Workload(name, classes, tuple(arrivals), duration, max(1, most))
+        work_class = len(targets) + windows.index(_window(run))
+        at = run.created_at - zero
+        arrivals.append(Arrival(at, work_class, run.model, run.tenant, prompts, outputs))
+    for model, call in sorted(calls):
+        came, _, tenant, tokens, prompt = call
+        prompts, outputs = np.array([[max(1, prompt)], [max(1, tokens)]], dtype=np.int64)
+        target = targets.index(_target(call))
+        arrivals.append(Arrival(came - zero, target, model, tenant, prompts, outputs))
+    arrivals.sort(key=lambda arrival: arrival.at)
+    classes = (
+        *(WorkClass(f"call {t:g}s", SloClass.INTERACTIVE, t) for t in targets),
+        *(WorkClass(f"{w:.0f}s", SloClass.BATCH, w) for w in windows),
+    )
+    most = max(
+        *(-(-run.max_tokens // max(1, run.requests)) for run in runs),
+        *(tokens for _, (*_, tokens, _) in calls),
+        1,
+    )
+    return Workload(name, classes, tuple(arrivals), max(1.0, arrivals[-1].at), most)
+
+
+def _target(call: Call) -> float:
+    """In seconds, up to the next tenth: the way to the worker took some of it."""
+    _, due_s, *_ = call
+    return max(0.1, math.ceil(10.0 * due_s - 0.01) / 10.0)
 
 
 def _window(run: RunView) -> float:

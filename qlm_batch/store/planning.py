@@ -245,6 +245,11 @@ def _to_observation(data: dict[str, Any]) -> Observation:
             **data,
             "outputs": tuple((str(t), int(out), int(prompt)) for t, out, prompt in data["outputs"]),
             "steps": tuple((int(a), int(b), int(c), float(d)) for a, b, c, d in data["steps"]),
+            # A worker of the release before tells of none.
+            "calls": tuple(
+                (float(at), float(due_s), str(t), int(out), int(prompt))
+                for at, due_s, t, out, prompt in data.get("calls", ())
+            ),
         }
     )
 

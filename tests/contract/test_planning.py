@@ -141,8 +141,12 @@ def test_nothing_is_assigned_to_an_instance_nobody_knows(bench: Bench) -> None:
 
 
 def test_observations_are_drained_once_and_in_order(bench: Bench) -> None:
+    calls = ((1.5, 0.5, TENANT, 7, 5), (2.5, 20.0, TENANT, 8, 6))
     seen = tuple(
-        Observation("gpu-0", "cpu", MODEL, float(n), ((TENANT, n, 9),), ((1, 2, 3, 0.5),))
+        Observation(
+            *("gpu-0", "cpu", MODEL, float(n), ((TENANT, n, 9),), ((1, 2, 3, 0.5),)),
+            calls=calls[:n],
+        )
         for n in range(3)
     )
     bench.beat(observations=seen)

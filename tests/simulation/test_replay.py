@@ -9,10 +9,12 @@ import pytest
 
 from qlm_batch.control.recording import ArrivalEntry, PlanEntry, Recorder, read_log
 from qlm_batch.domain.errors import InvalidInput
+from qlm_batch.domain.jobs import SloClass
 from qlm_batch.domain.snapshot import Snapshot
 from qlm_batch.scheduling.policies import policy
 from qlm_batch.simulation.cluster import Cluster, SimulationConfig
 from qlm_batch.simulation.replay import replay
+from qlm_batch.simulation.workload import WorkClass
 from tests.simulation.cases import arrival, batch_class, fleet, workload
 
 MODELS = ("m", "n")
@@ -45,6 +47,27 @@ def test_a_changed_plan_is_noticed(tmp_path: Path) -> None:
     told = replay(path)
     assert told.same == told.plans - 1
     assert told.different is not None
+
+
+def test_the_history_holds_the_calls_with_their_times_and_targets(tmp_path: Path) -> None:
+    calls = [arrival(0.5 * n, 0, output=5 + n, tenant="u") for n in range(20)]
+    batches = [arrival(1.0, 1, lines=30)]
+    classes = (WorkClass("chat", SloClass.INTERACTIVE, 2.0), batch_class(90.0))
+    path = tmp_path / "log.jsonl"
+    with Recorder(path) as recorder:
+        work = workload(classes, sorted([*calls, *batches], key=lambda each: each.at), 10.0)
+        Cluster(fleet(1), work, policy("qlm"), SimulationConfig(drain_s=60.0), recorder).run()
+    history = replay(path).history
+    assert [(c.kind, c.target_s) for c in history.classes] == [
+        (SloClass.INTERACTIVE, 2.0),
+        (SloClass.BATCH, 90.0),
+    ]
+    found = [a for a in history.arrivals if a.work_class == 0]
+    assert [(a.tenant, a.prompts.tolist(), a.outputs.tolist()) for a in found] == [
+        (a.tenant, a.prompts.tolist(), a.outputs.tolist()) for a in calls
+    ]
+    assert [a.at for a in found] == pytest.approx([a.at for a in calls])
+    assert sum(len(a.prompts) for a in history.arrivals if a.work_class == 1) == 30
 
 
 def test_the_history_holds_what_was_asked_and_the_lengths_it_had(tmp_path: Path) -> None:

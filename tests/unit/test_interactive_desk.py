@@ -176,6 +176,10 @@ async def test_events_are_told_in_order_and_the_end_is_stored() -> None:
         stored = bench.store.interactive("acme", "req_1")
         assert (stored.result, stored.usage) == (f"a\nb\n{USAGE}", Usage(5, 0, 2))
         assert stored.first_token_s is not None
+        told = bench.host.meter.report(1000.0)
+        assert told is not None and told.outputs == ()
+        ((came, due_s, *of),) = told.calls
+        assert came + due_s == pytest.approx(max(came, 100.0)) and of == ["acme", 2, 5]
         (request,) = bench.engine.requests
         assert request.priority == agent.interactive_priority(100.0) < agent.engine_priority(0)
         assert events.closed

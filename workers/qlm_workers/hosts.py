@@ -11,7 +11,7 @@ from statistics import fmean
 from qlm_batch.domain.engine import Engine, EngineInfo, EngineStats
 from qlm_batch.domain.errors import Unavailable
 from qlm_batch.domain.jobs import ClaimedRequest, EngineKind, SloClass
-from qlm_batch.domain.snapshot import Latency, ModelView, Residency
+from qlm_batch.domain.snapshot import Call, Latency, ModelView, Residency
 from qlm_batch.scheduling import agent
 from qlm_workers.leases import Lease
 from qlm_workers.meter import Meter
@@ -178,6 +178,10 @@ class Host:
         else:
             adapter.finished(tenant, output_tokens, prompt_tokens)
             self.meter.of_adapter(output_tokens)
+
+    def called(self, model: str, call: Call) -> None:
+        """An interactive request to the model or one of its adapters was answered."""
+        self.adapters.get(model, self.meter).called(call)
 
     def timed(
         self,

@@ -251,12 +251,13 @@ class InteractiveDesk:
             ok = 200 <= end.status < 300
             self._mark(job, InteractiveState.DONE if ok else InteractiveState.FAILED)
             if ok:
-                job.host.timed(
-                    SloClass.INTERACTIVE,
-                    job.first_token_s,
-                    time.monotonic() - job.began,
-                    job.usage.output_tokens,
-                )
+                took_s = time.monotonic() - job.began
+                message, used = job.message, job.usage
+                job.host.timed(SloClass.INTERACTIVE, job.first_token_s, took_s, used.output_tokens)
+                came = time.time() - took_s
+                due_s = max(0.0, message.due_at - came)
+                sizes = used.output_tokens, used.input_tokens
+                job.host.called(message.model, (came, due_s, message.tenant, *sizes))
         self._unwritten.set()
 
     def _drop(self, job: _Job) -> None:

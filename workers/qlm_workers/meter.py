@@ -6,7 +6,7 @@ import time
 from collections import deque
 
 from qlm_batch.domain.engine import EngineStats
-from qlm_batch.domain.snapshot import Observation, Output
+from qlm_batch.domain.snapshot import Call, Observation, Output
 
 MOST_OUTPUTS = 1000
 MOST_STEPS = 200
@@ -20,6 +20,7 @@ class Meter:
     def __init__(self, instance: str, device: str, model: str) -> None:
         self._instance, self._device, self.model = instance, device, model
         self._outputs: deque[Output] = deque(maxlen=MOST_OUTPUTS)
+        self._calls: deque[Call] = deque(maxlen=MOST_OUTPUTS)
         self._steps: deque[tuple[int, int, int, float]] = deque(maxlen=MOST_STEPS)
         self._finished = 0
         self._finished_tokens = 0
@@ -42,6 +43,10 @@ class Meter:
         self._finished_tokens += output_tokens
         self._outputs.append((tenant, output_tokens, prompt_tokens))
         self._typical(output_tokens)
+
+    def called(self, call: Call) -> None:
+        """An interactive request was answered."""
+        self._calls.append(call)
 
     def of_adapter(self, output_tokens: int) -> None:
         """A request to an adapter of this model ended: work of the engine, told on its own."""
@@ -68,7 +73,7 @@ class Meter:
         """What was seen since the last report, dated `at` (Unix time); None when nothing was."""
         tokens = self._generated or self._finished_tokens
         self.tokens_per_s = tokens / self._busy_s if self._busy_s else 0.0
-        if not (self._finished or self._steps or tokens):
+        if not (self._finished or self._calls or self._steps or tokens):
             self._busy_s = 0.0
             return None
         seen = Observation(
@@ -81,8 +86,10 @@ class Meter:
             tokens=tokens,
             requests=self._finished,
             seconds=self._busy_s,
+            calls=tuple(self._calls),
         )
         self._outputs.clear()
+        self._calls.clear()
         self._steps.clear()
         self._finished = self._finished_tokens = self._generated = 0
         self._busy_s = 0.0
