@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
+import os
 import signal
 import statistics
 import subprocess
@@ -209,13 +211,24 @@ async def _service_arms(plan: Plan, site: Stand, arms: list[str]) -> dict[str, o
         await _until_served(session, f"{url}{CHAT}", plan)
         found: dict[str, object] = {}
         if "idle" in arms:
+            before = _serving_s(site)
             found["idle"] = summary(await _play_all(session, url, plan))
-            say(f"idle: {found['idle']}")
+            spent_s = _serving_s(site) - before
+            say(f"idle: {found['idle']}; {spent_s:.1f} s of processor time around the engine")
         if "service" in arms:
             found |= await _beside_a_batch(plan, site, session, url)
         if "idle" in arms and "service" in arms and plan.instances == 1:
-            found["foretold"] = await _foretold(plan, site, session, url, found)
+            found["foretold"] = await _foretold(plan, site, session, url, found, spent_s)
         return found
+
+
+def _serving_s(site: Stand) -> float:
+    """Processor seconds so far of all that serves and sends calls, but for engines and Valkey."""
+    spent = site.cpu_s()
+    around = (
+        cpu_s for name, cpu_s in spent.items() if name.startswith(("api", "worker", "postgres"))
+    )
+    return sum(around) + time.process_time()
 
 
 async def _foretold(
@@ -224,14 +237,20 @@ async def _foretold(
     session: aiohttp.ClientSession,
     url: str,
     found: dict[str, Any],
+    spent_s: float,
 ) -> dict[str, float]:
-    """What the simulator says of the service arm, beside what was measured."""
+    """What the simulator says of the service arm, beside what was measured.
+
+    `spent_s` is the processor time that went into the idle arm's calls around the engine.
+    """
     sizes = Sizes(
         batch_prompt=await _prompt_tokens(session, url, line_body(plan.name, 0)),
         batch_output=LINE_TOKENS,
         interactive_prompt=await _prompt_tokens(session, url, request_body(plan.name, 0)),
     )
     (view,) = site.store.instances()
+    cores = len(os.sched_getaffinity(0)) if view.device.startswith("cpu") else math.inf
+    taken = spent_s / (plan.arm_s * cores)
     model = fitted(
         site.store.snapshot().profiles,
         plan.name,
@@ -246,13 +265,14 @@ async def _foretold(
         window_s=plan.window_s,
         idle_alone_s=found["idle"]["ttft_alone_p50"],
         idle_burst_s=found["idle"]["ttft_burst_p50"],
+        taken=taken,
     )
     told = model.told(plan.loads(), plan.window_s, batch=True)
     prompts = found["service"]["interactive_done"] * sizes.interactive_prompt
     share = prompts * model.step.per_prefill / plan.arm_s
     say(f"a step takes {model.step}; {model.limits}, {sizes}")
     say(f"outside {1e3 * model.outside_s:.1f} ms, and {1e3 * model.handling_s:.1f} ms shared")
-    say(f"interactive prompts alone take {share:.1%} of the engine's time")
+    say(f"interactive prompts alone take {share:.1%} of the engine's time, calls {taken:.1%} of it")
     names = ("ttft_p50", "ttft_p95", "ttft_alone_p50", "ttft_burst_p50")
     measured = {name: found["service"][name] for name in names}
     measured["tokens_per_s"] = found["service"]["batch_tokens_per_s"]

@@ -2,8 +2,10 @@
 
 A step's time comes from what the service itself learned of the engine in the arms without a mixture
 (its profile), scaled so that the simulated batch-only rate is the measured one; what a call takes
-outside of the engine comes from the idle arm: a time of its own, and one it shares the processor
-for with the calls that came with it. Nothing is fitted on the windows foretold.
+outside of the engine comes from the idle arm: a time of its own, one it shares the processor for
+with the calls that came with it, and the processor time that the processes around the engine spent,
+which beside a batch they take from an engine that uses every core. Nothing is fitted on the windows
+foretold.
 """
 
 from __future__ import annotations
@@ -39,13 +41,18 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Forecast:
-    """The engine model with its coefficients."""
+    """The engine model with its coefficients.
+
+    `taken` is the share of the processor that serving the calls takes from the engine beside a
+    batch: 0 where it runs elsewhere.
+    """
 
     step: StepTime
     limits: EngineLimits
     sizes: Sizes
     outside_s: float = 0.0
     handling_s: float = 0.0
+    taken: float = 0.0
 
     def told(
         self, plans: Sequence[Sequence[Arrival]], seconds: float, *, batch: bool
@@ -66,7 +73,8 @@ class Forecast:
         self, plan: Sequence[Arrival], seconds: float, *, batch: bool
     ) -> tuple[list[float], float]:
         """The time to the first token of each arrival, and the output tokens a second."""
-        engine = FastEngine(self.limits, self.step)
+        step = self.step.times(1.0 / (1.0 - self.taken)) if batch else self.step
+        engine = FastEngine(self.limits, step)
         sizes, lines = self.sizes, 0
         first: dict[int, float] = {}
         sent: dict[int, float] = {}
@@ -112,11 +120,12 @@ def fitted(
     window_s: float,
     idle_alone_s: float,
     idle_burst_s: float,
+    taken: float,
 ) -> Forecast:
     """The model as the arms without a mixture show it.
 
     `idle` is the load of the idle arm's windows; `idle_alone_s` and `idle_burst_s` are medians of
-    its times to the first token, out of bursts and in them.
+    its times to the first token, out of bursts and in them; `taken` is as in Forecast.
     """
     own = pace("balanced", slots, processor=device.startswith("cpu"))
     limits = EngineLimits(
@@ -144,4 +153,4 @@ def fitted(
         low, high = (low, middle) if burst - alone > idle_burst_s - idle_alone_s else (middle, high)
     handling_s = 0.5 * (low + high)
     outside_s = max(0.0, idle_alone_s - medians(handling_s)[1])
-    return replace(scaled, handling_s=handling_s, outside_s=outside_s)
+    return replace(scaled, handling_s=handling_s, outside_s=outside_s, taken=taken)

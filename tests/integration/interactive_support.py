@@ -66,7 +66,8 @@ class Line:
         """Drop everything stored about requests."""
         harness = self.bench.harness
         assert isinstance(harness, PostgresHarness)
-        harness.execute("DELETE FROM interactive_request")
+        # Not row by row: workers may just be marking how the last ones ended.
+        harness.execute("LOCK TABLE interactive_request; DELETE FROM interactive_request")
 
     def keys(self) -> set[bytes]:
         """Keys of token streams and readers."""
