@@ -94,7 +94,6 @@ class Plan:
     """Sizes of a run."""
 
     machine: Machine
-
     window_s: float
     rounds: int
     bodies: int
