@@ -174,18 +174,20 @@ class Speed:
         if seconds <= 0.0 or (tokens <= 0 and requests <= 0):
             return self
         kept = float(np.exp(-seconds / RATE_WINDOW_S))
+        busy_s = self.busy_s * kept + seconds
         efficiency = self.efficiency
         sequences = sum(row[0] for row in rows)
         if self.fitted and tokens > 0 and sequences > 0:
             step = self.step_time()
             modelled_s = sum(step.seconds(row[0], row[1], row[2]) for row in rows)
             ratio = (tokens / seconds) / (sequences / max(modelled_s, 1e-9))
-            efficiency = efficiency * kept + (1.0 - kept) * min(1.25, max(0.05, ratio))
+            share = seconds / (MIN_BUSY_S + busy_s)
+            efficiency += share * (min(1.25, max(0.05, ratio)) - efficiency)
         return replace(
             self,
             tokens=self.tokens * kept + tokens,
             requests=self.requests * kept + requests,
-            busy_s=self.busy_s * kept + seconds,
+            busy_s=busy_s,
             efficiency=efficiency,
         )
 

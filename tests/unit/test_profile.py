@@ -111,6 +111,16 @@ def test_efficiency_is_what_an_engine_loses_between_its_steps() -> None:
     assert speed.efficiency == pytest.approx(0.5, rel=0.1)
 
 
+def test_what_an_engine_loses_is_known_after_a_few_seconds() -> None:
+    rows = [(32, 8000, 0, TRUE.seconds(32, 8000, 0))] * 10
+    step_s = rows[0][3]
+    speed = Speed(TRUE).after_steps(steps(1000))
+    for _ in range(10):
+        speed = speed.after_busy(320, 3, 0.5, rows)
+    lost = 1.0 - 10 * step_s / 0.5
+    assert 0.75 * lost < 1.0 - speed.efficiency <= lost
+
+
 def test_folding_keeps_what_it_does_not_touch() -> None:
     first = fold((), [Observation("i", "A100", "m", 1.0, (("t", 50, 9),), tuple(steps(5)))])
     second = fold(first, [Observation("j", "A100", "n", 2.0, (("t", 60, 9),))])
