@@ -12,7 +12,8 @@ from pathlib import Path
 from rich.panel import Panel
 from rich.table import Table
 
-from qlm_cli.output import Json, Output, ago
+from qlm_batch.domain.durations import in_words
+from qlm_cli.output import Json, Output
 
 _SHOWN_ANSWERS = 6
 _RIGHT_ENOUGH = 0.9
@@ -85,7 +86,7 @@ class Report:
         for problem in self.problems:
             console.print(f"problem  {problem}", highlight=False)
         verdict = "Everything worked" if self.passed else "Something failed"
-        console.print(f"\n{verdict}; {ago(self.seconds)} in all.", highlight=False)
+        console.print(f"\n{verdict}; {in_words(self.seconds)} in all.", highlight=False)
 
     def as_json(self) -> Json:
         """The summary as data."""

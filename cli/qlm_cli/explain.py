@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import click
 
+from qlm_batch.domain.durations import in_words
 from qlm_cli.batches import ENDED
 from qlm_cli.context import Context, service_options
-from qlm_cli.output import Json, ago, clock, progress_text
+from qlm_cli.output import Json, clock, progress_text
 
 _CALL = "req_"
 _MOST = 10_000
@@ -119,7 +120,9 @@ def _call_text(call: Json) -> str:
 
 
 def _since(begin: float, at: float) -> str:
-    return f"{'+' + ago(at - begin):>12}"
+    passed = at - begin
+    told = in_words(passed) if round(passed) > 0 else "0 s"
+    return f"{'+' + told:>12}"
 
 
 def _decision_lines(story: list[Json], begin: float) -> list[str]:
@@ -134,7 +137,7 @@ def _decision_lines(story: list[Json], begin: float) -> list[str]:
             words.append(f"on {entry['instance']}{moved}:")
         if entry["kind"] == "promised":
             p50, p95 = detail["p50"] - entry["at"], detail["p95"] - entry["at"]
-            words.append(f"in {ago(p50)} (95 %: {ago(p95)}):")
+            words.append(f"in {in_words(p50)} (95 %: {in_words(p95)}):")
         words.append(str(detail.get("reason", "")))
         lines.append(" ".join(words).rstrip())
     return lines
@@ -145,6 +148,6 @@ def _kept_line(outcome: Json | None) -> list[str]:
         return []
     kept = "by p50" if outcome["by_p50"] else "by p95" if outcome["by_p95"] else "later than p95"
     return [
-        f"batch promised in {ago(outcome['p50_s'])} (95 %: {ago(outcome['p95_s'])}), "
-        f"took {ago(outcome['actual_s'])}: {kept}"
+        f"batch promised in {in_words(outcome['p50_s'])} (95 %: {in_words(outcome['p95_s'])}), "
+        f"took {in_words(outcome['actual_s'])}: {kept}"
     ]

@@ -13,7 +13,7 @@ from qlm_batch.intake.jsonl import LineRules, read_requests
 from qlm_batch.intake.lines import chunks_of
 from qlm_cli.batches import endpoint_of, peekable
 from qlm_cli.context import EXIT_UNFINISHED, Context, service_options
-from qlm_cli.output import Json, ago, clock
+from qlm_cli.output import Json, clock, coming
 
 _WIDTH = 40
 _TELLING = 20
@@ -95,7 +95,7 @@ def _estimate_text(answer: Json) -> str:
     lines = [f"{answer['verdict']}: {words[answer['verdict']]}"]
     lines.append(f"deadline   {clock(answer['deadline'])}")
     if eta["p50"] is not None:
-        lines.append(f"done       in about {ago(eta['p50'] - now)} (95 %: {ago(eta['p95'] - now)})")
+        lines.append(f"done       {coming(eta, now)}")
         lines.append(f"late       {100 * answer['miss_probability']:.1f} % likely")
     lines.append(f"because    {answer['reason']}")
     if answer["late_batches"]:

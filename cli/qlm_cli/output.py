@@ -13,6 +13,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from qlm_batch.domain.durations import in_words
+
 Json = dict[str, Any]
 
 
@@ -71,32 +73,30 @@ def clock(at: float | None) -> str:
     return datetime.fromtimestamp(at, UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
-def ago(seconds: float) -> str:
-    """A duration for people: `3 s`, `4 min 10 s`, `2 h 5 min`."""
-    seconds = max(0, round(seconds))
-    if seconds < 60:
-        return f"{seconds} s"
-    minutes, rest = divmod(seconds, 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+def coming(eta: Json, now: float) -> str:
+    """When something will be: `in about 3 s (95 % sure: 5 s)`; of an estimate that has a p50."""
+    left_s, most_s = eta["p50"] - now, eta["p95"]
+    if left_s < -1:
+        told = "any moment"
+    elif round(left_s) <= 0:
+        told = "within a second"
+    else:
+        told = f"in about {in_words(left_s)}"
+    if most_s is None or most_s - now < 1:
+        return told
+    return f"{told} (95 % sure: {in_words(most_s - now)})"
 
 
 def eta_text(batch: Json) -> str:
     """When the batch should be done, as one phrase."""
     eta = (batch.get("qlm") or {}).get("eta") or {}
-    p50, p95 = eta.get("p50"), eta.get("p95")
     if batch["status"] == "finalizing":
         return "writing its files"
     if batch["status"] not in ("in_progress", "validating"):
         return ""
-    if p50 is None:
+    if eta.get("p50") is None:
         return (batch.get("qlm") or {}).get("reason") or "no estimate yet"
-    now = time.time()
-    if p95 is None or p95 - now < 1:
-        return f"done in about {ago(p50 - now)}"
-    return f"done in about {ago(p50 - now)} (95 % sure: {ago(p95 - now)})"
+    return f"done {coming(eta, time.time())}"
 
 
 def progress_text(batch: Json) -> str:

@@ -11,8 +11,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from qlm_batch.domain.durations import in_words
 from qlm_cli.context import Context, service_options
-from qlm_cli.output import Json, ago
+from qlm_cli.output import Json
 
 _GROUPS_SHOWN = 5
 _REASON_WIDTH = 60
@@ -73,13 +74,13 @@ def _headline(seen: Json) -> Text:
     words = [f"{seen['queued_requests']} requests waiting or running"]
     if interactive["requests"]:
         words.append(
-            f"{interactive['requests']} interactive in {ago(interactive['window_s'])}: first token "
-            f"{_ms(interactive['ttft_p50'])} (95 %: {_ms(interactive['ttft_p95'])}, "
+            f"{interactive['requests']} interactive in {in_words(interactive['window_s'])}: "
+            f"first token {_ms(interactive['ttft_p50'])} (95 %: {_ms(interactive['ttft_p95'])}, "
             f"99 %: {_ms(interactive['ttft_p99'])}), then {_ms(interactive['tpot_p50'])} each, "
             f"{100 * interactive['met']:.1f} % in time"
         )
     else:
-        words.append(f"no interactive requests in {ago(interactive['window_s'])}")
+        words.append(f"no interactive requests in {in_words(interactive['window_s'])}")
     return Text("; ".join(words))
 
 
@@ -112,7 +113,7 @@ def _model(model: Json) -> str:
         return f"{model['name']}{swaps}"
     if model["residency"] == "failed":
         return f"{model['name']} (failed: {_short(model['fault'] or '')})"
-    wake = "" if model["wake_s"] is None else f", {ago(model['wake_s'])} to wake"
+    wake = "" if model["wake_s"] is None else f", {in_words(model['wake_s'])} to wake"
     return f"{model['name']} ({model['residency']}{wake})"
 
 
@@ -134,14 +135,14 @@ def _batches(batches: list[Json], now: float) -> RenderableType:
     for each in batches:
         p50, p95 = each["eta"]["p50"], each["eta"]["p95"]
         miss = each["miss_probability"]
-        expected = f"in {ago(p50 - now)}" if p50 is not None else "not known yet"
+        expected = f"in {in_words(p50 - now)}" if p50 is not None else "not known yet"
         table.add_row(
             each["id"],
             each["tenant"],
             each["status"],
             f"{each['done']}/{each['total']}",
-            f"in {ago(each['deadline'] - now)}",
-            expected if p95 is None else f"{expected} ({ago(p95 - now)})",
+            f"in {in_words(each['deadline'] - now)}",
+            expected if p95 is None else f"{expected} ({in_words(p95 - now)})",
             "" if miss is None else f"{100 * miss:.0f} %",
         )
     return table

@@ -13,7 +13,7 @@ import aiosmtplib
 import jinja2
 
 from qlm_batch.callbacks.outcome import Outcome
-from qlm_batch.domain.durations import format_duration
+from qlm_batch.domain.durations import in_words
 from qlm_batch.domain.errors import ConfigurationError
 from qlm_batch.domain.jobs import Batch, OutboxItem
 from qlm_batch.domain.transitions import EVENT_OF
@@ -146,7 +146,7 @@ def _domain(sender: str) -> str:
 def _times(item: OutboxItem, batch: Batch) -> list[tuple[str, str]]:
     ended = _ended_at(batch) or item.created_at
     times = [("Submitted", _moment(batch.created_at)), ("Ended", _moment(ended))]
-    times.append(("Took", format_duration(ended - batch.created_at)))
+    times.append(("Took", in_words(ended - batch.created_at)))
     times.append(("Deadline", _moment(batch.deadline)))
     return times
 

@@ -1,4 +1,4 @@
-"""Durations as people write them: `15m`, `2h30m`, `24h`, `7d`."""
+"""Durations as people write them, `15m`, `2h30m`, `7d`, and as they read them, `2 h 30 min`."""
 
 from __future__ import annotations
 
@@ -59,3 +59,17 @@ def format_duration(seconds: float) -> str:
         count, left = divmod(left, size)
         text += f"{count}{unit}" if count else ""
     return text
+
+
+def in_words(seconds: float) -> str:
+    """A duration in a sentence: `under 1 s`, `3 s`, `4 min 10 s`, `2 h 5 min`."""
+    whole = round(seconds)
+    if whole <= 0:
+        return "under 1 s"
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if minutes else f"{hours} h"

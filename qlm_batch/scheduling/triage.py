@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from qlm_batch.domain.durations import in_words
 from qlm_batch.scheduling.loops import loops
 from qlm_batch.scheduling.problem import CLASS_RANK, START, Problem, Queues
 
@@ -50,10 +51,10 @@ def why_shed(problem: Problem, group: int) -> str:
     """The reason recorded for a group that was let go."""
     left_s, needs_s = problem.due[group], problem.least[group]
     if left_s <= 0.0:
-        return f"its deadline passed {-left_s:.0f} s ago"
+        return f"its deadline passed {in_words(-left_s)} ago"
     if needs_s > left_s:
-        return f"needs {needs_s:.0f} s on an idle instance, {left_s:.0f} s are left"
+        return f"needs {in_words(needs_s)} on an idle instance, {in_words(left_s)} are left"
     return (
-        f"needs {needs_s:.0f} s, {left_s:.0f} s are left, and what is planned before it is due "
-        "sooner or worth more per second"
+        f"needs {in_words(needs_s)}, {in_words(left_s)} are left, and what is planned before it is "
+        "due sooner or worth more per second"
     )

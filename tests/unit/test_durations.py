@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlm_batch.domain.durations import format_duration, parse_duration, parse_window
+from qlm_batch.domain.durations import format_duration, in_words, parse_duration, parse_window
 from qlm_batch.domain.errors import InvalidInput
 
 
@@ -59,3 +59,20 @@ def test_a_window_outside_its_bounds_is_refused(text: str) -> None:
 @pytest.mark.parametrize("text", ["10s", "30d"])
 def test_a_window_at_its_bounds_is_taken(text: str) -> None:
     assert parse_window(text) > 0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [
+        (-3.0, "under 1 s"),
+        (0.4, "under 1 s"),
+        (0.6, "1 s"),
+        (59.4, "59 s"),
+        (60, "1 min"),
+        (250, "4 min 10 s"),
+        (3600, "1 h"),
+        (7500, "2 h 5 min"),
+    ],
+)
+def test_a_duration_is_told_in_words(seconds: float, told: str) -> None:
+    assert in_words(seconds) == told

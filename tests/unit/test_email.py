@@ -42,7 +42,7 @@ def test_it_gives_counts_tokens_times_and_links_in_both_forms() -> None:
             "11,990",
             "1,000,000 in, 20 out",
             "2027-01-15 08:00:00 UTC",
-            "2h46m40s",
+            "2 h 46 min",
             "https://qlm.example/v1/batches/batch_1",
             "https://qlm.example/v1/files/file-out/content",
             "https://qlm.example/v1/files/file-err/content",

@@ -49,7 +49,7 @@ def test_the_tail_goes_where_it_ends_soonest() -> None:
 def test_the_reason_says_what_was_impossible() -> None:
     problem = problem_of(past=(-3.0, 1.0, 1), big=(10.0, 60.0, 1), crowded=(50.0, 20.0, 1))
     assert why_shed(problem, 0) == "its deadline passed 3 s ago"
-    assert why_shed(problem, 1) == "needs 60 s on an idle instance, 10 s are left"
+    assert why_shed(problem, 1) == "needs 1 min on an idle instance, 10 s are left"
     assert "due sooner or worth more" in why_shed(problem, 2)
 
 

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
+from qlm_batch.domain.durations import in_words
 from qlm_batch.domain.snapshot import (
     Plan,
     PlannedGroup,
@@ -106,7 +107,7 @@ def _place(position: int) -> str:
 def _state(problem: Problem, instance: int, model: int) -> str:
     """What stands between a model and its first token there."""
     lost_s = float(problem.setup[instance, START, model])
-    state = "awake" if lost_s == 0.0 else f"to be woken in {lost_s:.0f} s"
+    state = "awake" if lost_s == 0.0 else f"to be woken in {in_words(lost_s)}"
     return f"model {problem.models[model]} {state}"
 
 
