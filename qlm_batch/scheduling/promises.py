@@ -14,14 +14,16 @@ from qlm_batch.scheduling.calibration import Foreseen, beyond, bounds, chance
 from qlm_batch.scheduling.estimator import VERSION, Estimator
 from qlm_batch.scheduling.flows import EPSILON_S, fews
 from qlm_batch.scheduling.places import Parts, Places, parts_of, places_of
+from qlm_batch.scheduling.reasons import of_batch
 from qlm_batch.scheduling.steady import Steady, distinct
-from qlm_batch.scheduling.worktable import Floats
+from qlm_batch.scheduling.worktable import Floats, Ints
 
 
 @dataclass(slots=True)
 class End:
     """When a batch is done: `told` of its last part, of this `model`, and why it is there.
 
+    Work ahead of it is what stands before the first of the batch's groups in that queue.
     `miss` is the chance that its most endangered part is late.
     """
 
@@ -108,8 +110,31 @@ def ends_of(plan: Plan, snapshot: Snapshot, estimator: Estimator) -> Ends:
         [part[last].tolist() for part in told],
         (informed[last] > 0.0).tolist(),
         list(map(chance, worst[kept].tolist())),
-        [places.reasons[n] for n in of],
+        _reasons(places, parts.of[last], _firsts(places, parts, order, starts)[kept]),
     )
+
+
+def _firsts(places: Places, parts: Parts, order: Ints, starts: Ints) -> Ints:
+    """The first place of each batch in the queue that its last part stands in, if that is planned.
+
+    `order` has the parts of a batch together, the last to end first, beginning at `starts`.
+    """
+    of = parts.of[order]
+    queue = np.where(of < places.held, places.instance[of], -1)
+    sizes = np.diff(starts, append=of.size)
+    apart = queue != np.repeat(queue[starts], sizes)
+    found: Ints = np.minimum.reduceat(np.where(apart, len(places.work), of), starts)
+    return found
+
+
+def _reasons(places: Places, of: Ints, first: Ints) -> list[str]:
+    """Why batches are where they are whose last part is in places `of`."""
+    told = [places.reasons[n] for n in of.tolist()]
+    for b in np.flatnonzero((of < places.held) & (first < of)).tolist():
+        n, begin = int(of[b]), int(first[b])
+        head = int(np.argmax(places.instance == places.instance[n]))
+        told[b] = of_batch(told[b], n - head, begin - head)
+    return told
 
 
 def _part_ends(

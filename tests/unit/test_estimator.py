@@ -235,6 +235,16 @@ def test_a_batch_that_is_all_assigned_is_told_when_it_will_be_done() -> None:
     assert "running on i" in found.reason
 
 
+def test_a_batch_s_own_groups_are_no_work_ahead_of_it() -> None:
+    first, second = run_view(1, 200, deadline=3600.0), run_view(2, 200, deadline=7200.0)
+    situation = planned(snapshot(runs=[first, second], instances=[instance("i")]))
+    groups = form_groups(situation, Estimator(situation).capacities(situation))
+    ahead = sum(group.batches == ("batch-1",) for group in groups)
+    assert min(ahead, len(groups) - ahead) > 1
+    assert estimate_of(situation, "batch-1").reason.startswith("next on i;")
+    assert estimate_of(situation, "batch-2").reason.startswith(f"starts after {ahead} groups on i;")
+
+
 def test_waiting_behind_others_takes_longer() -> None:
     first = run_view(1, 20, deadline=3600.0)
     second = run_view(2, 20, deadline=7200.0)

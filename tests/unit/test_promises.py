@@ -16,10 +16,12 @@ from qlm_batch.domain.snapshot import (
     InstanceState,
     Observation,
     Plan,
+    PlannedGroup,
     RequestGroup,
     Residency,
     RunView,
     Snapshot,
+    VirtualQueue,
 )
 from qlm_batch.scheduling.calibration import Foreseen
 from qlm_batch.scheduling.estimator import Estimator
@@ -111,12 +113,17 @@ class Alone:
                 start = placed.start - self.situation.now
                 whole, _, _ = self.last(i, group, group.requests, inside)
                 occupied = max(0.0, end - whole - start)
-                reason = f"let go: {placed.reason}" if placed.shed else placed.reason
                 for batch_id, requests, behind in self.batches(group):
                     own = self.last(i, group, requests, inside)
                     mean = end - (whole - own[0]) - behind * occupied
                     told = self.told(mean, placed.finish_var, own, group.model, i)
-                    yield batch_id, group.model, reason, told, group.deadline
+                    yield (
+                        batch_id,
+                        group.model,
+                        self.reason(queue, placed, batch_id),
+                        told,
+                        group.deadline,
+                    )
         for i, view in enumerate(self.situation.instances):
             for own in view.assigned:
                 if own.requests and self.estimator.serves(i, own.model):
@@ -126,6 +133,16 @@ class Alone:
                     told = self.told(mean, var, last, own.model, i)
                     reason = f"running on {view.name}; model {own.model}"
                     yield own.batch_id, own.model, reason, told, own.deadline
+
+    def reason(self, queue: VirtualQueue, placed: PlannedGroup, batch_id: str) -> str:
+        """Why it is there, where only what stands before the batch's first group is ahead."""
+        if placed.shed:
+            return f"let go: {placed.reason}"
+        ahead = next(n for n, own in enumerate(queue.groups) if batch_id in own.group.batches)
+        where, on, rest = placed.reason.partition(" on ")
+        assert where.startswith(("next", "starts after"))
+        many = f"starts after {ahead} group{'s' * (ahead != 1)}"
+        return (many if ahead else "next") + on + rest
 
     def in_hand(self, i: int) -> float:
         view = self.situation.instances[i]

@@ -18,6 +18,7 @@ from qlm_batch.domain.snapshot import (
 )
 from qlm_batch.scheduling.loops import loops
 from qlm_batch.scheduling.problem import START, SWAP_PRICE, Durations, Problem, Queues
+from qlm_batch.scheduling.reasons import after
 from qlm_batch.scheduling.triage import append_tail, why_shed
 
 
@@ -63,7 +64,7 @@ def to_plan(problem: Problem, queues: Queues, shed: Collection[int], policy: str
         problem.shares(times).tolist(),
         strict=True,
     )
-    places = [_place(p) for p in range(max(map(len, full), default=0))]
+    places = [after(p) for p in range(max(map(len, full), default=0))]
     planned: list[VirtualQueue] = []
     for i, queue in enumerate(full):
         name = problem.instances[i].name
@@ -96,12 +97,6 @@ def to_plan(problem: Problem, queues: Queues, shed: Collection[int], policy: str
         if not able
     )
     return Plan(now, policy, tuple(planned), unplaced)
-
-
-def _place(position: int) -> str:
-    if not position:
-        return "next on "
-    return f"starts after {position} group{'s' if position != 1 else ''} on "
 
 
 def _state(problem: Problem, instance: int, model: int) -> str:
