@@ -16,7 +16,7 @@ from qlm_cli.output import Output
 
 EXIT_FAILED = 1
 EXIT_UNFINISHED = 3
-"""A waited-for batch ended without completing."""
+"""A batch waited for ended without completing, or work asked about would not be in time."""
 EXIT_UNREACHABLE = 4
 
 F = TypeVar("F", bound=Callable[..., Any])

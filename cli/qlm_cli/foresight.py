@@ -31,9 +31,11 @@ _TELLING = 20
 def estimate(
     context: Context, file: BinaryIO, window: str, endpoint: str | None, on_miss: str
 ) -> None:
-    """Tell when FILE (JSONL) would be done if it were submitted now; exit 3 if it would be late.
+    """Tell when FILE (JSONL) would be done if it were submitted now.
 
-    Only counts are sent, per model; the file stays here and nothing is stored.
+    The answer is accept, warn (it may be late, or makes others late) or refuse: it would not be in
+    time, and the exit status is 3. Only counts are sent, per model; the file stays here and
+    nothing is stored.
     """
     source = peekable(file)
     work = _work(source, endpoint or endpoint_of(source), window)

@@ -55,8 +55,16 @@ class _Commands(click.Group):
         return command
 
 
+_EXITS = (
+    "Exit status: 0 fine, 1 refused or failed, 2 wrong usage, 3 a batch waited for did not complete"
+    " or an estimated file would not be in time, 4 the service cannot be reached, 78 it cannot work"
+    " as configured."
+)
+
+
 @click.group(
     cls=_Commands,
+    epilog=_EXITS,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(metadata.version("qlm-batch"), prog_name="qlm")

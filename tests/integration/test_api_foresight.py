@@ -124,6 +124,18 @@ def test_the_command_line_estimates_a_file(site: Site, tmp_path: Path) -> None:
     assert "would be in time" in run_cli(site, "estimate", str(path)).stdout
 
 
+def test_an_estimate_that_it_would_be_late_ends_with_a_status_of_its_own(
+    site: Site, tmp_path: Path
+) -> None:
+    site.heartbeat()
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(input_file(*(f"line-{n}" for n in range(20_000))))
+    late = run_cli(site, "estimate", str(path), "--window", "10s")
+    assert late.exit_code == 3
+    assert "refuse: would not be in time" in late.stdout
+    assert "would hold --window" in late.stdout
+
+
 def test_the_command_line_tells_a_batchs_story(site: Site, client: TestClient) -> None:
     batch_id = ran(site, client)
     text = run_cli(site, "explain", batch_id).stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,15 @@ def test_the_help_lists_every_command_in_order() -> None:
     text = CliRunner().invoke(cli, ["--help"]).output
     places = [text.index(f"\n  {name} ") for name in COMMANDS]
     assert places == sorted(places)
+
+
+def test_the_help_tells_what_the_readme_does_of_exit_statuses() -> None:
+    readme = Path(__file__).parents[2] / "README.md"
+    told = [
+        re.findall(r"\b\d+\b", text.partition("Exit status: ")[2].partition(".\n")[0])
+        for text in (CliRunner().invoke(cli, ["--help"]).output, readme.read_text())
+    ]
+    assert told[0] == told[1] == ["0", "1", "2", "3", "4", "78"]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
