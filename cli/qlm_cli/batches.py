@@ -23,7 +23,7 @@ from rich.progress import (
 from qlm_batch.domain.errors import InvalidInput
 from qlm_cli.client import Client
 from qlm_cli.context import EXIT_UNFINISHED, Context, service_options
-from qlm_cli.output import Json, Output, clock, eta_text, progress_text
+from qlm_cli.output import Json, Output, clock, counted, eta_text, progress_text
 
 ENDED = ("completed", "failed", "expired", "cancelled")
 _PEEK = 1 << 16
@@ -145,7 +145,7 @@ def results(
             target.write(chunk)
             lines += chunk.count(b"\n")
     unfinished.replace(path)
-    output.result({"path": str(path), "lines": lines}, f"{lines} lines in {path}")
+    output.result({"path": str(path), "lines": lines}, f"{counted(lines, 'line')} in {path}")
 
 
 @click.command()
@@ -180,7 +180,8 @@ def retry(context: Context, batch_id: str, window: str | None, wait: bool) -> No
 def replay(context: Context, batch_id: str) -> None:
     """Announce an ended batch again where the webhook or e-mail was given up."""
     done = context.client().post(f"/v1/batches/{batch_id}/deliveries/replay", {})
-    context.output.result(done, f"{done['replayed']} deliveries are due again")
+    deliveries = counted(done["replayed"], "delivery is", "deliveries are")
+    context.output.result(done, f"{deliveries} due again")
 
 
 @click.command("list")

@@ -7,7 +7,7 @@ import click
 from qlm_batch.domain.durations import in_words
 from qlm_cli.batches import ENDED
 from qlm_cli.context import Context, service_options
-from qlm_cli.output import Json, clock, progress_text
+from qlm_cli.output import Json, clock, counted, progress_text
 
 _CALL = "req_"
 _MOST = 10_000
@@ -85,7 +85,7 @@ def _request_text(batch: Json, story: Json, outcome: Json | None) -> str:
             lines.append(f"{_since(begin, row['started_at'])}  served    {held}{told}")
         if row["duration_s"] is not None:
             ended = row["started_at"] + row["duration_s"]
-            made = f"{row['output_tokens']} tokens in {row['duration_s']:.2f} s"
+            made = f"{counted(row['output_tokens'], 'token')} in {row['duration_s']:.2f} s"
             lines.append(f"{_since(begin, ended)}  answered  {held}{made}")
     return "\n".join([*lines, *_kept_line(outcome)])
 
@@ -114,7 +114,7 @@ def _call_text(call: Json) -> str:
             f"promised within {call['ttft_target_s']:g} s: {kept}"
         )
     if call["duration_s"] is not None:
-        made = f"{call['output_tokens']} tokens, status {call['status_code']}"
+        made = f"{counted(call['output_tokens'], 'token')}, status {call['status_code']}"
         lines.append(f"done       after {call['duration_s']:.3f} s: {made}")
     return "\n".join(lines)
 

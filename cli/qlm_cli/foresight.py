@@ -13,7 +13,7 @@ from qlm_batch.intake.jsonl import LineRules, read_requests
 from qlm_batch.intake.lines import chunks_of
 from qlm_cli.batches import endpoint_of, peekable
 from qlm_cli.context import EXIT_UNFINISHED, Context, service_options
-from qlm_cli.output import Json, clock, coming
+from qlm_cli.output import Json, clock, coming, counted
 
 _WIDTH = 40
 _TELLING = 20
@@ -101,7 +101,8 @@ def _estimate_text(answer: Json) -> str:
         lines.append(f"late       {100 * answer['miss_probability']:.1f} % likely")
     lines.append(f"because    {answer['reason']}")
     if answer["late_batches"]:
-        lines.append(f"others     {answer['late_batches']} batches would become late")
+        others = counted(answer["late_batches"], "batch", "batches")
+        lines.append(f"others     {others} would become late")
     if answer["verdict"] != "accept" and answer["earliest_window"]:
         lines.append(f"would hold --window {answer['earliest_window']}")
     return "\n".join(lines)
@@ -111,9 +112,10 @@ def _diagram(found: Json) -> str:
     if not found["promises"]:
         return "no batch has ended yet that had a promise"
     count = found["promises"]
+    batches = counted(count, "ended batch", "ended batches")
     few = "" if count >= _TELLING else f"; too few to tell, {_TELLING} or more say something"
     lines = [
-        f"promises to {count} ended batch{'' if count == 1 else 'es'}{few}",
+        f"promises to {batches}{few}",
         f"done by p50  {100 * found['done_by_p50']:5.1f} %  (50 % promised)",
         f"done by p95  {100 * found['done_by_p95']:5.1f} %  (95 % promised)",
         "",

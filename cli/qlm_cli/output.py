@@ -66,6 +66,11 @@ class Output:
             self.note(text)
 
 
+def counted(count: int, one: str, more: str = "") -> str:
+    """A count and its noun: `1 line`, `2 lines`; `more` is the plural where it is irregular."""
+    return f"{count} {one if count == 1 else more or one + 's'}"
+
+
 def clock(at: float | None) -> str:
     """A time of day for people; empty for None."""
     if at is None:

@@ -26,7 +26,7 @@ from qlm_batch.simulation.run import Builder, Run, compare, rows
 from qlm_batch.simulation.traces import Split, read_trace, workload_of
 from qlm_batch.simulation.workload import Workload
 from qlm_batch.simulation.workloads import Scenario, build, scenario
-from qlm_cli.output import Json, Output
+from qlm_cli.output import Json, Output, counted
 
 DEFAULT_WORKLOAD = "W1"
 _COLUMNS = (
@@ -91,8 +91,8 @@ def answer(asked: Question, output: Output) -> None:
     if asked.timings:
         value["timings"] = [timings(run.outcome) for run in runs]
     about = "" if asked.trace or past else f" ({chosen.about})"
-    count = len(fleet.instances)
-    size = f"{runs[0].summary['requests']} requests on {count} instance{'s' if count > 1 else ''}"
+    requests = counted(runs[0].summary["requests"], "request")
+    size = f"{requests} on {counted(len(fleet.instances), 'instance')}"
     output.note(f"{table[0]['workload']}{about}: {size}")
     several = len(asked.seeds) > 1
     shown = [_shown(row, stretched=asked.stretched, several=several) for row in table]

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from qlm_batch.domain.durations import in_words
 from qlm_cli.context import Context, service_options
-from qlm_cli.output import Json
+from qlm_cli.output import Json, coming, counted
 
 _GROUPS_SHOWN = 5
 _REASON_WIDTH = 60
@@ -71,16 +71,17 @@ def screen(seen: Json) -> RenderableType:
 
 def _headline(seen: Json) -> Text:
     interactive = seen["interactive"]
-    words = [f"{seen['queued_requests']} requests waiting or running"]
+    lately = f"in the last {in_words(interactive['window_s'])}"
+    words = [f"{counted(seen['queued_requests'], 'batch request')} waiting or running"]
     if interactive["requests"]:
         words.append(
-            f"{interactive['requests']} interactive in {in_words(interactive['window_s'])}: "
+            f"{counted(interactive['requests'], 'interactive request')} answered {lately}: "
             f"first token {_ms(interactive['ttft_p50'])} (95 %: {_ms(interactive['ttft_p95'])}, "
-            f"99 %: {_ms(interactive['ttft_p99'])}), then {_ms(interactive['tpot_p50'])} each, "
-            f"{100 * interactive['met']:.1f} % in time"
+            f"99 %: {_ms(interactive['ttft_p99'])}), {_ms(interactive['tpot_p50'])} per further "
+            f"token, {100 * interactive['met']:.1f} % met their target"
         )
     else:
-        words.append(f"no interactive requests in {in_words(interactive['window_s'])}")
+        words.append(f"no interactive request answered {lately}")
     return Text("; ".join(words))
 
 
@@ -88,7 +89,15 @@ def _instances(instances: list[Json]) -> RenderableType:
     if not instances:
         return Text("no instance has reported yet")
     table = _table(
-        "instance", "state", "models", "batch", "interactive", "KV", "tokens/s", "evicted", "again"
+        "instance",
+        "state",
+        "models",
+        "batch requests",
+        "interactive",
+        "KV used",
+        "tokens/s",
+        "evictions",
+        "tokens recomputed",
     )
     for each in instances:
         table.add_row(
@@ -100,7 +109,7 @@ def _instances(instances: list[Json]) -> RenderableType:
             f"{100 * each['kv_usage']:.0f} %",
             f"{each['tokens_per_s']:.0f}",
             str(each["evictions"]),
-            f"{each['recomputed_tokens']} tokens",
+            str(each["recomputed_tokens"]),
         )
     return table
 
@@ -109,8 +118,8 @@ def _model(model: Json) -> str:
     if model["parent"]:
         return f"{model['name']} (adapter of {model['parent']})"
     if model["residency"] == "awake":
-        swaps = f" ({model['swaps']} swaps)" if model["swaps"] else ""
-        return f"{model['name']}{swaps}"
+        swaps = f", swapped in {_times(model['swaps'])}" if model["swaps"] else ""
+        return f"{model['name']} (awake{swaps})"
     if model["residency"] == "failed":
         return f"{model['name']} (failed: {_short(model['fault'] or '')})"
     wake = "" if model["wake_s"] is None else f", {in_words(model['wake_s'])} to wake"
@@ -124,26 +133,25 @@ def _queues(instances: list[Json]) -> RenderableType:
             reason = group["reason"]
             table.add_row(each["name"], group["group"], str(group["slices"]), _short(reason))
         if each["groups"] > _GROUPS_SHOWN:
-            table.add_row(each["name"], f"and {each['groups'] - _GROUPS_SHOWN} more", "", "")
+            more = counted(each["groups"] - _GROUPS_SHOWN, "more group")
+            table.add_row(each["name"], f"and {more}", "", "")
     return table if table.row_count else Text("the virtual queues are empty")
 
 
 def _batches(batches: list[Json], now: float) -> RenderableType:
     if not batches:
         return Text("no open batches")
-    table = _table("batch", "tenant", "status", "done", "deadline", "expected (95 %)", "miss")
+    table = _table("batch", "tenant", "status", "lines done", "deadline", "expected", "late")
     for each in batches:
-        p50, p95 = each["eta"]["p50"], each["eta"]["p95"]
-        miss = each["miss_probability"]
-        expected = f"in {in_words(p50 - now)}" if p50 is not None else "not known yet"
+        eta, left_s, miss = each["eta"], each["deadline"] - now, each["miss_probability"]
         table.add_row(
             each["id"],
             each["tenant"],
             each["status"],
             f"{each['done']}/{each['total']}",
-            f"in {in_words(each['deadline'] - now)}",
-            expected if p95 is None else f"{expected} ({in_words(p95 - now)})",
-            "" if miss is None else f"{100 * miss:.0f} %",
+            f"in {in_words(left_s)}" if left_s > 0 else f"passed {in_words(-left_s)} ago",
+            "not known yet" if eta["p50"] is None else coming(eta, now),
+            "" if miss is None else f"{100 * miss:.0f} % likely",
         )
     return table
 
@@ -158,3 +166,7 @@ def _short(text: str) -> str:
 
 def _ms(seconds: float | None) -> str:
     return "–" if seconds is None else f"{1000 * seconds:.0f} ms"
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"

@@ -166,8 +166,9 @@ def _made_way(
         times = view.evictions - count
         if times <= 0 or now - told_at < EVICTIONS_EVERY_S:
             continue
+        often = "once" if times == 1 else f"{times} times"
         reason = (
-            f"on {view.name} running batch requests gave way {times} times to interactive ones;"
+            f"on {view.name} running batch requests gave way {often} to interactive ones;"
             " they keep their tokens and go on"
         )
         for batch_id in _leased(view):

@@ -108,6 +108,8 @@ def test_top_draws_the_fleet_for_people_and_prints_it_for_programs(
     text = top(site).stdout
     for words in ("gpu-0", "5 of 6", "25 %", "asleep, 3 s to wake", batch_id, "500 ms"):
         assert words in text
+    for words in ("3 batch requests waiting or running", "1 interactive request answered", "0/3"):
+        assert words in text
     seen = json.loads(top(site, "--json").stdout.splitlines()[-1])
     assert seen["object"] == "fleet"
 
