@@ -33,15 +33,10 @@ from qlm_batch.scheduling.eviction import (
     pace,
     victims,
 )
+from qlm_workers.told import EVICTIONS, RECOMPUTED, STEP_US
 
 OPTIONS = "qlm"
 """The key in vLLM's `additional_config` under which this scheduler's options stand."""
-
-EVICTIONS, RECOMPUTED = "qlm_evictions", "qlm_recomputed_tokens"
-"""Under these names the counts stand in the statistics that reach the engine's front end."""
-
-STEP_US = "qlm_step_us"
-"""Under this name stands what a step took, in microseconds, where vLLM cannot tell."""
 
 _ADMITTED = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
 _GRAMMAR_WORDS = ("GRAMMAR", "FSM")

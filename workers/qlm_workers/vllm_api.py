@@ -24,6 +24,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from qlm_batch.domain.errors import ConfigurationError
 from qlm_batch.domain.jobs import CHAT, COMPLETIONS, EMBEDDINGS, EngineKind
 from qlm_workers.adapters import Adapter
+from qlm_workers.told import EVICTIONS, RECOMPUTED, STEP_US
 
 
 def _first(*places: str) -> Any:
@@ -94,8 +95,8 @@ class StepLog(StatLoggerBase):  # type: ignore[misc]
             self.running = scheduler_stats.num_running_reqs
             self.kv_usage = scheduler_stats.kv_cache_usage
             told = scheduler_stats.waiting_lora_adapters
-            self.evictions = told.get("qlm_evictions", self.evictions)
-            self.recomputed_tokens = told.get("qlm_recomputed_tokens", self.recomputed_tokens)
+            self.evictions = told.get(EVICTIONS, self.evictions)
+            self.recomputed_tokens = told.get(RECOMPUTED, self.recomputed_tokens)
             details = getattr(scheduler_stats, "iteration_details", None)
             if details is not None and not getattr(details, "is_dummy", False):
                 self.rows.append(
@@ -103,7 +104,7 @@ class StepLog(StatLoggerBase):  # type: ignore[misc]
                         details.num_ctx_requests + details.num_generation_requests,
                         round(self.kv_usage * self.kv_tokens),
                         details.num_ctx_tokens,
-                        told.get("qlm_step_us", 1000 * details.elapsed_ms) / 1e6,
+                        told.get(STEP_US, 1000 * details.elapsed_ms) / 1e6,
                     )
                 )
         if iteration_stats is not None:
