@@ -19,19 +19,19 @@ _MOST_ADDED = 10_000
 
 
 @click.command()
-@click.option("--workload", "-w", default=None, show_default="W1", help="W1 to W8.")
+@click.option("--workload", "-w", default=None, show_default="W2", help="W1 to W8.")
 @click.option(
     "--load",
     "loads",
-    default="0.9",
+    default="1.5",
     show_default=True,
     metavar="L[,L…]",
-    help="Offered work relative to the fleet's capacity.",
+    help="Offered work relative to the fleet's capacity; above 1 the queues grow.",
 )
 @click.option(
     "--policy",
     "policies",
-    default="qlm,edf-shed,edf",
+    default="qlm,edf,fcfs",
     show_default=True,
     metavar="P[,P…]",
     help=f"Of {', '.join(POLICIES)} and oracle.",

@@ -28,7 +28,7 @@ from qlm_batch.simulation.workload import Workload
 from qlm_batch.simulation.workloads import Scenario, build, scenario
 from qlm_cli.output import Json, Output, counted
 
-DEFAULT_WORKLOAD = "W1"
+DEFAULT_WORKLOAD = "W2"
 _COLUMNS = (
     "load",
     "policy",

@@ -11,7 +11,16 @@ from click.testing import CliRunner
 from qlm_batch.domain.errors import ConfigurationError
 from qlm_cli.main import cli
 
-SMALL = ["simulate", "--policy", "edf-shed", "--duration", "10s", "--load", "0.3"]
+SMALL = ["simulate", "-w", "W1", "--policy", "edf-shed", "--duration", "10s", "--load", "0.3"]
+
+
+@pytest.mark.slow
+def test_without_options_it_shows_what_the_scheduler_is_for() -> None:
+    done = CliRunner().invoke(cli, ["simulate", "--json"], catch_exceptions=False)
+    goodput = {row["policy"]: row["goodput"] for row in json.loads(done.stdout)["rows"]}
+    assert goodput["qlm"] > 0.98
+    assert goodput["qlm"] > goodput["edf"] + 0.05
+    assert goodput["edf"] > goodput["fcfs"] + 0.05
 
 
 def test_equal_seeds_print_equal_bytes() -> None:
@@ -104,7 +113,7 @@ def test_a_history_runs_on_the_fleet_it_was_recorded_on_and_on_one_with_more(
         "profiles: [{model: mine, device: card, base_ms: 30, per_sequence_ms: 0.1,"
         " kv_tokens: 60000, slots: 16, weights_gb: 14}]\n"
     )
-    busy_minute = ["simulate", "--policy", "edf", "--load", "0.9", "--duration", "1m"]
+    busy_minute = ["simulate", "-w", "W1", "--policy", "edf", "--load", "0.9", "--duration", "1m"]
     CliRunner().invoke(
         cli, [*busy_minute, "--fleet", str(fleet), "--record", str(log)], catch_exceptions=False
     )
