@@ -41,6 +41,7 @@ check: $(SETUP) ## Style, types and import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --ignore-missing-imports --follow-imports=silent benchmarks/*.py
 	$(BIN)/lint-imports --no-cache
 
 unit: $(SETUP) ## The fast tests only

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 if __name__ == "__main__":
     # Not this folder: its queue.py would hide the standard library's.
@@ -29,6 +30,7 @@ from qlm_batch.domain.snapshot import (
     InstanceView,
     ModelView,
     Observation,
+    Profile,
     RequestGroup,
     Residency,
     RunView,
@@ -130,7 +132,7 @@ def _held(number: int, model: str) -> AssignedView:
     )
 
 
-def _learned(rng: np.random.Generator) -> tuple:
+def _learned(rng: np.random.Generator) -> tuple[Profile, ...]:
     seen = [
         Observation(
             "gpu-0000",
@@ -229,16 +231,10 @@ def arrivals(groups: int, machines: int, runs: int, moves: int) -> list[float]:
         kept = standing(problem, plan)
         assert kept is not None and len(kept.new) == 1
         _ = problem.columns
-        times.append(timed(lambda kept=kept, problem=problem: kept.insert(problem)))
+        times.append(timed(partial(kept.insert, problem)))
         assert not kept.new
         fresh = Estimator(snapshot)
-        whole.append(
-            timed(
-                lambda now=now, fresh=fresh: carried_on(
-                    snapshot, now, fresh, incumbent, ReplanConfig()
-                )
-            )
-        )
+        whole.append(timed(partial(carried_on, snapshot, now, fresh, incumbent, ReplanConfig())))
     print(f"the whole pass around it, all times renewed: median {np.median(whole[1:]):.1f} ms")
     print(
         f"one arrival: median {np.median(times[1:]):.2f} ms, p99 {np.percentile(times[1:], 99):.2f}"
@@ -270,4 +266,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
