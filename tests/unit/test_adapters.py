@@ -17,8 +17,8 @@ from qlm_workers.adapters import adapters_of
 from qlm_workers.hosts import Host
 from qlm_workers.meter import Meter
 from tests.unit.planning_cases import assigned, group, instance, snapshot
+from tests.unit.runner_rig import until, working
 from tests.unit.test_dispatching import handed, of_run
-from tests.unit.test_runner import until, working
 from tests.unit.worker_fakes import FakeEngine, FakeStore, make_slice
 
 

@@ -19,7 +19,7 @@ from qlm_batch.domain.messages import Interactive
 from qlm_batch.domain.ports import Heartbeat
 from qlm_batch.domain.snapshot import InstanceState, ModelView, Residency
 from qlm_batch.store.memory import MemoryStore
-from tests.unit.test_runner import until
+from tests.unit.runner_rig import until
 
 SLOTS = 2
 

@@ -29,7 +29,7 @@ from qlm_workers.hosts import Host
 from qlm_workers.interactive import ELSEWHERE, GIVEN_UP, InteractiveDesk
 from qlm_workers.link import Link
 from qlm_workers.meter import Meter
-from tests.unit.test_runner import until
+from tests.unit.runner_rig import until
 from tests.unit.worker_fakes import FakeEngine, FakeStore
 
 CALL = Interactive("req_1", 1, "gpu-0", "boot", "acme", CHAT, "m", '{"a":1}', True, 100.0, "api_1")

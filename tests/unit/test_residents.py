@@ -14,7 +14,7 @@ from qlm_batch.domain.snapshot import InstanceState, ModelView, Residency
 from qlm_batch.scheduling import swapping
 from qlm_workers import link
 from qlm_workers.exits import Exit
-from tests.unit.test_runner import hold_until, positions, until, working
+from tests.unit.runner_rig import hold_until, positions, until, working
 from tests.unit.worker_fakes import FakeEngine, FakeStore, good, make_slice
 
 

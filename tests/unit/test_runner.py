@@ -1,119 +1,32 @@
-"""The runner, against a ledger and an engine steered by hand."""
+"""The runner at work: slices, lines and leases, against a ledger and an engine steered by hand."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from structlog.testing import capture_logs
 
 from qlm_batch.domain.engine import EngineAnswer, EngineRequest
-from qlm_batch.domain.errors import ConfigurationError, Unavailable
-from qlm_batch.domain.jobs import ClaimedSlice, EngineKind, ResultRow
+from qlm_batch.domain.errors import Unavailable
+from qlm_batch.domain.jobs import ResultRow
 from qlm_batch.domain.ledger import Directive, FlushOutcome, ReleaseReason
-from qlm_batch.domain.ports import Heartbeat
-from qlm_batch.domain.snapshot import InstanceState, Residency
 from qlm_batch.scheduling import agent
-from qlm_batch.settings import Settings
-from qlm_workers import link
 from qlm_workers import runner as runner_module
 from qlm_workers.exits import Exit
-from qlm_workers.hosts import Host
-from qlm_workers.meter import Meter
-from qlm_workers.runner import Runner
+from tests.unit.runner_rig import (
+    Rig,
+    hang,
+    heartbeats,
+    hold_until,
+    impatience,  # noqa: F401
+    positions,
+    until,
+    working,
+)
 from tests.unit.worker_fakes import NOW, FakeEngine, FakeStore, dead, good, make_slice
-
-DEFAULTS: dict[str, Any] = {
-    "flush_s": 0.005,
-    "poll_s": 0.02,
-    "heartbeat_s": 0.02,
-    "stall_s": 30.0,
-    "lease_s": 30.0,
-    "models": ("m",),
-}
-
-
-@pytest.fixture(autouse=True)
-def _impatience(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(link, "BACKOFF_S", (0.005,))
-    # Rendering tracebacks takes longer than all the rest.
-    with capture_logs():
-        yield
-
-
-class Rig:
-    """A runner at work."""
-
-    def __init__(
-        self,
-        store: FakeStore,
-        *engines: FakeEngine,
-        adapters: Sequence[str] = (),
-        **changes: Any,
-    ) -> None:
-        self.store = store
-        self.engines = engines
-        settings = Settings(**DEFAULTS | changes)
-        names = ["m", "other"]
-        meters = [Meter("gpu-0", "cpu", name) for name in adapters]
-        hosts = [
-            Host(name, EngineKind.GENERATE, engine, Meter("gpu-0", "cpu", name), *meters)
-            for name, engine in zip(names, engines, strict=False)
-        ]
-        self.runner = Runner(store, hosts, settings, boot_id="boot", device="cpu")
-        self.task = asyncio.create_task(self.runner.run())
-
-    async def ended(self) -> Exit:
-        async with asyncio.timeout(10):
-            return await self.task
-
-
-@asynccontextmanager
-async def working(store: FakeStore, *engines: FakeEngine, **changes: Any) -> AsyncIterator[Rig]:
-    """A runner at work, ended afterwards."""
-    rig = Rig(store, *engines, **changes)
-    try:
-        yield rig
-    finally:
-        store.away = False
-        rig.runner.end(Exit.OK)
-        await rig.ended()
-
-
-async def until(condition: Callable[[], object], seconds: float = 5.0) -> None:
-    """Wait until the condition holds; fail when it does not in time."""
-    async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110 - the condition may be anything
-            await asyncio.sleep(0.002)
-
-
-async def heartbeats(store: FakeStore, number: int) -> None:
-    """Let so many heartbeats pass: whatever was about to happen has happened then."""
-    seen = len(store.beats)
-    await until(lambda: len(store.beats) >= seen + number)
-
-
-def hold_until(gate: asyncio.Event, engine: FakeEngine) -> None:
-    """Let every request wait at the engine's door."""
-    plain = engine.answer
-
-    async def answer(request: EngineRequest) -> EngineAnswer:
-        await gate.wait()
-        return await plain(request)
-
-    engine.answer = answer  # type: ignore[method-assign]
-
-
-def positions(*slices: ClaimedSlice) -> set[int]:
-    return {r.position for s in slices for r in s.requests}
-
-
-def hang(_: EngineRequest) -> None:
-    return None
 
 
 async def test_every_request_of_every_slice_gets_one_row_and_the_slices_are_closed() -> None:
@@ -417,150 +330,3 @@ async def test_leases_are_renewed_while_the_store_has_no_room_for_rows() -> None
         full = False
         await until(lambda: store.completed == {1})
     assert len(store.positions()) == 5
-
-
-async def test_a_hung_engine_ends_the_worker_and_its_leases_are_left_to_run_out() -> None:
-    store = FakeStore(make_slice(1))
-    engine = FakeEngine(hang)
-    rig = Rig(store, engine, stall_s=0.2)
-    assert await rig.ended() is Exit.ENGINE_HUNG
-    assert engine.stopped
-    assert not store.released
-    assert not store.retired
-
-
-async def test_a_slow_engine_that_still_steps_is_not_taken_for_hung() -> None:
-    store = FakeStore(make_slice(1))
-    engine = FakeEngine(hang)
-    async with working(store, engine, stall_s=0.3) as rig:
-        await until(lambda: engine.running == 4)
-        for _ in range(5):
-            await heartbeats(store, 5)
-            engine.step += 1
-        assert not rig.task.done()
-
-
-async def test_an_idle_engine_is_never_taken_for_hung() -> None:
-    store = FakeStore()
-    async with working(store, FakeEngine(), stall_s=0.01) as rig:
-        await until(lambda: len(store.beats) >= 15)
-        assert not rig.task.done()
-
-
-async def test_a_newer_boot_makes_this_one_drop_everything() -> None:
-    store = FakeStore(make_slice(1))
-    engine = FakeEngine(hang)
-    rig = Rig(store, engine)
-    await until(lambda: engine.running == 4)
-    store.replaced = True
-    assert await rig.ended() is Exit.REPLACED
-    assert not store.released
-    assert not store.retired
-    assert engine.stopped
-    assert engine.running == 0
-
-
-async def test_a_draining_worker_finishes_what_runs_and_claims_nothing() -> None:
-    store = FakeStore(make_slice(1))
-    engine, gate = FakeEngine(), asyncio.Event()
-    hold_until(gate, engine)
-    rig = Rig(store, engine)
-    await until(lambda: rig.runner._table.in_hand == 4)
-    rig.runner.drain(60.0)
-    await until(lambda: store.beats[-1].state is InstanceState.DRAINING)
-    store.put(make_slice(2))
-    gate.set()
-    assert await rig.ended() is Exit.OK
-    assert store.completed == {1}
-    assert not store.released
-    assert store.retired
-
-
-async def test_a_drain_that_takes_too_long_gives_the_rest_back() -> None:
-    store = FakeStore(make_slice(1))
-    engine = FakeEngine(hang)
-    rig = Rig(store, engine)
-    await until(lambda: engine.running == 4)
-    rig.runner.drain(0.1)
-    assert await rig.ended() is Exit.OK
-    assert store.released == {1: ReleaseReason.SHUTDOWN}
-    assert len(engine.aborted) == 4
-
-
-async def test_results_are_stored_at_the_end_even_if_the_store_was_away_a_moment() -> None:
-    answers = iter([good(), good(), good()])
-    store = FakeStore(make_slice(1, 4))
-    engine = FakeEngine(lambda _: next(answers, None))
-    rig = Rig(store, engine, flush_s=60.0)
-    await until(lambda: engine.step == 3)
-    store.away = True
-    rig.runner.end(Exit.OK)
-    for _ in range(20):
-        await asyncio.sleep(0)
-    assert not rig.task.done()
-    store.away = False
-    assert await rig.ended() is Exit.OK
-    assert len(store.positions()) == 3
-    assert store.released == {1: ReleaseReason.SHUTDOWN}
-
-
-async def test_heartbeats_tell_of_the_start_and_then_of_the_engine() -> None:
-    store = FakeStore()
-    engine = FakeEngine()
-    engine.may_start.clear()
-    async with working(store, engine):
-        await until(lambda: store.beats)
-        first = store.beats[0]
-        assert (first.state, first.phase) == (InstanceState.STARTING, "loading m")
-        assert first.models[0].residency is Residency.COLD
-        engine.may_start.set()
-        await until(lambda: store.beats[-1].state is InstanceState.READY)
-        last = store.beats[-1]
-        assert (last.slots, last.kv_tokens, last.phase) == (8, 4096, "")
-        assert last.models[0].residency is Residency.AWAKE
-        assert last.models[0].max_model_len == 2048
-
-
-async def test_observations_arrive_once_also_after_failed_heartbeats() -> None:
-    store = FakeStore(*(make_slice(n, 5) for n in range(1, 5)))
-    failing = iter([True] * 3)
-    heartbeat = store.heartbeat
-
-    def sometimes(beat: Heartbeat) -> bool:
-        if beat.observations and next(failing, False):
-            raise Unavailable("the database is away")
-        return heartbeat(beat)
-
-    store.heartbeat = sometimes  # type: ignore[method-assign]
-    async with working(store, FakeEngine()):
-        await until(lambda: len(store.rows) == 20)
-        await heartbeats(store, 5)
-    seen = [o for beat in store.beats for o in beat.observations]
-    assert sum(o.requests for o in seen) == 20
-    assert [pair for o in seen for pair in o.outputs] == [("t", 3, 8)] * 20
-    assert sum(o.tokens for o in seen) == 60
-
-
-async def test_a_model_that_cannot_run_ends_the_worker_for_good() -> None:
-    engine = FakeEngine()
-    engine.start_error = ConfigurationError("no such model; name one that exists")
-    rig = Rig(FakeStore(), engine)
-    assert await rig.ended() is Exit.MISCONFIGURED
-
-
-async def test_a_start_that_takes_too_long_ends_the_worker() -> None:
-    engine = FakeEngine()
-    engine.may_start.clear()
-    rig = Rig(FakeStore(), engine, start_timeout_s=0.05)
-    assert await rig.ended() is Exit.ENGINE_DIED
-    assert engine.stopped
-
-
-async def test_a_worker_told_to_stop_while_it_starts_ends_at_once() -> None:
-    engine = FakeEngine()
-    engine.may_start.clear()
-    store = FakeStore()
-    rig = Rig(store, engine)
-    await until(lambda: store.beats)
-    rig.runner.drain(60.0)
-    assert await rig.ended() is Exit.OK

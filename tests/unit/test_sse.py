@@ -9,7 +9,7 @@ import pytest
 from starlette.types import Message
 
 from qlm_batch.api.sse import EventResponse, frames_of
-from tests.unit.test_runner import until
+from tests.unit.runner_rig import until
 
 
 class Client:
