@@ -351,7 +351,7 @@ class InteractiveDesk:
             return
         try:
             await self._link.call(self._store.mark_interactive, list(marks.values()))
-        except Exception:
+        except BaseException:
             self._marks = marks | self._marks
             raise
 
