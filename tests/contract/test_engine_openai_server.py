@@ -165,6 +165,13 @@ def test_metrics_are_summed_over_labels_and_told_from_longer_names() -> None:
     assert metric_sum(text, ("y",)) is None
 
 
+async def test_an_event_ends_at_a_line_feed_alone(server: Server, engine: OpenAIEngine) -> None:
+    server.says = ('{"text":"a\u2028b\x85c\x0bd"}', '{"text":"e"}')
+    stream = await engine.open_stream(chat())
+    assert not isinstance(stream, EngineAnswer)
+    assert [event async for event in stream] == [*server.says]
+
+
 async def test_a_server_that_hangs_up_ends_the_stream_with_an_error(
     server: Server, engine: OpenAIEngine
 ) -> None:

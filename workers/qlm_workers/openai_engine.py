@@ -196,7 +196,7 @@ class OpenAIEngine:
     ) -> AsyncGenerator[str, None]:
         """The data of the server's events; `held` is given back at the end."""
         async with held:
-            lines = response.aiter_lines()
+            lines = _lines_of(response)
             while True:
                 line = await self._next_line(lines)
                 if self._client is None:
@@ -362,6 +362,17 @@ class OpenAIEngine:
         usage = usage_of(parsed.get("usage"))
         self._generated += usage.output_tokens
         return EngineAnswer(response.status_code, response.text, usage, None, duration_s)
+
+
+async def _lines_of(response: httpx.Response) -> AsyncIterator[str]:
+    """The lines of a stream of events; httpx's own also end at signs that may stand in an event."""
+    rest = b""
+    async for chunk in response.aiter_bytes():
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            yield line.removesuffix(b"\r").decode(errors="replace")
+    if rest:
+        yield rest.decode(errors="replace")
 
 
 def _retry_after_s(response: httpx.Response) -> float | None:
