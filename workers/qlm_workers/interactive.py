@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -362,10 +361,15 @@ class InteractiveDesk:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        with contextlib.suppress(TimeoutError, QlmError):
+        try:
             async with asyncio.timeout(LAST_PUSH_S):
                 await self._write()
                 await self._record()
+        except (TimeoutError, QlmError) as error:
+            log.warning("last words were not told", error=str(error) or type(error).__name__)
+        except Exception:
+            # Leases still have to be given back.
+            log.exception("last words were not told")
         await self._writer.close()
 
 
