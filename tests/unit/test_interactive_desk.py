@@ -401,3 +401,17 @@ async def test_a_store_that_cannot_take_the_last_marks_does_not_break_the_end(
             bench.accept()
             await until(lambda: bench.writer.end() is not None)
     assert any(line["event"] == "last words were not told" for line in told)
+
+
+async def test_when_a_call_came_is_told_by_the_databases_clock(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with working(StreamEngine(EngineAnswer(200, "{}"))) as bench:
+        monkeypatch.setattr(bench.link, "now", lambda: 99.0)
+        bench.accept()
+        await until(lambda: bench.writer.end() is not None)
+        seen = bench.host.meter.report(99.0)
+    assert seen is not None
+    ((came, due_s, *_),) = seen.calls
+    assert came == pytest.approx(99.0, abs=0.5)
+    assert due_s == pytest.approx(1.0, abs=0.5)

@@ -253,7 +253,7 @@ class InteractiveDesk:
                 took_s = time.monotonic() - job.began
                 message, used = job.message, job.usage
                 job.host.timed(SloClass.INTERACTIVE, job.first_token_s, took_s, used.output_tokens)
-                came = time.time() - took_s
+                came = self._link.now() - took_s
                 due_s = max(0.0, message.due_at - came)
                 sizes = used.output_tokens, used.input_tokens
                 job.host.called(message.model, (came, due_s, message.tenant, *sizes))
