@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterator
 import psycopg
 import pytest
 from cryptography.fernet import Fernet
+from sqlalchemy.exc import IntegrityError
 
 from qlm_batch.domain.errors import InvalidInput, NotLeader, Unavailable
+from qlm_batch.domain.interactive import NewInteractive
 from qlm_batch.domain.jobs import (
     CHAT,
     BatchSpec,
@@ -341,3 +343,11 @@ def test_webhook_secrets_are_encrypted_at_rest(store: PostgresStore, postgres_ur
     with psycopg.connect(postgres_url) as connection:
         stored = connection.execute("SELECT secret FROM webhook_endpoint").fetchall()
     assert not any(b"whsec_" in bytes(row[0]) for row in stored)
+
+
+def test_an_error_of_the_database_does_not_tell_what_users_wrote(store: PostgresStore) -> None:
+    call = NewInteractive("req_1", TENANT, CHAT, "m", "what they asked", True, 1.0, GPU, BOOT)
+    store.add_interactive(call)
+    with pytest.raises(IntegrityError) as told:
+        store.add_interactive(call)
+    assert "what they asked" not in str(told.value)
