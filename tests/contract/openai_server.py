@@ -36,6 +36,8 @@ class Server:
     sleeps: bool = False
     """Whether it is in vLLM's development mode, where it can be told to sleep."""
     bodies: list[dict[str, object]] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
+    """Of each question for the models."""
     url: str = ""
 
 
@@ -72,6 +74,7 @@ def _app(server: Server) -> FastAPI:
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
+        server.headers.append(dict(request.headers))
         if server.key and request.headers.get("authorization") != f"Bearer {server.key}":
             return Response(status_code=401)
         card = {

@@ -13,6 +13,7 @@ from qlm_batch.domain.engine import EngineAnswer, EngineRequest, Lso
 from qlm_batch.domain.errors import ConfigurationError, EngineDead
 from qlm_batch.domain.jobs import CHAT, EngineKind
 from qlm_batch.settings import Settings
+from qlm_workers.app import device_name
 from qlm_workers.engines import make_engine
 from qlm_workers.openai_engine import OpenAIEngine
 from qlm_workers.openai_probe import metric_sum
@@ -138,6 +139,18 @@ async def test_a_wrong_key_is_told_apart(server: Server) -> None:
 async def test_an_absent_server_is_given_up_after_the_start_time() -> None:
     with pytest.raises(ConfigurationError, match="QLM_ENGINE_URL"):
         await OpenAIEngine("http://127.0.0.1:9", MODEL, start_timeout_s=0.1).start()
+
+
+async def test_a_password_in_the_address_is_used_and_not_told(server: Server) -> None:
+    with serving(server):
+        address = server.url.replace("://", "://me:s3cret@")
+        with pytest.raises(ConfigurationError) as told:
+            await OpenAIEngine(address, "other").start()
+        settings = Settings(engine="openai", engine_url=address)
+        assert server.headers[-1]["authorization"].startswith("Basic ")
+    assert server.url in told.value.message
+    assert "s3cret" not in told.value.message
+    assert device_name(settings) == f"server:{server.url}"
 
 
 def test_an_engine_without_an_address_cannot_be_made() -> None:

@@ -21,6 +21,7 @@ from qlm_batch.domain.jobs import EngineKind
 from qlm_batch.domain.snapshot import Residency
 from qlm_batch.settings import Settings
 from qlm_workers.answers import Door, error_answer, usage_of
+from qlm_workers.naming import shown
 from qlm_workers.openai_probe import ServerFacts, metric_sum, probe
 from qlm_workers.slots import PrioritySlots
 from qlm_workers.streams import DONE, Stream, error_event, error_event_answer, opened
@@ -58,7 +59,8 @@ class OpenAIEngine:
         must_sleep: bool = False,
     ) -> None:
         self._must_sleep = must_sleep
-        self._url = url.rstrip("/").removesuffix("/v1")
+        self._address = url.rstrip("/").removesuffix("/v1")
+        self._url = shown(self._address)
         self._model = model
         self._kind = kind
         self._api_key = api_key
@@ -112,7 +114,7 @@ class OpenAIEngine:
         if self._api_key:
             headers["authorization"] = f"Bearer {self._api_key}"
         self._client = httpx.AsyncClient(
-            base_url=self._url,
+            base_url=self._address,
             headers=headers,
             # An answer takes as long as it takes; the watch notices a server that hangs.
             timeout=httpx.Timeout(None, connect=10.0, write=60.0),
