@@ -5,13 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 
+import structlog
+
 from qlm_batch.callbacks.backoff import next_delay_s
 from qlm_batch.callbacks.email import EmailConfig, send_email
 from qlm_batch.callbacks.outcome import Outcome
 from qlm_batch.callbacks.webhook import WebhookConfig, send_webhook
-from qlm_batch.domain.errors import NotFound
+from qlm_batch.domain.errors import NotFound, QlmError
 from qlm_batch.domain.jobs import DeliveryAttempt, OutboxItem
 from qlm_batch.domain.ports import Store
+
+log = structlog.get_logger(__name__)
 
 Sender = Callable[[OutboxItem], Outcome]
 """Makes one attempt over one channel; a receiver's faults come back as an Outcome."""
@@ -36,13 +40,16 @@ def make_senders(store: Store, webhook: WebhookConfig, email: EmailConfig) -> Ma
 def attempt(
     item: OutboxItem, senders: Mapping[str, Sender], now: Callable[[], float], jitter: float
 ) -> DeliveryAttempt:
-    """Try once; the attempt says when the next is due on the clock `now`, if there is one."""
+    """Try once; the attempt says when the next is due on the clock `now`, if there is one.
+
+    Raises only where the service's own parts are away.
+    """
     started = time.monotonic()
     send = senders.get(item.channel)
     if send is None:
         outcome = Outcome(False, f"no such channel: {item.channel}", gone=True)
     else:
-        outcome = send(item)
+        outcome = _sent(send, item)
     duration_s = time.monotonic() - started
     delay_s = None
     if not outcome.ok:
@@ -56,7 +63,19 @@ def attempt(
         outbox_id=item.id,
         ok=outcome.ok,
         status_code=outcome.status_code,
-        detail=outcome.detail,
+        # Servers answer in any bytes; what stands for those that are no text no database takes.
+        detail=outcome.detail.encode(errors="replace").decode(),
         duration_s=duration_s,
         retry_at=None if delay_s is None else now() + delay_s,
     )
+
+
+def _sent(send: Sender, item: OutboxItem) -> Outcome:
+    """What came of it; a fault nobody foresaw counts too, else it would come back for ever."""
+    try:
+        return send(item)
+    except QlmError:
+        raise
+    except Exception as error:
+        log.exception("delivery_crashed", event_id=item.event_id, channel=item.channel)
+        return Outcome(False, f"it could not be sent: {type(error).__name__}")

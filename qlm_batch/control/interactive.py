@@ -167,7 +167,7 @@ class Calls:
                     return
                 continue
             silent_since = time.monotonic()
-            if news[0].first > call.shown:
+            if _has_gap(news, call.shown):
                 async for part in self._from_store(call):
                     yield part
                 return
@@ -411,6 +411,15 @@ class Calls:
     async def _run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, partial(function, *args, **kwargs))
+
+
+def _has_gap(news: Sequence[News], shown: int) -> bool:
+    """Whether events are missing before or between those told."""
+    for each in news:
+        if each.first > shown:
+            return True
+        shown = max(shown, each.first + len(each.events))
+    return False
 
 
 def _unseen(news: Sequence[News], shown: int) -> Sequence[str]:

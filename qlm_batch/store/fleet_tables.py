@@ -89,6 +89,11 @@ sa.Index(
     interactive_request.c.ended_at,
     postgresql_where=sa.text("ended_at IS NOT NULL"),
 )
+sa.Index(
+    "ix_interactive_request_full",
+    interactive_request.c.ended_at,
+    postgresql_where=sa.text("ended_at IS NOT NULL AND (body IS NOT NULL OR result IS NOT NULL)"),
+)
 
 observation = sa.Table("observation", METADATA, serial(), sa.Column("data", JSONB, nullable=False))
 

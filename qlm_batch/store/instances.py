@@ -109,7 +109,7 @@ def _take_back(connection: Connection, name: str, reason: str) -> None:
     """Queue again what a dead boot was given; an attempt counts where it was leased."""
     leased = connection.scalars(_LEASED, {"name": name}).all()
     if leased:
-        lose_all(connection, leased, reason)
+        lose_all(connection, leased, reason, name)
     requeue(connection, connection.scalars(_ASSIGNED, {"name": name}).all())
 
 

@@ -101,11 +101,18 @@ def _row(mark: InteractiveMark) -> dict[str, object]:
         "state": mark.state.value,
         "ended": mark.state not in OPEN_INTERACTIVE,
         "status_code": mark.status_code,
-        "result": mark.result,
+        "result": _plain(mark.result),
         "first_token_s": mark.first_token_s,
         "duration_s": mark.duration_s,
         **asdict(mark.usage),
     }
+
+
+def _plain(result: str | None) -> str | None:
+    """Text that PostgreSQL can hold: one result of a server gone mad must not keep others back."""
+    if result is None:
+        return None
+    return result.replace("\0", "\ufffd").encode(errors="replace").decode()
 
 
 def get_interactive(connection: Connection, tenant: str, request_id: str) -> InteractiveRequest:

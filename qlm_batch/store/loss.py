@@ -129,7 +129,13 @@ def _fail_lines(connection: Connection, row: LockedSlice) -> int:
     return store_rows(connection, {row.id: row}, rows, row.instance).settled
 
 
-def lose_all(connection: Connection, ids: Sequence[int], reason: str) -> Reaped:
-    """As `lose`, for slices not locked yet; those no longer leased are left alone."""
-    slices = lock_slices(connection, ids)
-    return lose(connection, [row for row in slices.values() if row.state == "leased"], reason)
+def lose_all(
+    connection: Connection, ids: Sequence[int], reason: str, instance: str | None = None
+) -> Reaped:
+    """As `lose`, for slices not locked yet; those no longer leased are left alone.
+
+    With `instance` also those that are leased to another by now.
+    """
+    slices = lock_slices(connection, ids).values()
+    leased = [row for row in slices if row.state == "leased"]
+    return lose(connection, [row for row in leased if instance in (None, row.instance)], reason)

@@ -92,6 +92,8 @@ def make_engine(
         pool_timeout=10.0,
         pool_pre_ping=False,
         pool_use_lifo=True,
+        # Errors are logged, and parameters are what users wrote.
+        hide_parameters=True,
         connect_args={
             "application_name": application_name,
             "connect_timeout": max(2, round(connect_timeout_s)),

@@ -31,9 +31,13 @@ class Server:
     next_answers: deque[tuple[int, dict[str, str]]] = field(default_factory=deque)
     hang_up_after: int | None = None
     """End streams without a word after this many events."""
+    says: tuple[str, ...] = ()
+    """Streams consist of these events instead of real ones."""
     sleeps: bool = False
     """Whether it is in vLLM's development mode, where it can be told to sleep."""
     bodies: list[dict[str, object]] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
+    """Of each question for the models."""
     url: str = ""
 
 
@@ -70,6 +74,7 @@ def _app(server: Server) -> FastAPI:
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
+        server.headers.append(dict(request.headers))
         if server.key and request.headers.get("authorization") != f"Bearer {server.key}":
             return Response(status_code=401)
         card = {
@@ -112,6 +117,9 @@ def _app(server: Server) -> FastAPI:
             stream = await server.engine.open_stream(inner)
             if isinstance(stream, EngineAnswer):
                 return Response(stream.body, stream.status_code, media_type="application/json")
+            if server.says:
+                told = "".join(f"data: {event}\n\n" for event in (*server.says, "[DONE]"))
+                return Response(told, media_type="text/event-stream")
             return StreamingResponse(_sent(stream, server), media_type="text/event-stream")
         answer = asyncio.ensure_future(server.engine.answer(inner))
         gone = asyncio.ensure_future(_disconnected(request))

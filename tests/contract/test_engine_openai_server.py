@@ -13,6 +13,7 @@ from qlm_batch.domain.engine import EngineAnswer, EngineRequest, Lso
 from qlm_batch.domain.errors import ConfigurationError, EngineDead
 from qlm_batch.domain.jobs import CHAT, EngineKind
 from qlm_batch.settings import Settings
+from qlm_workers.app import device_name
 from qlm_workers.engines import make_engine
 from qlm_workers.openai_engine import OpenAIEngine
 from qlm_workers.openai_probe import metric_sum
@@ -140,6 +141,18 @@ async def test_an_absent_server_is_given_up_after_the_start_time() -> None:
         await OpenAIEngine("http://127.0.0.1:9", MODEL, start_timeout_s=0.1).start()
 
 
+async def test_a_password_in_the_address_is_used_and_not_told(server: Server) -> None:
+    with serving(server):
+        address = server.url.replace("://", "://me:s3cret@")
+        with pytest.raises(ConfigurationError) as told:
+            await OpenAIEngine(address, "other").start()
+        settings = Settings(engine="openai", engine_url=address)
+        assert server.headers[-1]["authorization"].startswith("Basic ")
+    assert server.url in told.value.message
+    assert "s3cret" not in told.value.message
+    assert device_name(settings) == f"server:{server.url}"
+
+
 def test_an_engine_without_an_address_cannot_be_made() -> None:
     with pytest.raises(ConfigurationError, match="QLM_ENGINE_URL"):
         make_engine(Settings(engine="openai"), MODEL, EngineKind.GENERATE)
@@ -163,6 +176,13 @@ def test_metrics_are_summed_over_labels_and_told_from_longer_names() -> None:
     text = '# HELP x y\nx{a="1"} 2.0\nx{a="2"} 3\nx_total 9\n'
     assert metric_sum(text, ("x",)) == 5.0
     assert metric_sum(text, ("y",)) is None
+
+
+async def test_an_event_ends_at_a_line_feed_alone(server: Server, engine: OpenAIEngine) -> None:
+    server.says = ('{"text":"a\u2028b\x85c\x0bd"}', '{"text":"e"}')
+    stream = await engine.open_stream(chat())
+    assert not isinstance(stream, EngineAnswer)
+    assert [event async for event in stream] == [*server.says]
 
 
 async def test_a_server_that_hangs_up_ends_the_stream_with_an_error(

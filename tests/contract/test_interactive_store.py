@@ -71,6 +71,14 @@ def test_its_end_is_stored_with_usage_and_timings(bench: Bench) -> None:
     assert stored.ended_at is not None
 
 
+def test_a_result_that_no_database_holds_does_not_keep_others_back(bench: Bench) -> None:
+    bench.store.add_interactive(NEW)
+    bench.store.add_interactive(replace(NEW, id="req_2"))
+    odd = replace(DONE, result="a\0b\ud800")
+    assert bench.store.mark_interactive([odd, replace(DONE, id="req_2")]) == 2
+    assert state(bench) is state(bench, "req_2") is InteractiveState.DONE
+
+
 @pytest.mark.parametrize(
     "ended", [InteractiveState.DONE, InteractiveState.FAILED, InteractiveState.ABORTED]
 )

@@ -111,6 +111,23 @@ def test_nothing_is_left_with_a_boot_that_dies_while_it_is_given_work(
     assert [s.state for s in bench.harness.slices()] == [SliceState.QUEUED]
 
 
+def test_a_dead_boot_does_not_take_along_what_another_leased_meanwhile(
+    bench: Bench, postgres_url: str
+) -> None:
+    bench.batch(lines=2)
+    bench.beat()
+    bench.take()
+    with race(postgres_url) as line:
+        line.hold("SELECT 1 FROM slice FOR UPDATE")
+        call = line.join(lambda: bench.store.died("gpu-0", "boot-1"))
+        # Given back, handed out again and claimed, all while the look is over and the lock is not.
+        line.change("UPDATE slice SET instance = 'gpu-1', epoch = epoch + 1")
+        line.go()
+        call.result(timeout=10)
+    (left,) = bench.harness.slices()
+    assert (left.state, left.attempts) == (SliceState.LEASED, 0)
+
+
 @pytest.mark.parametrize("flush_first", [True, False])
 def test_a_late_success_and_a_cancellation_agree_on_the_counts(
     bench: Bench, postgres_url: str, flush_first: bool

@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterator
 import psycopg
 import pytest
 from cryptography.fernet import Fernet
+from sqlalchemy.exc import IntegrityError
 
 from qlm_batch.domain.errors import InvalidInput, NotLeader, Unavailable
+from qlm_batch.domain.interactive import NewInteractive
 from qlm_batch.domain.jobs import (
     CHAT,
     BatchSpec,
@@ -28,6 +30,7 @@ from qlm_batch.domain.jobs import (
 from qlm_batch.domain.ledger import Directive, Held, ReleaseReason
 from qlm_batch.domain.ports import Heartbeat
 from qlm_batch.domain.snapshot import Assignment, InstanceState, ModelView, Residency
+from qlm_batch.store import interactive
 from qlm_batch.store.postgres import PostgresStore
 
 TENANT, BATCH, GPU, BOOT = "acme", "batch_1", "gpu-0", "boot-1"
@@ -341,3 +344,32 @@ def test_webhook_secrets_are_encrypted_at_rest(store: PostgresStore, postgres_ur
     with psycopg.connect(postgres_url) as connection:
         stored = connection.execute("SELECT secret FROM webhook_endpoint").fetchall()
     assert not any(b"whsec_" in bytes(row[0]) for row in stored)
+
+
+def test_an_error_of_the_database_does_not_tell_what_users_wrote(store: PostgresStore) -> None:
+    call = NewInteractive("req_1", TENANT, CHAT, "m", "what they asked", True, 1.0, GPU, BOOT)
+    store.add_interactive(call)
+    with pytest.raises(IntegrityError) as told:
+        store.add_interactive(call)
+    assert "what they asked" not in str(told.value)
+
+
+def test_forgetting_bodies_does_not_look_at_those_already_forgotten(postgres_url: str) -> None:
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute(
+            """
+            INSERT INTO interactive_request (id, tenant, endpoint, model, body, streamed, ttft_s,
+                instance, boot_id, epoch, state, created_at, ended_at)
+            SELECT 'req_' || n, 't', '/v1/completions', 'm', CASE WHEN n > 4990 THEN '{}' END,
+                   false, 1, 'gpu-0', 'boot', 1, 'done', n, n
+            FROM generate_series(1, 5000) n
+            """
+        )
+        connection.execute("ANALYZE interactive_request")
+        asked = str(interactive._EMPTY).replace(":bodies_s", "60.0").replace(":limit", "1000")
+        plan = "\n".join(row[0] for row in connection.execute(f"EXPLAIN ANALYZE {asked}"))
+        emptied = connection.execute(
+            "SELECT count(*) FROM interactive_request WHERE body IS NULL"
+        ).fetchone()
+    assert "Rows Removed by Filter" not in plan
+    assert emptied == (5000,)

@@ -166,6 +166,14 @@ async def test_a_gap_is_filled_from_the_store() -> None:
         assert await telling == (["a", "b", "c", "d", "e"], End(200))
 
 
+async def test_a_gap_among_news_that_come_together_is_filled_from_the_store() -> None:
+    async with at_work() as rig:
+        call = await rig.open()
+        rig.write(News(0, ("a",)), News(2, ("c",)))
+        rig.end("a\nb\nc")
+        assert await rig.told(call) == (["a", "b", "c"], End(200))
+
+
 async def test_a_lost_end_is_found_in_the_store() -> None:
     async with at_work() as rig:
         call = await rig.open()

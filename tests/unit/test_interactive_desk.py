@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Self
 
 import pytest
+from structlog.testing import capture_logs
 
 from qlm_batch.dispatch.streams import Address, End, News, Parcel, Presence
 from qlm_batch.domain.engine import EngineAnswer, EngineInfo, EngineRequest
@@ -118,6 +119,7 @@ class Desk:
         self.host.started(EngineInfo("m", EngineKind.GENERATE, 2048, 8, 4096), 0.0)
         self.desk = InteractiveDesk(self.store, self.writer, flush_s=0.001)  # type: ignore[arg-type]
         self.over = asyncio.Event()
+        self.link = Link(FakeStore())
 
     def accept(self, call: Interactive = CALL) -> None:
         """Store and take a call."""
@@ -135,9 +137,8 @@ class Desk:
 @asynccontextmanager
 async def working(engine: FakeEngine) -> AsyncIterator[Desk]:
     bench = Desk(engine)
-    link = Link(FakeStore())
     bench.desk.begin(
-        link,
+        bench.link,
         {"m": bench.host},
         "boot",
         died=lambda _, death: bench.deaths.append(death),
@@ -153,7 +154,7 @@ async def working(engine: FakeEngine) -> AsyncIterator[Desk]:
         bench.over.set()
         await asyncio.gather(*loops)
         await bench.desk.close()
-        link.close()
+        bench.link.close()
 
 
 @pytest.fixture(autouse=True)
@@ -386,3 +387,31 @@ async def test_a_reader_that_leaves_while_its_model_sleeps_ends_the_wait() -> No
         bench.writer.presence = Presence(True, frozenset([b"req_1:1"]))
         await until(lambda: bench.state() is InteractiveState.ABORTED)
         assert bench.host.parked == 0
+
+
+async def test_a_store_that_cannot_take_the_last_marks_does_not_break_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(_: object) -> int:
+        raise ValueError("a result this database cannot hold")
+
+    with capture_logs() as told:
+        async with working(StreamEngine(EngineAnswer(200, "{}"))) as bench:
+            monkeypatch.setattr(bench.store, "mark_interactive", broken)
+            bench.accept()
+            await until(lambda: bench.writer.end() is not None)
+    assert any(line["event"] == "last words were not told" for line in told)
+
+
+async def test_when_a_call_came_is_told_by_the_databases_clock(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with working(StreamEngine(EngineAnswer(200, "{}"))) as bench:
+        monkeypatch.setattr(bench.link, "now", lambda: 99.0)
+        bench.accept()
+        await until(lambda: bench.writer.end() is not None)
+        seen = bench.host.meter.report(99.0)
+    assert seen is not None
+    ((came, due_s, *_),) = seen.calls
+    assert came == pytest.approx(99.0, abs=0.5)
+    assert due_s == pytest.approx(1.0, abs=0.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -305,6 +306,35 @@ async def test_a_store_that_takes_nothing_at_all_costs_no_result() -> None:
     async with working(store, FakeEngine()):
         await until(lambda: store.completed == {1}, 15.0)
     assert len(store.positions()) == 5
+
+
+def test_a_store_that_never_answers_does_not_keep_a_worker_from_ending(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(runner_module, "LAST_FLUSH_S", 0.05)
+    asked, answer = threading.Event(), threading.Event()
+    verdicts: list[Exit] = []
+
+    def silent(*_: Any, **__: Any) -> Any:
+        asked.set()
+        answer.wait()
+        raise Unavailable("the database is away")
+
+    async def serve() -> None:
+        store = FakeStore(make_slice(1, 1))
+        monkeypatch.setattr(store, "flush", silent)
+        monkeypatch.setattr(store, "retire", silent)
+        rig = Rig(store, FakeEngine())
+        await until(asked.is_set)
+        rig.runner.end(Exit.OK)
+        verdicts.append(await rig.ended())
+
+    # In a thread: a loop that spins would not let a time-out of its own through.
+    worker = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
+    worker.start()
+    worker.join(10)
+    answer.set()
+    assert verdicts == [Exit.OK]
 
 
 async def test_leases_are_renewed_while_the_engine_works() -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from qlm_batch.dispatch.wire import VERSION, decode, encode
 from qlm_batch.domain.errors import InvalidInput
 from qlm_batch.domain.messages import Assigned, Interactive, Stopped
+from qlm_batch.settings import Settings
 
 text = st.text(st.characters(codec="utf-8"), min_size=1, max_size=64)
 numbers = st.integers(0, 2**31)
@@ -90,6 +91,6 @@ def test_a_call_with_a_wrong_field_is_refused(change: dict[str, object], word: s
         decode(encode(CALL) | change)
 
 
-def test_a_call_carries_a_body_longer_than_any_other_field() -> None:
-    long = replace(CALL, body="x" * 100_000)
+def test_a_call_carries_the_longest_body_that_the_api_lets_in() -> None:
+    long = replace(CALL, body="x" * Settings().interactive_body_bytes)
     assert decode(encode(long)) == long

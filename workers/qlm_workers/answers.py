@@ -13,6 +13,9 @@ from qlm_batch.domain.engine import EngineAnswer, EngineRequest
 from qlm_batch.domain.errors import QlmError
 from qlm_batch.domain.jobs import EMBEDDINGS, EngineKind, Usage
 
+MOST_TOKENS = 2**31 - 1
+"""A larger count of one answer is a fault of its server, and no sum of them could be stored."""
+
 
 @dataclass(frozen=True, slots=True)
 class Door:
@@ -81,14 +84,26 @@ def error_answer(
 
 
 def usage_of(usage: object) -> Usage:
-    """The token counts in the `usage` object of an OpenAI response; absent ones are 0."""
-    if not isinstance(usage, dict):
-        return Usage()
-    prompt = usage.get("prompt_tokens_details") or {}
-    completion = usage.get("completion_tokens_details") or {}
+    """The token counts in the `usage` object of an OpenAI response.
+
+    0 for those that are absent or no numbers: an answer is worth keeping whatever is told of it.
+    """
+    told = _object(usage)
     return Usage(
-        input_tokens=usage.get("prompt_tokens") or 0,
-        cached_tokens=prompt.get("cached_tokens") or 0,
-        output_tokens=usage.get("completion_tokens") or 0,
-        reasoning_tokens=completion.get("reasoning_tokens") or 0,
+        input_tokens=_count(told.get("prompt_tokens")),
+        cached_tokens=_count(_object(told.get("prompt_tokens_details")).get("cached_tokens")),
+        output_tokens=_count(told.get("completion_tokens")),
+        reasoning_tokens=_count(
+            _object(told.get("completion_tokens_details")).get("reasoning_tokens")
+        ),
     )
+
+
+def _object(value: object) -> dict[str, object]:
+    return value if isinstance(value, dict) else {}
+
+
+def _count(value: object) -> int:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return 0
+    return int(min(max(value, 0), MOST_TOKENS))

@@ -24,7 +24,7 @@ from qlm_workers.interactive import InteractiveDesk
 from qlm_workers.lifecycle import EngineThread, end_on_signals
 from qlm_workers.link import WorkerStore
 from qlm_workers.meter import Meter
-from qlm_workers.naming import parse_model, served_name, told_length
+from qlm_workers.naming import parse_model, served_name, shown, told_length
 from qlm_workers.room import models_that_fit
 from qlm_workers.runner import Runner
 from qlm_workers.witness import Witness
@@ -103,7 +103,7 @@ def device_name(settings: Settings) -> str:
     if settings.engine == "simulated":
         return "simulated"
     if settings.engine == "openai":
-        return f"server:{settings.engine_url}"
+        return f"server:{shown(settings.engine_url)}"
     for card in _cards():
         for line in card.read_text().splitlines():
             key, _, value = line.partition(":")

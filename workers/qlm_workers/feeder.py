@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import structlog
 
@@ -48,7 +48,9 @@ class Feeder:
         while self._open and (item := host.take()) is not None:
             lease, request = item
             host.inside += 1
-            lease.tasks[request.position] = asyncio.create_task(self._serve(host, lease, request))
+            task = asyncio.create_task(self._serve(host, lease, request))
+            lease.tasks[request.position] = task
+            task.add_done_callback(partial(self._left, host, lease, request.position))
 
     def close(self) -> None:
         """Put nothing in any more."""
@@ -63,8 +65,15 @@ class Feeder:
             log.exception("serving a request crashed", slice=lease.slice.slice_id)
             self._crashed()
         finally:
+            self._left(host, lease, request.position, asyncio.current_task())
+
+    def _left(
+        self, host: Host, lease: Lease, position: int, task: asyncio.Task[None] | None
+    ) -> None:
+        """Give its place to the next; once, also for a task cancelled before it had begun."""
+        if lease.tasks.get(position) is task:
+            del lease.tasks[position]
             host.inside -= 1
-            lease.tasks.pop(request.position, None)
             self.feed(host)
 
     async def _answer(self, host: Host, lease: Lease, request: ClaimedRequest) -> ResultRow:

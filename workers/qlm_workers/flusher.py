@@ -143,8 +143,11 @@ class Flusher:
         told = rows.not_stored(parcel.rows[0])
         try:
             await self._send(replace(parcel, rows=[told]), time.monotonic(), renew=False)
-        except Exception:  # noqa: BLE001 - the caller reports the first failure
+        except BaseException as error:
             self._table.put_back(parcel)
+            if not isinstance(error, Exception):
+                raise
+            # The caller reports the first failure.
         else:
             log.error("a result could not be stored", request_id=told.request_id)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -254,7 +253,7 @@ class InteractiveDesk:
                 took_s = time.monotonic() - job.began
                 message, used = job.message, job.usage
                 job.host.timed(SloClass.INTERACTIVE, job.first_token_s, took_s, used.output_tokens)
-                came = time.time() - took_s
+                came = self._link.now() - took_s
                 due_s = max(0.0, message.due_at - came)
                 sizes = used.output_tokens, used.input_tokens
                 job.host.called(message.model, (came, due_s, message.tenant, *sizes))
@@ -351,7 +350,7 @@ class InteractiveDesk:
             return
         try:
             await self._link.call(self._store.mark_interactive, list(marks.values()))
-        except Exception:
+        except BaseException:
             self._marks = marks | self._marks
             raise
 
@@ -362,10 +361,15 @@ class InteractiveDesk:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        with contextlib.suppress(TimeoutError, QlmError):
+        try:
             async with asyncio.timeout(LAST_PUSH_S):
                 await self._write()
                 await self._record()
+        except (TimeoutError, QlmError) as error:
+            log.warning("last words were not told", error=str(error) or type(error).__name__)
+        except Exception:
+            # Leases still have to be given back.
+            log.exception("last words were not told")
         await self._writer.close()
 
 

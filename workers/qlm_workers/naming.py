@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import orjson
@@ -64,3 +65,8 @@ def located(model: str) -> str:
             param="models",
         )
     return str(folder)
+
+
+def shown(url: str) -> str:
+    """An address as it may be shown: without a name and password in it."""
+    return re.sub(r"^([^/?#]*//)[^/?#]*@", r"\1", url)

@@ -21,6 +21,7 @@ from qlm_batch.domain.jobs import EngineKind
 from qlm_batch.domain.snapshot import Residency
 from qlm_batch.settings import Settings
 from qlm_workers.answers import Door, error_answer, usage_of
+from qlm_workers.naming import shown
 from qlm_workers.openai_probe import ServerFacts, metric_sum, probe
 from qlm_workers.slots import PrioritySlots
 from qlm_workers.streams import DONE, Stream, error_event, error_event_answer, opened
@@ -58,7 +59,8 @@ class OpenAIEngine:
         must_sleep: bool = False,
     ) -> None:
         self._must_sleep = must_sleep
-        self._url = url.rstrip("/").removesuffix("/v1")
+        self._address = url.rstrip("/").removesuffix("/v1")
+        self._url = shown(self._address)
         self._model = model
         self._kind = kind
         self._api_key = api_key
@@ -112,7 +114,7 @@ class OpenAIEngine:
         if self._api_key:
             headers["authorization"] = f"Bearer {self._api_key}"
         self._client = httpx.AsyncClient(
-            base_url=self._url,
+            base_url=self._address,
             headers=headers,
             # An answer takes as long as it takes; the watch notices a server that hangs.
             timeout=httpx.Timeout(None, connect=10.0, write=60.0),
@@ -196,7 +198,7 @@ class OpenAIEngine:
     ) -> AsyncGenerator[str, None]:
         """The data of the server's events; `held` is given back at the end."""
         async with held:
-            lines = response.aiter_lines()
+            lines = _lines_of(response)
             while True:
                 line = await self._next_line(lines)
                 if self._client is None:
@@ -362,6 +364,17 @@ class OpenAIEngine:
         usage = usage_of(parsed.get("usage"))
         self._generated += usage.output_tokens
         return EngineAnswer(response.status_code, response.text, usage, None, duration_s)
+
+
+async def _lines_of(response: httpx.Response) -> AsyncIterator[str]:
+    """The lines of a stream of events; httpx's own also end at signs that may stand in an event."""
+    rest = b""
+    async for chunk in response.aiter_bytes():
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            yield line.removesuffix(b"\r").decode(errors="replace")
+    if rest:
+        yield rest.decode(errors="replace")
 
 
 def _retry_after_s(response: httpx.Response) -> float | None:

@@ -13,6 +13,7 @@ import httpx
 from qlm_batch.domain.engine import Lso
 from qlm_batch.domain.errors import ConfigurationError
 from qlm_batch.domain.jobs import CHAT, COMPLETIONS, EMBEDDINGS, EngineKind
+from qlm_workers.naming import shown
 
 _PAUSE_S = 1.0
 _ASK_S = 60.0
@@ -84,7 +85,7 @@ async def _model_card(
             response = await client.get("/v1/models", timeout=_ASK_S)
             if response.status_code in (401, 403):
                 raise ConfigurationError(
-                    f"The engine at {client.base_url} refuses the key; set QLM_ENGINE_API_KEY.",
+                    f"The engine at {_url(client)} refuses the key; set QLM_ENGINE_API_KEY.",
                     param="engine_api_key",
                 )
             if response.status_code == 200:
@@ -95,20 +96,19 @@ async def _model_card(
             problem = f"could not be asked ({type(error).__name__})"
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigurationError(
-                f"{client.base_url} does not list models as OpenAI's API does; "
-                "check QLM_ENGINE_URL.",
+                f"{_url(client)} does not list models as OpenAI's API does; check QLM_ENGINE_URL.",
                 param="engine_url",
             ) from error
         if time.monotonic() + _PAUSE_S > deadline:
             raise ConfigurationError(
-                f"The engine at {client.base_url} {problem} within {patience_s:.0f} s; "
+                f"The engine at {_url(client)} {problem} within {patience_s:.0f} s; "
                 "check QLM_ENGINE_URL and that the server runs.",
                 param="engine_url",
             )
         await asyncio.sleep(_PAUSE_S)
     if model not in cards:
         raise ConfigurationError(
-            f"The engine at {client.base_url} serves {', '.join(cards) or 'no model'}, not "
+            f"The engine at {_url(client)} serves {', '.join(cards) or 'no model'}, not "
             f"'{model}'; give one of its names as the model.",
             param="models",
         )
@@ -120,7 +120,7 @@ async def _check_kind(client: httpx.AsyncClient, model: str, kind: EngineKind) -
         other = "an embedding" if kind is EngineKind.GENERATE else "a generating"
         hint = f"embed:{model}" if kind is EngineKind.GENERATE else model
         raise ConfigurationError(
-            f"The engine at {client.base_url} does not answer requests to '{model}' for "
+            f"The engine at {_url(client)} does not answer requests to '{model}' for "
             f"{kind.value}; if it is {other} model, name it '{hint}'.",
             param="models",
         )
@@ -163,3 +163,7 @@ async def _kv_tokens(client: httpx.AsyncClient) -> int | None:
             if blocks.isdigit() and size.isdigit():
                 return int(blocks) * int(size)
     return None
+
+
+def _url(client: httpx.AsyncClient) -> str:
+    return shown(str(client.base_url))

@@ -384,8 +384,13 @@ class Runner:
     async def _close(self, loops: Sequence[asyncio.Task[None]]) -> None:
         """Stop everything that runs, store what there is, and give leases back."""
         # Claims and flushes run in threads that cannot be interrupted: what they bring has to be
-        # known before leases can be given back.
-        await asyncio.wait(loops, timeout=LAST_FLUSH_S)
+        # known before leases can be given back. What a silent store leaves open is let go: rows are
+        # sent again, and a claim that succeeds all the same ends with the boot.
+        _, hanging = await asyncio.wait(loops, timeout=LAST_FLUSH_S)
+        for loop in hanging:
+            loop.cancel()
+        if hanging:
+            await asyncio.wait(hanging, timeout=LAST_FLUSH_S)
         await self._residents.close()
         serving = [task for lease in self._table.leases for task in lease.tasks.values()]
         for task in serving:
@@ -403,15 +408,20 @@ class Runner:
         self._link.close()
 
     async def _last_words(self) -> None:
-        """Store all rows and give all leases back, for as long as that may take."""
+        """Store all rows and give all leases back, for as long as that may take.
+
+        A store that leaves one call without an answer for LAST_FLUSH_S is away.
+        """
         failures, give_up_at = 0, time.monotonic() + LAST_FLUSH_S
         while True:
             try:
                 while self._table.buffered:
-                    await self._flusher.flush(renew=False)
+                    async with asyncio.timeout(LAST_FLUSH_S):
+                        await self._flusher.flush(renew=False)
                 if self._verdict is not Exit.ENGINE_HUNG:
-                    await self._release_all()
-                    await self._link.call(self._store.retire, self._name, self._boot_id)
+                    async with asyncio.timeout(LAST_FLUSH_S):
+                        await self._release_all()
+                        await self._link.call(self._store.retire, self._name, self._boot_id)
             except Exception as error:
                 failures += 1
                 self._link.failed("last flush", error, failures)
