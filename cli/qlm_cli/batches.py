@@ -26,7 +26,9 @@ from qlm_cli.context import EXIT_UNFINISHED, Context, service_options
 from qlm_cli.output import Json, Output, clock, counted, eta_text, progress_text
 
 ENDED = ("completed", "failed", "expired", "cancelled")
-_PEEK = 1 << 16
+_PEEK = 1 << 23
+"""Bytes read ahead to find the first line, which may hold a long document or an image."""
+_BEFORE_FIRST = b"\xef\xbb\xbf \t\r\n"
 _MOST_FAULTS = 10
 
 
@@ -307,20 +309,15 @@ def _size_of(source: BinaryIO) -> int | None:
         return None
 
 
-def peekable(file: BinaryIO) -> BinaryIO:
-    """The same file, buffered so that its beginning can be read ahead."""
-    return io.BufferedReader(file, _PEEK) if isinstance(file, io.RawIOBase) else file
+def peekable(file: BinaryIO) -> io.BufferedReader:
+    """The same file, with a buffer that holds the whole of a first line, however it arrives."""
+    # The file's own buffer is a page; and a pipe gives no more at once than was written to it.
+    return io.BufferedReader(file, _PEEK)  # type: ignore[arg-type]
 
 
-def endpoint_of(source: BinaryIO) -> str:
-    """The first line's `url`, read without consuming it."""
-    peek = getattr(source, "peek", None)
-    if peek is not None:
-        head: bytes = peek(_PEEK)
-    else:
-        head = source.read(_PEEK)
-        source.seek(0)
-    first = head.lstrip(b"\xef\xbb\xbf").split(b"\n", 1)[0]
+def endpoint_of(source: io.BufferedReader) -> str:
+    """The `url` of the first line that is not blank, read without consuming it."""
+    first = source.peek(_PEEK).lstrip(_BEFORE_FIRST).split(b"\n", 1)[0]
     try:
         return str(json.loads(first)["url"])
     except (ValueError, KeyError, TypeError):

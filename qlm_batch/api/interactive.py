@@ -214,7 +214,17 @@ def _read(raw: bytes, endpoint: str) -> _Asked:
         usage = options.get("include_usage") is True
         # Always counted; shown to those who asked.
         body["stream_options"] = options | {"include_usage": True}
-    return _Asked(model, orjson.dumps(body).decode(), bool(streamed), usage)
+    return _Asked(model, _text_of(body), bool(streamed), usage)
+
+
+def _text_of(body: dict[str, Any]) -> str:
+    try:
+        return orjson.dumps(body).decode()
+    except orjson.JSONEncodeError:
+        # It reads more levels than it writes; nothing else that was read cannot be written.
+        raise InvalidInput(
+            "The request body is nested more than 250 levels deep.", code="invalid_json"
+        ) from None
 
 
 def _only_usage(event: str) -> bool:

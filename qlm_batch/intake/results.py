@@ -18,14 +18,16 @@ _WITHOUT_ROW = {
         "This request was not executed because the batch was cancelled.",
     ),
 }
+_LINE_ENDS = tuple((mark.encode(), b"\\u%04x" % ord(mark)) for mark in ("\x85", "\u2028", "\u2029"))
+"""What JSON lets stand in a text, and Python's `splitlines` and httpx's `iter_lines` cut at."""
 _LOST = ("server_error", "This request has no stored outcome; retry the batch's failed lines.")
 
 
 def render_line(line: ExportLine) -> tuple[bool, bytes]:
     """Whether the line belongs in the output file (else the error file), and its text with LF.
 
-    The stored body goes in unparsed. The id depends only on the request, so that exporting again
-    gives the same bytes.
+    The stored body goes in unparsed; what any reader takes for a line end is escaped in it. The id
+    depends only on the request, so that exporting again gives the same bytes.
     """
     parts = [
         b'{"id":"',
@@ -47,7 +49,7 @@ def render_line(line: ExportLine) -> tuple[bool, bytes]:
     else:
         code, message = _error_of(line)
         parts += [b'null,"error":', orjson.dumps({"code": code, "message": message}), b"}\n"]
-    return line.ok, b"".join(parts)
+    return line.ok, _escaped(b"".join(parts))
 
 
 def _error_of(line: ExportLine) -> tuple[str, str]:
@@ -66,3 +68,11 @@ def _one_line(body: str) -> bytes:
     if "\n" in body or "\r" in body:
         body = body.replace("\n", " ").replace("\r", " ")
     return body.encode()
+
+
+def _escaped(text: bytes) -> bytes:
+    """The same JSON on one line for every reader. Such marks stand inside its strings only."""
+    if not text.isascii():
+        for mark, escape in _LINE_ENDS:
+            text = text.replace(mark, escape)
+    return text

@@ -106,6 +106,17 @@ def test_a_body_may_hold_more_than_other_calls_take_but_not_anything(line: Line)
     assert "16777216" in error_of(line.post("/v1/chat/completions", endless), 413)["message"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_body_nested_too_deeply_is_a_bad_request(line: Line, stream: bool) -> None:
+    nested: object = 1
+    for _ in range(300):
+        nested = [nested]
+    answer = line.post("/v1/chat/completions", chat(stream=stream, chat_template_kwargs=nested))
+    error = error_of(answer, 400)
+    assert error["code"] == "invalid_json"
+    assert "nested" in error["message"]
+
+
 def test_completions_and_two_choices(line: Line) -> None:
     body = {"model": MODEL, "prompt": "Once", "max_tokens": 4, "n": 2}
     answer = line.post("/v1/completions", body).json()

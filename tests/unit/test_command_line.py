@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from qlm_cli.batches import endpoint_of, peekable
 from qlm_cli.main import COMMANDS, cli, main
 
 
@@ -127,3 +128,28 @@ def test_a_process_without_a_database_says_what_to_set() -> None:
         check=False,
     )
     assert done.returncode == 78 and "DATABASE_URL" in done.stderr
+
+
+@pytest.mark.parametrize("before", [b"", b"\xef\xbb\xbf", b"\n\r\n"])
+def test_the_endpoint_is_read_from_a_first_line_of_any_length(
+    tmp_path: Path, before: bytes
+) -> None:
+    line = {"custom_id": "a", "body": {"prompt": "x" * 900_000}, "url": "/v1/completions"}
+    content = before + json.dumps(line).encode() + b"\n" + b"{}\n" * 10
+    path = tmp_path / "long.jsonl"
+    path.write_bytes(content)
+    with path.open("rb") as file, peekable(file) as source:
+        assert endpoint_of(source) == "/v1/completions"
+        assert source.read() == content
+
+
+def test_the_endpoint_is_read_from_a_pipe_that_gives_a_line_in_pieces() -> None:
+    line = json.dumps({"body": {"prompt": "x" * 300_000}, "url": "/v1/completions"}).encode()
+    code = (
+        "import sys\n"
+        "from qlm_cli.batches import endpoint_of, peekable\n"
+        "source = peekable(sys.stdin.buffer)\n"
+        "print(endpoint_of(source), len(source.read()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], input=line, capture_output=True, check=True)
+    assert done.stdout.decode().split() == ["/v1/completions", str(len(line))]

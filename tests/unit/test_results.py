@@ -90,3 +90,17 @@ def test_ids_are_stable_and_differ_between_lines() -> None:
     ids = [rendered(run_id=r, position=p)[1]["id"] for r in (1, 11) for p in (1, 11)]
     assert len(set(ids)) == 4
     assert rendered()[1]["id"] == rendered(custom_id="b")[1]["id"]
+
+
+@pytest.mark.parametrize("mark", ["\x85", "\u2028", "\u2029"])
+def test_a_line_is_one_line_for_readers_that_know_more_line_ends(mark: str) -> None:
+    said = f"é{mark}b"
+    for changes in (
+        {"ok": True, "status_code": 200, "request_id": "r", "body": f'{{"text": "{said}"}}'},
+        {"error_code": "server_error", "error_message": said},
+    ):
+        _, raw = render_line(replace(LINE, custom_id=said, **changes))  # type: ignore[arg-type]
+        (line,) = raw.decode().splitlines()
+        read = json.loads(line)
+        assert read["custom_id"] == said
+        assert said in (read["error"] or read["response"]["body"]).values()
