@@ -130,10 +130,11 @@ def _firsts(places: Places, parts: Parts, order: Ints, starts: Ints) -> Ints:
 def _reasons(places: Places, of: Ints, first: Ints) -> list[str]:
     """Why batches are where they are whose last part is in places `of`."""
     told = [places.reasons[n] for n in of.tolist()]
+    queues, begins = np.unique(places.instance[: places.held], return_index=True)
+    head = dict(zip(queues.tolist(), begins.tolist(), strict=True))
     for b in np.flatnonzero((of < places.held) & (first < of)).tolist():
-        n, begin = int(of[b]), int(first[b])
-        head = int(np.argmax(places.instance == places.instance[n]))
-        told[b] = of_batch(told[b], n - head, begin - head)
+        n, begin = of.item(b), head[places.instance.item(of.item(b))]
+        told[b] = of_batch(told[b], n - begin, first.item(b) - begin)
     return told
 
 
