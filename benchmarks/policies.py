@@ -37,7 +37,7 @@ from qlm_batch.simulation.workloads import SCENARIOS, Scenario, build, scenario
 
 LOADS = (0.5, 0.7, 0.9, 1.0, 1.2, 1.5)
 ALL = (*POLICIES, "oracle")
-OURS, BASE, BOUND = "qlm", "edf-shed", "bound"
+OURS, BASE, BOUND, PAPER = "qlm", "edf-shed", "bound", "qlm-paper"
 BASELINES = tuple(name for name in POLICIES if name != OURS)
 
 
@@ -115,6 +115,8 @@ def results(
         known = dict(json.loads(line) for line in journal.read_text().splitlines())
     yield from ((job, known[job.key]) for job in jobs if job.key in known)
     left = [job for job in jobs if job.key not in known]
+    # The longest first, so that no process ends long after the others.
+    left.sort(key=lambda job: (job.policy != PAPER, -job.load))
     context = multiprocessing.get_context("spawn")
     with context.Pool(processes) as pool:
         for number, (job, result, cpu_s) in enumerate(pool.imap_unordered(run, left), 1):
