@@ -27,6 +27,7 @@ KIND_OF: Mapping[str, EngineKind] = {
     EMBEDDINGS: EngineKind.EMBED,
 }
 MAX_N = 16
+MAX_MODEL_CHARS = 512
 MAX_LOGPROBS = 20
 MAX_GRAMMAR_CHARS = 64 * 1024
 
