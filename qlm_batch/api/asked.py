@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from codecs import BOM_UTF8
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +24,12 @@ class Asked:
 
 
 def read_asked(raw: bytes, endpoint: str) -> Asked:
-    """What a body asks of `endpoint`. Raises InvalidInput."""
+    """What a body asks of `endpoint`; a byte-order mark before it is dropped, as in files.
+
+    Raises InvalidInput.
+    """
     try:
-        body: Any = orjson.loads(raw)
+        body: Any = orjson.loads(raw.removeprefix(BOM_UTF8))
     except orjson.JSONDecodeError as error:
         raise InvalidInput(
             f"The request body is not valid JSON: {error}", code="invalid_json"
@@ -34,7 +38,7 @@ def read_asked(raw: bytes, endpoint: str) -> Asked:
         raise InvalidInput("The request body must be a JSON object.", code="invalid_body")
     model = _model(body.get("model"))
     streamed = body.pop("stream", None)
-    if streamed not in (None, True, False):
+    if streamed is not None and not isinstance(streamed, bool):
         raise InvalidInput("'stream' must be true or false.", code="invalid_value", param="stream")
     if streamed and endpoint == EMBEDDINGS:
         raise InvalidInput(

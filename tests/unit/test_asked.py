@@ -44,3 +44,13 @@ def test_a_model_that_cannot_be_one_is_told_for_what_it_is(
 
 def test_a_models_name_may_be_as_long_as_in_a_file() -> None:
     assert read(model="m" * 512).model == "m" * 512
+
+
+@pytest.mark.parametrize("stream", [1, 0, 1.0, "true", []])
+def test_a_stream_is_asked_for_with_true_and_nothing_like_it(stream: object) -> None:
+    error = refusal(stream=stream)
+    assert (error.param, error.code) == ("stream", "invalid_value")
+
+
+def test_a_byte_order_mark_before_the_body_is_dropped() -> None:
+    assert read_asked(b'\xef\xbb\xbf{"model": "m"}', CHAT).model == "m"
