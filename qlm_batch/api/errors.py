@@ -136,6 +136,8 @@ def _http_body(request: Request, error: HTTPException) -> Mapping[str, str | Non
         code = "method_not_allowed"
     elif error.status_code == 400:
         message, code = "The request body could not be read as JSON.", "invalid_json"
+    elif error.status_code == 413:
+        code = "body_too_large"
     kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
     return {"message": message, "type": kind, "param": None, "code": code}
 

@@ -83,7 +83,9 @@ def test_a_body_over_a_megabyte_is_a_413(client: TestClient, declared: bool) -> 
         content=body if declared else pieces,
         headers={"content-type": "application/json"},
     )
-    assert str(MAX_BODY_BYTES) in error_of(answer, 413)["message"]
+    error = error_of(answer, 413)
+    assert str(MAX_BODY_BYTES) in error["message"]
+    assert error["code"] == "body_too_large"
 
 
 @pytest.mark.parametrize(
@@ -161,7 +163,9 @@ def test_a_bad_argument_is_a_400_that_names_it(
     ],
 )
 def test_a_bad_query_is_a_400_that_names_it(client: TestClient, path: str, param: str) -> None:
-    assert error_of(client.get(path), 400)["param"] == param
+    error = error_of(client.get(path), 400)
+    assert error["param"] == param
+    assert error["code"]
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,9 @@ def test_a_file_too_large_is_refused_in_the_contracts_words(
 def test_a_malformed_form_is_refused_and_leaves_nothing(
     site: Site, client: TestClient, body: bytes, param: str | None
 ) -> None:
-    assert error_of(post(client, body), 400)["param"] == param
+    error = error_of(post(client, body), 400)
+    assert error["param"] == param
+    assert error["code"]
     assert not leftovers(site)
     assert not client.get("/v1/files").json()["data"]
 
