@@ -71,6 +71,21 @@ def test_a_file_object_has_every_field_with_explicit_nulls(client: TestClient) -
     assert client.get(f"/v1/files/{made['id']}").json() == made
 
 
+@pytest.mark.parametrize("purpose", ["assistants", "fine-tune", "user_data", "vision", "evals"])
+def test_there_are_no_files_of_openais_other_purposes(client: TestClient, purpose: str) -> None:
+    file_id = upload(client, b"{}")["id"]
+    found = client.get("/v1/files", params={"purpose": purpose})
+    assert found.json() == {
+        "object": "list",
+        "data": [],
+        "first_id": None,
+        "last_id": None,
+        "has_more": False,
+    }
+    own = client.get("/v1/files", params={"purpose": "batch"}).json()["data"]
+    assert [file["id"] for file in own] == [file_id]
+
+
 def test_content_is_hashed_and_comes_back_whatever_the_client_accepts(
     site: Site, client: TestClient
 ) -> None:
