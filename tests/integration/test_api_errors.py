@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -223,6 +224,13 @@ def test_an_unreachable_database_is_a_503_with_a_time_to_retry(
 def test_a_strange_request_id_is_replaced(client: TestClient, offered: str) -> None:
     answer = client.get("/healthz", headers={"x-request-id": offered.encode("latin-1")})
     assert answer.headers["x-request-id"].startswith("req_")
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/v1/batches", "/v1/nothing"])
+def test_every_response_tells_how_long_it_took(client: TestClient, path: str) -> None:
+    before = time.perf_counter()
+    told = int(client.get(path).headers["openai-processing-ms"])
+    assert 0 <= told <= (time.perf_counter() - before) * 1000 + 1
 
 
 def test_two_requests_have_different_ids(client: TestClient) -> None:
