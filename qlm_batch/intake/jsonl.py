@@ -103,7 +103,11 @@ def read_requests(chunks: Iterable[bytes], rules: LineRules) -> Iterator[Request
 def _parse(number: int, raw: bytes | None, rules: LineRules) -> RequestLine:
     if raw is None:
         limit = rules.max_line_bytes
-        raise _Fault("line_too_long", f"it is longer than the {limit:,} bytes a line may have.")
+        message = (
+            f"it is longer than the {limit:,} bytes a line may have; shorten it, or have "
+            "QLM_MAX_LINE_BYTES raised by whoever runs this service."
+        )
+        raise _Fault("line_too_long", message)
     try:
         line = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
