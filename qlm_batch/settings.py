@@ -45,6 +45,8 @@ class Settings(BaseSettings):
     """Base of the links in e-mails; empty means http://host:port."""
     max_file_bytes: int = 8 * 1024**3
     max_line_bytes: int = 1024**2
+    """Longest line of a file. A worker holds several for each of its slots, so a larger bound
+    costs memory there."""
     max_lines: int = 5_000_000
     max_json_depth: int = 64
     max_n: int = 16

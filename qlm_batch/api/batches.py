@@ -13,7 +13,7 @@ from fastapi import APIRouter, Header, Query
 from qlm_batch.api import render
 from qlm_batch.api.auth import Parts, Reader, Writer
 from qlm_batch.api.limits import check_queued
-from qlm_batch.api.responses import ObjectId, errors, known_shape
+from qlm_batch.api.responses import After, ObjectId, errors, known_shape
 from qlm_batch.api.schemas import (
     BatchCreate,
     BatchObject,
@@ -79,12 +79,12 @@ def create(
 def list_batches(
     parts: Parts,
     key: Reader,
-    after: Annotated[str | None, Query(max_length=128)] = None,
+    after: After = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
 ) -> Page[BatchObject]:
     """The caller's batches, newest first."""
     found = parts.store.list_batches(
-        key.tenant, after=None if after is None else known_shape(after, "batch"), limit=limit
+        key.tenant, after=known_shape(after, "batch") if after else None, limit=limit
     )
     return render.page(found, render.batch_object)
 

@@ -36,9 +36,10 @@ class Edge:
     """Wraps the application.
 
     Every response carries `x-request-id`: the client's own when it is sane, else a new one, which
-    an interactive request then goes by. Bodies other than uploads are bounded by what `most_bytes`
-    says of their path, else by MAX_BODY_BYTES. What no handler knew becomes a 500 that says nothing
-    about the inside, and is logged under the request id.
+    an interactive request then goes by; and `openai-processing-ms`, the time until it began. Bodies
+    other than uploads are bounded by what `most_bytes` says of their path, else by MAX_BODY_BYTES.
+    What no handler knew becomes a 500 that says nothing about the inside, and is logged under the
+    request id.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Edge:
                 status = message["status"]
                 out = MutableHeaders(scope=message)
                 out["x-request-id"] = request_id
+                out["openai-processing-ms"] = str(round((time.perf_counter() - begun) * 1000))
                 for name, value in state.get(RATE_HEADERS, {}).items():
                     out[name] = value
             await send(message)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -13,11 +12,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.routing import Match
 
-from qlm_batch.domain.errors import InvalidInput, QlmError
+from qlm_batch.api.validation import validation_error
+from qlm_batch.domain.errors import QlmError
 
 RETRY_AFTER_S = 5.0
 _SHOWN = 100
-_PREFIXES = ("Value error, ", "Assertion failed, ")
 
 
 def install(app: FastAPI, admit: Callable[[Request], Awaitable[None]]) -> None:
@@ -89,41 +88,6 @@ def internal_error() -> JSONResponse:
     )
 
 
-def validation_error(problems: Sequence[Mapping[str, Any]]) -> InvalidInput:
-    """The first of FastAPI's findings about a request, naming the field and what it should be."""
-    problem = problems[0]
-    where, kind = problem["loc"], str(problem["type"])
-    if kind == "json_invalid":
-        return InvalidInput(
-            f"The request body is not valid JSON: {problem['ctx']['error']} "
-            f"at character {where[-1]}.",
-            code="invalid_json",
-        )
-    param = ".".join(str(part) for part in where[1:])[:_SHOWN] or None
-    if param is None:
-        return InvalidInput(
-            "This request needs a JSON object as its body, with the header "
-            "'content-type: application/json'.",
-            code="invalid_body",
-        )
-    if kind == "missing":
-        return InvalidInput(
-            f"Missing required parameter: '{param}'.",
-            code="missing_required_parameter",
-            param=param,
-        )
-    if kind == "extra_forbidden":
-        return InvalidInput(f"Unknown parameter: '{param}'.", code="unknown_parameter", param=param)
-    message = str(problem["msg"])
-    for prefix in _PREFIXES:
-        message = message.removeprefix(prefix)
-    return InvalidInput(
-        f"Invalid value for '{param}': {message[:1].lower()}{message[1:]}.",
-        code="invalid_value",
-        param=param,
-    )
-
-
 def _http_body(request: Request, error: HTTPException) -> Mapping[str, str | None]:
     path = request.url.path[:_SHOWN]
     message, code = str(error.detail), None
@@ -136,6 +100,8 @@ def _http_body(request: Request, error: HTTPException) -> Mapping[str, str | Non
         code = "method_not_allowed"
     elif error.status_code == 400:
         message, code = "The request body could not be read as JSON.", "invalid_json"
+    elif error.status_code == 413:
+        code = "body_too_large"
     kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
     return {"message": message, "type": kind, "param": None, "code": code}
 

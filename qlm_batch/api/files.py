@@ -12,7 +12,7 @@ from starlette.responses import StreamingResponse
 
 from qlm_batch.api import render
 from qlm_batch.api.auth import Parts, Reader, Writer
-from qlm_batch.api.responses import ObjectId, errors, known_shape, streamed
+from qlm_batch.api.responses import After, ObjectId, errors, known_shape, streamed
 from qlm_batch.api.schemas import FileDeleted, FileObject, Page
 from qlm_batch.api.uploads import EXPIRY_MAX_S, EXPIRY_MIN_S, receive_file
 from qlm_batch.domain.errors import NotFound, QlmError
@@ -21,6 +21,20 @@ from qlm_batch.domain.jobs import FilePurpose
 router = APIRouter(prefix="/v1/files", tags=["files"])
 log = structlog.get_logger(__name__)
 
+Purpose = Literal[
+    "batch",
+    "batch_output",
+    "assistants",
+    "assistants_output",
+    "evals",
+    "fine-tune",
+    "fine-tune-results",
+    "user_data",
+    "vision",
+]
+"""What OpenAI lets a file be for."""
+
+_STORED = frozenset(FilePurpose)
 _CHUNK_BYTES = 256 * 1024
 _UPLOAD_FORM: dict[str, Any] = {
     "requestBody": {
@@ -62,16 +76,18 @@ async def upload(request: Request, parts: Parts, key: Writer) -> FileObject:
 def list_files(
     parts: Parts,
     key: Reader,
-    purpose: FilePurpose | None = None,
-    after: Annotated[str | None, Query(max_length=128)] = None,
+    purpose: Purpose | None = None,
+    after: After = None,
     limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
     order: Literal["asc", "desc"] = "desc",
 ) -> Page[FileObject]:
-    """The caller's files, newest first."""
+    """The caller's files, newest first; none of a purpose that is OpenAI's and not a batch's."""
+    if purpose is not None and purpose not in _STORED:
+        return render.whole([])
     found = parts.store.list_files(
         key.tenant,
-        purpose=purpose,
-        after=None if after is None else known_shape(after, "file"),
+        purpose=None if purpose is None else FilePurpose(purpose),
+        after=known_shape(after, "file") if after else None,
         limit=limit,
         newest_first=order == "desc",
     )

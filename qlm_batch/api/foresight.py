@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from qlm_batch.api.auth import Parts, Reader
 from qlm_batch.api.responses import errors
 from qlm_batch.api.schemas import Eta, Text
+from qlm_batch.domain.bodies import MAX_MODEL_CHARS
 from qlm_batch.domain.buckets import prompt_bucket
 from qlm_batch.domain.durations import format_duration, parse_window
 from qlm_batch.domain.jobs import OnMiss
@@ -36,7 +37,7 @@ class WorkIn(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    model: Annotated[Text, Field(min_length=1, max_length=512)]
+    model: Annotated[Text, Field(min_length=1, max_length=MAX_MODEL_CHARS)]
     requests: Annotated[int, Field(ge=1, le=1_000_000_000)]
     prompt_tokens: Count
     max_tokens: Count

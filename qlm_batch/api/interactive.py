@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
-import orjson
 from fastapi import APIRouter, Header, Request, Response
 
+from qlm_batch.api.asked import read_asked
 from qlm_batch.api.auth import Parts, Writer
 from qlm_batch.api.edge import FRESH_ID
 from qlm_batch.api.errors import RETRY_AFTER_S
@@ -20,14 +19,13 @@ from qlm_batch.api.sse import DONE, EventResponse, frames_of, while_there
 from qlm_batch.api.watch import Watch
 from qlm_batch.control.interactive import Call, Calls, Part
 from qlm_batch.dispatch.streams import End
-from qlm_batch.domain.errors import InvalidInput, Unavailable
+from qlm_batch.domain.errors import Unavailable
 from qlm_batch.domain.jobs import CHAT, COMPLETIONS, EMBEDDINGS, ApiKey
 
 router = APIRouter(tags=["interactive"])
 
 ENDPOINTS = (CHAT, COMPLETIONS, EMBEDDINGS)
 _MAX_TTFT_S = 3600.0
-_MAX_MODEL = 256
 _BODY = {
     "requestBody": {
         "required": True,
@@ -101,7 +99,7 @@ async def _answer(
     calls = services.calls
     if calls is None:
         raise Unavailable("This process has no way to the engines; set REDIS_URL.")
-    asked = _read(await request.body(), endpoint)
+    asked = read_asked(await request.body(), endpoint)
     target_s = ttft or _target(key, services)
     call = await calls.open(
         key.tenant,
@@ -168,63 +166,6 @@ async def _frames(
     finally:
         await parts.aclose()
         calls.close(call)
-
-
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    model: str
-    body: str
-    streamed: bool
-    usage: bool
-
-
-def _read(raw: bytes, endpoint: str) -> _Asked:
-    """The request as the engine gets it. Raises InvalidInput."""
-    try:
-        body: Any = orjson.loads(raw)
-    except orjson.JSONDecodeError as error:
-        raise InvalidInput(
-            f"The request body is not valid JSON: {error}", code="invalid_json"
-        ) from None
-    if not isinstance(body, dict):
-        raise InvalidInput("The request body must be a JSON object.", code="invalid_body")
-    model = body.get("model")
-    if not isinstance(model, str) or not 0 < len(model) <= _MAX_MODEL:
-        raise InvalidInput(
-            "Missing required parameter: 'model', the name of a served model.",
-            code="missing_required_parameter",
-            param="model",
-        )
-    streamed = body.pop("stream", None)
-    if streamed not in (None, True, False):
-        raise InvalidInput("'stream' must be true or false.", code="invalid_value", param="stream")
-    if streamed and endpoint == EMBEDDINGS:
-        raise InvalidInput(
-            "Embeddings come whole; remove 'stream' from the request.",
-            code="unsupported_value",
-            param="stream",
-        )
-    usage = False
-    if streamed:
-        options = body.get("stream_options") or {}
-        if not isinstance(options, dict):
-            raise InvalidInput(
-                "'stream_options' must be an object.", code="invalid_value", param="stream_options"
-            )
-        usage = options.get("include_usage") is True
-        # Always counted; shown to those who asked.
-        body["stream_options"] = options | {"include_usage": True}
-    return _Asked(model, _text_of(body), bool(streamed), usage)
-
-
-def _text_of(body: dict[str, Any]) -> str:
-    try:
-        return orjson.dumps(body).decode()
-    except orjson.JSONEncodeError:
-        # It reads more levels than it writes; nothing else that was read cannot be written.
-        raise InvalidInput(
-            "The request body is nested more than 250 levels deep.", code="invalid_json"
-        ) from None
 
 
 def _only_usage(event: str) -> bool:

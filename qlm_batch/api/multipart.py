@@ -95,7 +95,9 @@ class MultipartUpload:
         self._name = options.get(b"name", b"").decode(errors="replace")
         if self._name == "file":
             if self.filename is not None:
-                raise InvalidInput("Send one 'file' per upload.", param="file")
+                raise InvalidInput(
+                    "Send one 'file' per upload.", code="invalid_value", param="file"
+                )
             self.filename = options.get(b"filename", b"").decode(errors="replace")
         elif self._name not in FIELDS:
             raise InvalidInput(
@@ -104,7 +106,9 @@ class MultipartUpload:
                 param=self._name[:100] or None,
             )
         elif self._name in self._texts:
-            raise InvalidInput(f"'{self._name}' was sent twice.", param=self._name)
+            raise InvalidInput(
+                f"'{self._name}' was sent twice.", code="invalid_value", param=self._name
+            )
         else:
             self._texts[self._name] = bytearray()
 
@@ -112,7 +116,9 @@ class MultipartUpload:
         if self._name != "file":
             text = self._texts[self._name]
             if len(text) + end - start > _FIELD_BYTES:
-                raise InvalidInput(f"'{self._name}' is too long.", param=self._name)
+                raise InvalidInput(
+                    f"'{self._name}' is too long.", code="invalid_value", param=self._name
+                )
             text += data[start:end]
             return
         self.size += end - start

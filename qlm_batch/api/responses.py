@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Generator
 from typing import Annotated, Any
 
 import anyio
-from fastapi import Path
+from fastapi import Path, Query
 from starlette.concurrency import run_in_threadpool
 
 from qlm_batch.api.schemas import ErrorEnvelope
@@ -27,6 +27,10 @@ _MEANINGS = {
 
 _MAX_ID = 128
 
+After = Annotated[
+    str | None,
+    Query(max_length=_MAX_ID, description="The last id of the page before; empty is as if absent."),
+]
 ObjectId = Annotated[str, Path(description="The object's id.")]
 
 

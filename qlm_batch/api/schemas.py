@@ -14,9 +14,9 @@ Item = TypeVar("Item")
 
 def _storable(text: str) -> str:
     if "\0" in text:
-        raise ValueError("text must not contain NUL characters")
+        raise ValueError("must not contain NUL characters")
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError("text must not contain half of a surrogate pair")
+        raise ValueError("must not contain half of a surrogate pair")
     return text
 
 

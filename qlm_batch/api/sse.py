@@ -11,6 +11,8 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from qlm_batch.domain.json_text import one_line_for_all
+
 STALL_S = 60.0
 """A client that takes nothing for this long is hung up on."""
 DONE = b"data: [DONE]\n\n"
@@ -95,5 +97,5 @@ async def while_there(receive: Receive) -> AsyncIterator[None]:
 
 
 def frames_of(events: Sequence[str]) -> bytes:
-    """Events in the form they are sent in."""
-    return b"".join(b"data: %b\n\n" % event.encode() for event in events)
+    """Events in the form they are sent in, each on one line for every reader."""
+    return b"".join(b"data: %b\n\n" % one_line_for_all(event.encode()) for event in events)

@@ -17,6 +17,7 @@ import structlog
 
 from qlm_batch.control.fleet import FRESH_S, STALE_S, Fleet
 from qlm_batch.dispatch.streams import Address, End, News, TokenReader
+from qlm_batch.domain.bodies import KIND_OF, wrong_kind
 from qlm_batch.domain.errors import NotFound, QlmError, TooMany, Unavailable
 from qlm_batch.domain.interactive import (
     OPEN_INTERACTIVE,
@@ -27,7 +28,7 @@ from qlm_batch.domain.interactive import (
 )
 from qlm_batch.domain.messages import Interactive
 from qlm_batch.domain.ports import Courier, InstanceStore, InteractiveStore
-from qlm_batch.domain.snapshot import InstanceState
+from qlm_batch.domain.snapshot import InstanceState, InstanceView
 from qlm_batch.ids import REQUEST, new_id
 from qlm_batch.scheduling.routing import Boot, Full, Route, route
 
@@ -120,14 +121,15 @@ class Calls:
 
         It goes by `request_id`, which no other request may have had, else by a new id.
 
-        NotFound for a model nobody serves; TooMany when all who do have enough; Unavailable.
+        NotFound for a model nobody serves, InvalidInput for one of another kind than the endpoint;
+        TooMany when all who serve it have enough; Unavailable.
         """
         if self._sent.total() >= self._most_open:
             raise TooMany(
                 f"{self._most_open} requests are under way here; try again in a moment.",
                 retry_after_s=self._service_s,
             )
-        chosen = await self._route(model, ())
+        chosen = await self._route(model, endpoint, ())
         new = NewInteractive(
             id=request_id or new_id(REQUEST),
             tenant=tenant,
@@ -209,9 +211,10 @@ class Calls:
 
     # Sending
 
-    async def _route(self, model: str, avoid: Sequence[Boot] | set[Boot]) -> Route:
+    async def _route(self, model: str, endpoint: str, avoid: Sequence[Boot] | set[Boot]) -> Route:
         for most_s in (STALE_S, FRESH_S / 4):
             views = await self._fleet.views(most_s)
+            _check_kind(views, model, endpoint)
             found = route(
                 views, model, sent=self._sent, service_s=self._service_s, avoid=frozenset(avoid)
             )
@@ -276,7 +279,7 @@ class Calls:
         try:
             if call.deaths > MOST_DEATHS:
                 return await self._failed(call, "Engines stopped while they served this request.")
-            call.route = await self._route(call.new.model, call.avoid)
+            call.route = await self._route(call.new.model, call.new.endpoint, call.avoid)
             epoch = await self._run(
                 self._store.reroute_interactive,
                 call.new.id,
@@ -411,6 +414,12 @@ class Calls:
     async def _run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, partial(function, *args, **kwargs))
+
+
+def _check_kind(views: Sequence[InstanceView], model: str, endpoint: str) -> None:
+    kinds = {hosted.kind for view in views for hosted in view.models if hosted.name == model}
+    if kinds and KIND_OF[endpoint] not in kinds:
+        raise wrong_kind(model[:100], kinds.pop(), "model")
 
 
 def _has_gap(news: Sequence[News], shown: int) -> bool:

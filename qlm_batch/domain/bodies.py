@@ -27,6 +27,7 @@ KIND_OF: Mapping[str, EngineKind] = {
     EMBEDDINGS: EngineKind.EMBED,
 }
 MAX_N = 16
+MAX_MODEL_CHARS = 512
 MAX_LOGPROBS = 20
 MAX_GRAMMAR_CHARS = 64 * 1024
 
@@ -50,11 +51,7 @@ def refuse_body(
 ) -> QlmError | None:
     """Why an engine that serves `model` and `adapters` for `kind` takes no such body, or None."""
     if KIND_OF.get(endpoint) is not kind:
-        return InvalidInput(
-            f"The model '{model}' is served for {kind.value}, which does not answer {endpoint}.",
-            code="unsupported_endpoint",
-            param="url",
-        )
+        return wrong_kind(model, kind, "url")
     named = body.get("model")
     if named != model and named not in adapters:
         return NotFound(
@@ -63,6 +60,16 @@ def refuse_body(
             param="model",
         )
     return refuse_owned_fields(body, max_n=max_n, media_domains=media_domains)
+
+
+def wrong_kind(model: str, kind: EngineKind, param: str) -> InvalidInput:
+    """The error for a call to an endpoint that a model of `kind` does not answer."""
+    embeds = kind is EngineKind.EMBED
+    can = "makes embeddings" if embeds else "generates text"
+    ask = EMBEDDINGS if embeds else f"{CHAT} or {COMPLETIONS}"
+    return InvalidInput(
+        f"The model '{model}' {can}; ask {ask}.", code="unsupported_endpoint", param=param
+    )
 
 
 def refuse_owned_fields(

@@ -9,6 +9,7 @@ from typing import Any
 
 import orjson
 
+from qlm_batch.domain.bodies import MAX_MODEL_CHARS
 from qlm_batch.domain.durations import parse_duration
 from qlm_batch.domain.errors import InvalidInput
 from qlm_batch.domain.jobs import LineError, RequestLine
@@ -21,7 +22,6 @@ COUNTED_ERRORS = 10_000
 """Reading stops after this many faults: the file is hopeless and the count says enough."""
 
 _CUSTOM_ID_CHARS = 512
-_MODEL_CHARS = 512
 _DUMPABLE_DEPTH = 250
 """orjson writes at most 254 levels."""
 _LATEST_EPOCH_S = 1e11
@@ -103,7 +103,11 @@ def read_requests(chunks: Iterable[bytes], rules: LineRules) -> Iterator[Request
 def _parse(number: int, raw: bytes | None, rules: LineRules) -> RequestLine:
     if raw is None:
         limit = rules.max_line_bytes
-        raise _Fault("line_too_long", f"it is longer than the {limit:,} bytes a line may have.")
+        message = (
+            f"it is longer than the {limit:,} bytes a line may have; shorten it, or have "
+            "QLM_MAX_LINE_BYTES raised by whoever runs this service."
+        )
+        raise _Fault("line_too_long", message)
     try:
         line = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
@@ -135,8 +139,8 @@ def _parse(number: int, raw: bytes | None, rules: LineRules) -> RequestLine:
     model = body.get("model")
     if type(model) is not str or not model:
         raise _missing_or_wrong(body, "body.model", model, "a text that names the model")
-    if len(model) > _MODEL_CHARS or "\0" in model:
-        message = f"'body.model' must have at most {_MODEL_CHARS} characters and no NUL."
+    if len(model) > MAX_MODEL_CHARS or "\0" in model:
+        message = f"'body.model' must have at most {MAX_MODEL_CHARS} characters and no NUL."
         raise _Fault("invalid_type", message, "body.model")
     if rules.strict and (found := check_body(rules.endpoint, body, rules.max_n)):
         param, wrong = found

@@ -7,6 +7,7 @@ import hashlib
 import orjson
 
 from qlm_batch.domain.jobs import ExportLine, SliceState
+from qlm_batch.domain.json_text import one_line_for_all
 
 _WITHOUT_ROW = {
     SliceState.EXPIRED: (
@@ -18,8 +19,6 @@ _WITHOUT_ROW = {
         "This request was not executed because the batch was cancelled.",
     ),
 }
-_LINE_ENDS = tuple((mark.encode(), b"\\u%04x" % ord(mark)) for mark in ("\x85", "\u2028", "\u2029"))
-"""What JSON lets stand in a text, and Python's `splitlines` and httpx's `iter_lines` cut at."""
 _LOST = ("server_error", "This request has no stored outcome; retry the batch's failed lines.")
 
 
@@ -49,7 +48,7 @@ def render_line(line: ExportLine) -> tuple[bool, bytes]:
     else:
         code, message = _error_of(line)
         parts += [b'null,"error":', orjson.dumps({"code": code, "message": message}), b"}\n"]
-    return line.ok, _escaped(b"".join(parts))
+    return line.ok, one_line_for_all(b"".join(parts))
 
 
 def _error_of(line: ExportLine) -> tuple[str, str]:
@@ -68,11 +67,3 @@ def _one_line(body: str) -> bytes:
     if "\n" in body or "\r" in body:
         body = body.replace("\n", " ").replace("\r", " ")
     return body.encode()
-
-
-def _escaped(text: bytes) -> bytes:
-    """The same JSON on one line for every reader. Such marks stand inside its strings only."""
-    if not text.isascii():
-        for mark, escape in _LINE_ENDS:
-            text = text.replace(mark, escape)
-    return text

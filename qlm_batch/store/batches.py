@@ -149,7 +149,11 @@ def cancel_batch(connection: Connection, tenant: str, batch_id: str) -> Batch:
     if state is BatchState.CANCELLING:
         return batch_by_id(connection, batch_id)
     if state not in CANCELLABLE:
-        raise Conflict(f"Cannot cancel a batch with status '{state.value}'.", param="batch_id")
+        raise Conflict(
+            f"Cannot cancel a batch with status '{state.value}'.",
+            code="batch_not_cancellable",
+            param="batch_id",
+        )
     if row.open_slices > len(slices):
         # A slice was halved between the two locks; under this one no further can be.
         slices = connection.scalars(_OPEN_SLICES, {"batch_id": batch_id}).all()
@@ -206,9 +210,17 @@ def retry_batch(
     state = BatchState(connection.execute(_LOCK, {"id": batch_id}).one().state)
     now = batch_by_id(connection, batch_id)
     if state not in TERMINAL or state is BatchState.FAILED:
-        raise Conflict(f"Cannot retry a batch with status '{state.value}'.", param="batch_id")
+        raise Conflict(
+            f"Cannot retry a batch with status '{state.value}'.",
+            code="batch_not_retryable",
+            param="batch_id",
+        )
     if now.counts.completed == now.counts.total:
-        raise Conflict(f"Batch '{batch_id}' has no failed lines to retry.", param="batch_id")
+        raise Conflict(
+            f"Batch '{batch_id}' has no failed lines to retry.",
+            code="no_failed_lines",
+            param="batch_id",
+        )
     connection.execute(_RETRY, {"id": batch_id, "window_s": window_s})
     slices = connection.execute(_RETRY_SLICES, {"id": batch_id}).rowcount
     connection.execute(_OPENED, {"id": batch_id, "slices": slices})

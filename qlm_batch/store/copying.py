@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from struct import Struct
 from types import TracebackType
 from typing import Any
@@ -20,6 +20,7 @@ NULL = b"\xff\xff\xff\xff"
 
 _HEADER = b"PGCOPY\n\xff\r\n\0" + bytes(8)
 _TRAILER = b"\xff\xff"
+CHUNK_BYTES = 1024**2
 _CHUNK_ROWS = 256
 _CHUNKS_AHEAD = 32
 
@@ -76,15 +77,34 @@ def copy_rows(
 
 
 def _send(copy: Any, rows: Iterable[bytes]) -> None:
-    copy.write(_HEADER)
-    chunk: list[bytes] = []
+    for chunk in chunks_of(rows):
+        copy.write(chunk)
+
+
+def chunks_of(rows: Iterable[bytes]) -> Iterator[bytes]:
+    """What is sent for the rows, in pieces of at most CHUNK_BYTES however large a row is.
+
+    Holds one piece and one row at a time: so much may be sent ahead, whatever the rows are.
+    """
+    chunk = [_HEADER]
+    size = 0
     for row in rows:
         chunk.append(row)
-        if len(chunk) == _CHUNK_ROWS:
-            copy.write(b"".join(chunk))
+        size += len(row)
+        if size >= CHUNK_BYTES or len(chunk) >= _CHUNK_ROWS:
+            yield from _cut(b"".join(chunk))
             chunk.clear()
+            size = 0
     chunk.append(_TRAILER)
-    copy.write(b"".join(chunk))
+    yield from _cut(b"".join(chunk))
+
+
+def _cut(data: bytes) -> Iterator[bytes]:
+    if len(data) <= CHUNK_BYTES:
+        yield data
+        return
+    for start in range(0, len(data), CHUNK_BYTES):
+        yield data[start : start + CHUNK_BYTES]
 
 
 class _Ahead:

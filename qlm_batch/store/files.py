@@ -92,6 +92,7 @@ def no_such_cursor(kind: str, after: str) -> InvalidInput:
     """The error for a page that should follow something unknown."""
     return InvalidInput(
         f"`after` names no {kind} of yours: '{after}'. Send the last id of the page before.",
+        code="invalid_cursor",
         param="after",
     )
 

@@ -93,8 +93,9 @@ def test_batches_are_listed_in_pages_newest_first(bench: Bench) -> None:
     rest = bench.store.list_batches(TENANT, after="batch_1", limit=2)
     assert ([b.id for b in rest.items], rest.has_more) == (["batch_0"], False)
     assert bench.store.list_batches("other").items == ()
-    with pytest.raises(InvalidInput):
+    with pytest.raises(InvalidInput) as unknown:
         bench.store.list_batches(TENANT, after="batch_9")
+    assert unknown.value.code == "invalid_cursor"
 
 
 def test_an_intake_is_claimed_by_one_holder_until_its_lease_ends(bench: Bench) -> None:
@@ -203,10 +204,12 @@ def test_a_batch_cancelled_while_it_is_read_takes_no_lines(bench: Bench) -> None
 def test_a_settled_batch_can_no_longer_be_cancelled_or_retried(bench: Bench) -> None:
     batch = bench.batch(lines=2)
     bench.serve()
-    with pytest.raises(Conflict):
+    with pytest.raises(Conflict) as cancelling:
         bench.store.cancel_batch(TENANT, batch.id)
-    with pytest.raises(Conflict):
+    assert cancelling.value.code == "batch_not_cancellable"
+    with pytest.raises(Conflict) as retrying:
         bench.store.retry_batch(TENANT, batch.id)
+    assert retrying.value.code == "batch_not_retryable"
 
 
 def test_a_partial_export_shows_only_rows_there_are(bench: Bench) -> None:
@@ -271,8 +274,9 @@ def test_a_finished_batch_without_failures_cannot_be_retried(bench: Bench) -> No
     batch = bench.batch(lines=2)
     bench.serve()
     bench.export(batch.id)
-    with pytest.raises(Conflict):
+    with pytest.raises(Conflict) as refusal:
         bench.store.retry_batch(TENANT, batch.id)
+    assert refusal.value.code == "no_failed_lines"
 
 
 def test_a_result_of_an_earlier_generation_comes_too_late(bench: Bench) -> None:

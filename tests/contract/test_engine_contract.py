@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import importlib.util
 import json
+import struct
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, replace
@@ -200,6 +202,15 @@ async def test_embeddings_are_answered_with_their_usage(embedder: Rig) -> None:
     assert answer.usage.output_tokens == 0
 
 
+async def test_embeddings_come_packed_where_asked(embedder: Rig) -> None:
+    body = {"input": "one two", "encoding_format": "base64"}
+    answer = await embedder.engine.answer(embedder.request(EMBEDDINGS, body))
+    assert answer.status_code == 200, answer.body
+    packed = base64.b64decode(json.loads(answer.body)["data"][0]["embedding"])
+    vector = struct.unpack(f"<{len(packed) // 4}f", packed)
+    assert sum(value * value for value in vector) == pytest.approx(1, abs=1e-2)
+
+
 async def test_an_embedding_engine_refuses_a_chat(embedder: Rig) -> None:
     assert error_of(await embedder.engine.answer(embedder.chat()))["param"] == "url"
 
@@ -207,6 +218,17 @@ async def test_an_embedding_engine_refuses_a_chat(embedder: Rig) -> None:
 async def test_a_generating_engine_refuses_an_embedding(rig: Rig) -> None:
     answer = await rig.engine.answer(rig.request(EMBEDDINGS, {"input": "hi"}))
     assert error_of(answer)["param"] == "url"
+
+
+async def test_each_of_several_prompts_has_its_choices(rig: Rig) -> None:
+    for prompts, n in ((["one", "two"], 1), ([[1, 2], [3]], 2), ([1, 2], 1)):
+        body = {"prompt": prompts, "n": n, "max_tokens": 3, "ignore_eos": True}
+        answer = await rig.engine.answer(rig.request(COMPLETIONS, body))
+        assert answer.status_code == 200, answer.body
+        count = n * (1 if isinstance(prompts[0], int) else len(prompts))
+        choices = json.loads(answer.body)["choices"]
+        assert [choice["index"] for choice in choices] == list(range(count))
+        assert answer.usage.output_tokens == 3 * count
 
 
 async def test_several_choices_are_counted_together(rig: Rig) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from qlm_batch.domain.engine import EngineRequest
 from qlm_batch.domain.errors import ConfigurationError, EngineDead
-from qlm_batch.domain.jobs import CHAT, EngineKind
+from qlm_batch.domain.jobs import CHAT, EMBEDDINGS, EngineKind
 from qlm_batch.settings import Settings
 from qlm_workers.engines import make_engine
 from qlm_workers.naming import served_name
@@ -46,6 +46,18 @@ async def test_equal_seeds_give_equal_answers_at_any_speed() -> None:
     assert said[0] != said[1]
     assert said[0] != await content(other, chat(1))
     await slow.stop()
+
+
+async def test_a_field_no_engine_would_take_is_refused_by_name() -> None:
+    engine = await started(time_scale=0)
+    answer = await engine.answer(chat(1, stream_options={"include_usage": True}))
+    assert answer.status_code == 400
+    assert json.loads(answer.body)["error"]["param"] == "stream_options"
+    embedder = await started(time_scale=0, kind=EngineKind.EMBED)
+    body = json.dumps({"model": "m", "input": "hi", "encoding_format": "hex"})
+    answer = await embedder.answer(EngineRequest("r", EMBEDDINGS, body, 5, ""))
+    assert answer.status_code == 400
+    assert json.loads(answer.body)["error"]["param"] == "encoding_format"
 
 
 async def test_an_answer_takes_its_modelled_time() -> None:

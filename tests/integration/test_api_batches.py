@@ -215,6 +215,14 @@ def test_a_page_names_its_first_and_last_object(client: TestClient) -> None:
     assert (empty["data"], empty["first_id"], empty["last_id"]) == ([], None, None)
 
 
+@pytest.mark.parametrize("path", ["/v1/batches", "/v1/files"])
+def test_a_page_after_nothing_is_the_first(client: TestClient, path: str) -> None:
+    submit(client, b"")
+    first = client.get(path).json()
+    assert first["data"]
+    assert client.get(path, params={"after": ""}).json() == first
+
+
 def test_a_page_has_twenty_batches_unless_asked_otherwise(client: TestClient) -> None:
     body = {
         "input_file_id": upload(client, b"{}")["id"],

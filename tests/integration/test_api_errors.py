@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,7 +84,9 @@ def test_a_body_over_a_megabyte_is_a_413(client: TestClient, declared: bool) -> 
         content=body if declared else pieces,
         headers={"content-type": "application/json"},
     )
-    assert str(MAX_BODY_BYTES) in error_of(answer, 413)["message"]
+    error = error_of(answer, 413)
+    assert str(MAX_BODY_BYTES) in error["message"]
+    assert error["code"] == "body_too_large"
 
 
 @pytest.mark.parametrize(
@@ -94,7 +97,7 @@ def test_a_body_over_a_megabyte_is_a_413(client: TestClient, declared: bool) -> 
         ({"completion_window": "9s"}, "completion_window"),
         ({"completion_window": "31d"}, "completion_window"),
         ({"completion_window": 24}, "completion_window"),
-        ({"metadata": {"k" * 65: "v"}}, None),
+        ({"metadata": {"k" * 65: "v"}}, "metadata"),
         ({"metadata": {"k": "v" * 513}}, "metadata.k"),
         ({"metadata": {"k": 1}}, "metadata.k"),
         ({"metadata": {"k": "\ud800"}}, "metadata.k"),
@@ -129,7 +132,7 @@ def test_a_body_over_a_megabyte_is_a_413(client: TestClient, declared: bool) -> 
     ],
 )
 def test_a_bad_argument_is_a_400_that_names_it(
-    client: TestClient, change: dict[str, object], param: str | None
+    client: TestClient, change: dict[str, object], param: str
 ) -> None:
     body = {
         "input_file_id": upload(client, b"{}")["id"],
@@ -142,8 +145,7 @@ def test_a_bad_argument_is_a_400_that_names_it(
         headers={"content-type": "application/json"},
     )
     error = error_of(sent, 400)
-    if param is not None:
-        assert error["param"] == param
+    assert error["param"] == param
     assert not client.get("/v1/batches").json()["data"]
 
 
@@ -161,7 +163,9 @@ def test_a_bad_argument_is_a_400_that_names_it(
     ],
 )
 def test_a_bad_query_is_a_400_that_names_it(client: TestClient, path: str, param: str) -> None:
-    assert error_of(client.get(path), 400)["param"] == param
+    error = error_of(client.get(path), 400)
+    assert error["param"] == param
+    assert error["code"]
 
 
 @pytest.mark.parametrize(
@@ -220,6 +224,13 @@ def test_an_unreachable_database_is_a_503_with_a_time_to_retry(
 def test_a_strange_request_id_is_replaced(client: TestClient, offered: str) -> None:
     answer = client.get("/healthz", headers={"x-request-id": offered.encode("latin-1")})
     assert answer.headers["x-request-id"].startswith("req_")
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/v1/batches", "/v1/nothing"])
+def test_every_response_tells_how_long_it_took(client: TestClient, path: str) -> None:
+    before = time.perf_counter()
+    told = int(client.get(path).headers["openai-processing-ms"])
+    assert 0 <= told <= (time.perf_counter() - before) * 1000 + 1
 
 
 def test_two_requests_have_different_ids(client: TestClient) -> None:

@@ -71,6 +71,21 @@ def test_a_file_object_has_every_field_with_explicit_nulls(client: TestClient) -
     assert client.get(f"/v1/files/{made['id']}").json() == made
 
 
+@pytest.mark.parametrize("purpose", ["assistants", "fine-tune", "user_data", "vision", "evals"])
+def test_there_are_no_files_of_openais_other_purposes(client: TestClient, purpose: str) -> None:
+    file_id = upload(client, b"{}")["id"]
+    found = client.get("/v1/files", params={"purpose": purpose})
+    assert found.json() == {
+        "object": "list",
+        "data": [],
+        "first_id": None,
+        "last_id": None,
+        "has_more": False,
+    }
+    own = client.get("/v1/files", params={"purpose": "batch"}).json()["data"]
+    assert [file["id"] for file in own] == [file_id]
+
+
 def test_content_is_hashed_and_comes_back_whatever_the_client_accepts(
     site: Site, client: TestClient
 ) -> None:
@@ -136,7 +151,9 @@ def test_a_file_too_large_is_refused_in_the_contracts_words(
 def test_a_malformed_form_is_refused_and_leaves_nothing(
     site: Site, client: TestClient, body: bytes, param: str | None
 ) -> None:
-    assert error_of(post(client, body), 400)["param"] == param
+    error = error_of(post(client, body), 400)
+    assert error["param"] == param
+    assert error["code"]
     assert not leftovers(site)
     assert not client.get("/v1/files").json()["data"]
 

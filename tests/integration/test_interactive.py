@@ -193,7 +193,8 @@ def test_the_official_client_raises_its_own_errors(client: openai.OpenAI) -> Non
 
 def test_an_embedding_asked_of_a_model_that_generates_is_refused(line: Line) -> None:
     answer = line.post("/v1/embeddings", {"model": MODEL, "input": "hello"})
-    assert error_of(answer, 400)["code"] == "unsupported_endpoint"
+    error = error_of(answer, 400)
+    assert (error["code"], error["param"]) == ("unsupported_endpoint", "model")
 
 
 def test_a_stream_without_a_key_is_refused(line: Line) -> None:

@@ -12,9 +12,9 @@ import pytest
 from qlm_batch.control import fleet, interactive
 from qlm_batch.control.interactive import Call, Calls, Part
 from qlm_batch.dispatch.streams import Address, End, News
-from qlm_batch.domain.errors import NotFound, TooMany, Unavailable
+from qlm_batch.domain.errors import InvalidInput, NotFound, TooMany, Unavailable
 from qlm_batch.domain.interactive import InteractiveMark, InteractiveRequest, InteractiveState
-from qlm_batch.domain.jobs import CHAT, EngineKind
+from qlm_batch.domain.jobs import CHAT, EMBEDDINGS, EngineKind
 from qlm_batch.domain.messages import Interactive
 from qlm_batch.domain.ports import Heartbeat
 from qlm_batch.domain.snapshot import InstanceState, ModelView, Residency
@@ -72,9 +72,15 @@ class Rig:
         self.sent.append(message)
         self.act(self, message)
 
-    def beat(self, name: str = "gpu-0", boot: str = "boot", **changes: object) -> None:
+    def beat(
+        self,
+        name: str = "gpu-0",
+        boot: str = "boot",
+        kind: EngineKind = EngineKind.GENERATE,
+        **changes: object,
+    ) -> None:
         """An instance that serves `m` reports."""
-        model = ModelView("m", EngineKind.GENERATE, Residency.AWAKE, 2048)
+        model = ModelView("m", kind, Residency.AWAKE, 2048)
         state = changes.pop("state", InstanceState.READY)
         beat = Heartbeat(name, boot, "cpu", state, (model,), SLOTS, 8192, **changes)  # type: ignore[arg-type]
         self.store.heartbeat(beat)
@@ -91,8 +97,8 @@ class Rig:
         mark = InteractiveMark(message.request_id, message.epoch, state, status, result)
         assert self.store.mark_interactive([mark]) == 1
 
-    async def open(self, model: str = "m", *, streamed: bool = True) -> Call:
-        return await self.calls.open("acme", CHAT, model, "{}", streamed=streamed, ttft_s=1.0)
+    async def open(self, model: str = "m", *, endpoint: str = CHAT, streamed: bool = True) -> Call:
+        return await self.calls.open("acme", endpoint, model, "{}", streamed=streamed, ttft_s=1.0)
 
     async def told(self, call: Call) -> tuple[list[str], End]:
         """Everything that comes back."""
@@ -309,6 +315,29 @@ async def test_a_model_nobody_serves_is_told_at_once() -> None:
         with pytest.raises(NotFound) as refusal:
             await rig.open("another")
         assert (refusal.value.code, refusal.value.param) == ("model_not_found", "model")
+
+
+@pytest.mark.parametrize(
+    ("kind", "endpoint", "said"),
+    [
+        (EngineKind.EMBED, CHAT, "The model 'm' makes embeddings; ask /v1/embeddings."),
+        (
+            EngineKind.GENERATE,
+            EMBEDDINGS,
+            "The model 'm' generates text; ask /v1/chat/completions or /v1/completions.",
+        ),
+    ],
+)
+async def test_a_model_of_the_other_kind_is_refused_before_it_is_sent_anything(
+    kind: EngineKind, endpoint: str, said: str
+) -> None:
+    async with at_work() as rig:
+        rig.beat(kind=kind)
+        with pytest.raises(InvalidInput) as refusal:
+            await rig.open(endpoint=endpoint)
+        assert (refusal.value.code, refusal.value.param) == ("unsupported_endpoint", "model")
+        assert refusal.value.message == said
+        assert not rig.sent
 
 
 async def test_a_model_whose_instance_restarts_is_worth_another_try() -> None:

@@ -83,6 +83,7 @@ def test_harmless_oddities_are_accepted(data: bytes) -> None:
         (b'{"a":' + b"[" * 70 + b"]" * 70 + b"}", "invalid_json_line", None, "more than 64 levels"),
         (b'{"a":' * 300, "invalid_json_line", None, "not valid JSON"),
         (b"{} " + b"x" * 2_000, "line_too_long", None, "2,000 bytes"),
+        (b"{} " + b"x" * 2_000, "line_too_long", None, "QLM_MAX_LINE_BYTES"),
         (b"[]", "invalid_json_line", None, "must be a JSON object"),
         (b'"text"', "invalid_json_line", None, "must be a JSON object"),
         (line(custom_id=...), "missing_required_parameter", "custom_id", "missing"),

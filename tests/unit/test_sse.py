@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator
 
 import pytest
@@ -52,6 +53,14 @@ class Frames:
 
 def test_each_event_is_a_frame_of_its_own() -> None:
     assert frames_of(['{"a":1}', '{"ü":2}']) == 'data: {"a":1}\n\ndata: {"ü":2}\n\n'.encode()
+
+
+@pytest.mark.parametrize("mark", ["\x85", "\u2028", "\u2029"])
+def test_an_event_is_one_line_for_readers_that_know_more_line_ends(mark: str) -> None:
+    said = f"é{mark}b"
+    line, rest = frames_of([f'{{"a":"{said}"}}']).decode().splitlines()
+    assert json.loads(line.removeprefix("data: ")) == {"a": said}
+    assert rest == ""
 
 
 async def test_frames_are_sent_as_they_come_and_the_response_ends() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import math
+import struct
 import time
 from collections.abc import Iterator, Mapping
 from random import Random
@@ -11,12 +13,13 @@ from typing import Any
 import orjson
 
 from qlm_batch.domain.engine import EngineRequest
-from qlm_batch.domain.jobs import CHAT, EMBEDDINGS, Usage
+from qlm_batch.domain.jobs import CHAT, COMPLETIONS, EMBEDDINGS, Usage
 
 CHARS_PER_TOKEN = 4
 LIKELY_OUTPUT = 128
 """Median output length where a request sets no limit, as in ShareGPT."""
 EMBEDDING_SIZE = 16
+BASE64 = "base64"
 
 _LENGTH = 1 << 16
 _WORDS = (
@@ -35,24 +38,43 @@ class BadBody(Exception):
 
 
 def sizes(endpoint: str, body: Mapping[str, Any], max_model_len: int) -> tuple[int, int]:
-    """Prompt tokens, and the most output tokens of one choice. Raises BadBody."""
+    """Tokens of all prompts, and the most output tokens of one choice. Raises BadBody."""
     name = {CHAT: "messages", EMBEDDINGS: "input"}.get(endpoint, "prompt")
     prompt = body.get(name)
     if not prompt or not isinstance(prompt, list if endpoint == CHAT else list | str):
         raise BadBody(name, f"'{name}' is missing, empty or of the wrong type.")
-    tokens = max(1, _chars(prompt) // CHARS_PER_TOKEN)
-    room = max_model_len - tokens
+    each = [prompt] if endpoint == CHAT else prompts(prompt)
+    lengths = [max(1, _chars(one) // CHARS_PER_TOKEN) for one in each]
+    longest = max(lengths)
+    room = max_model_len - longest
     if room < (0 if endpoint == EMBEDDINGS else 1):
         raise BadBody(
             name,
-            f"The prompt has {tokens} tokens; this model's context length is {max_model_len}.",
+            f"The prompt has {longest} tokens; this model's context length is {max_model_len}.",
         )
+    tokens = sum(lengths)
     if endpoint == EMBEDDINGS:
+        if body.get("encoding_format") not in (None, "float", BASE64):
+            raise BadBody("encoding_format", "'encoding_format' must be 'float' or 'base64'.")
         return tokens, 0
+    if body.get("stream_options") and not body.get("stream"):
+        raise BadBody("stream_options", "'stream_options' needs 'stream' to be true.")
     asked = body.get("max_completion_tokens") or body.get("max_tokens")
     if asked is not None and (not isinstance(asked, int) or asked < 1):
         raise BadBody("max_tokens", "'max_tokens' must be a positive integer.")
     return tokens, min(asked or room, room)
+
+
+def prompts(given: str | list[Any]) -> list[Any]:
+    """Each prompt of a completion, or each input of an embedding: a text or a list of token ids."""
+    one = isinstance(given, str) or isinstance(given[0], int)
+    return [given] if one else list(given)
+
+
+def choices(endpoint: str, body: Mapping[str, Any]) -> int:
+    """How many answers a body asks for: `n` of each of its prompts."""
+    n = body.get("n") or 1
+    return n * len(prompts(body["prompt"])) if endpoint == COMPLETIONS else n
 
 
 def output_length(key: int, limit: int, ignore_eos: bool) -> int:
@@ -72,17 +94,21 @@ def response_body(
     shown = {"prompt_tokens": usage.input_tokens, "total_tokens": usage.total_tokens}
     common: dict[str, object] = {"model": body["model"], "created": int(time.time())}
     if request.endpoint == EMBEDDINGS:
-        inputs = body["input"]
-        count = len(inputs) if isinstance(inputs, list) and not isinstance(inputs[0], int) else 1
+        vectors = [embedding(key + index) for index in range(len(prompts(body["input"])))]
+        packed = body.get("encoding_format") == BASE64
         common |= {
             "object": "list",
             "data": [
-                {"object": "embedding", "index": index, "embedding": embedding(key + index)}
-                for index in range(count)
+                {
+                    "object": "embedding",
+                    "index": index,
+                    "embedding": _packed(vector) if packed else vector,
+                }
+                for index, vector in enumerate(vectors)
             ],
         }
         return orjson.dumps(common | {"usage": shown}).decode()
-    n = body.get("n") or 1
+    n = choices(request.endpoint, body)
     each = usage.output_tokens // n
     ending = {"logprobs": None, "finish_reason": "stop" if stopped else "length"}
     texts = [answer_text(key + index, each) for index in range(n)]
@@ -109,7 +135,7 @@ def chunk_bodies(
 
     Read together they say what `response_body` says; `tokens` is each choice's length.
     """
-    n = body.get("n") or 1
+    n = choices(request.endpoint, body)
     texts = [answer_text(key + index, tokens).split(" ") for index in range(n)]
     for position in range(max(1, tokens)):
         words = [
@@ -192,6 +218,10 @@ def embedding(key: int) -> list[float]:
     values = [draw.gauss(0, 1) for _ in range(EMBEDDING_SIZE)]
     norm = sum(value * value for value in values) ** 0.5
     return [round(value / norm, 6) for value in values]
+
+
+def _packed(vector: list[float]) -> str:
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
 
 
 def _chars(value: object) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 from qlm_batch.domain.engine import EngineRequest
 from qlm_batch.domain.jobs import Usage
+from qlm_workers.simulated_answers import choices
 
 
 def _never(_: EngineRequest) -> bool:
@@ -100,7 +101,7 @@ class Job:
     @property
     def choices(self) -> int:
         """How many answers it asks for."""
-        return self.body.get("n") or 1
+        return choices(self.request.endpoint, self.body)
 
     @property
     def stopped(self) -> bool:

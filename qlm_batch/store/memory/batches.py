@@ -81,7 +81,9 @@ class MemoryBatches(Facet):
             return batch.shown()
         if batch.view.state not in CANCELLABLE:
             raise Conflict(
-                f"Cannot cancel a batch with status '{batch.view.state.value}'.", param="batch_id"
+                f"Cannot cancel a batch with status '{batch.view.state.value}'.",
+                code="batch_not_cancellable",
+                param="batch_id",
             )
         batch.claim_holder = None
         change(batch, state=BatchState.CANCELLING, cancelling_at=self.state.clock())
@@ -96,10 +98,16 @@ class MemoryBatches(Facet):
         view = batch.view
         if view.state not in TERMINAL or view.state is BatchState.FAILED:
             raise Conflict(
-                f"Cannot retry a batch with status '{view.state.value}'.", param="batch_id"
+                f"Cannot retry a batch with status '{view.state.value}'.",
+                code="batch_not_retryable",
+                param="batch_id",
             )
         if batch.completed == view.counts.total:
-            raise Conflict(f"Batch '{batch_id}' has no failed lines to retry.", param="batch_id")
+            raise Conflict(
+                f"Batch '{batch_id}' has no failed lines to retry.",
+                code="no_failed_lines",
+                param="batch_id",
+            )
         now = self.state.clock()
         batch.failed, batch.missed, batch.claim_holder, batch.estimate = 0, False, None, None
         batch.view = replace(

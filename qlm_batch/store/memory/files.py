@@ -27,6 +27,7 @@ def page_of(items: dict[str, T], kind: str, after: str | None, limit: int) -> Pa
             raise InvalidInput(
                 f"`after` names no {kind} of yours: '{after}'. Send the last id of the page"
                 " before.",
+                code="invalid_cursor",
                 param="after",
             )
         start = ids.index(after) + 1
