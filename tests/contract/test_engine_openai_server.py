@@ -12,14 +12,21 @@ import pytest_asyncio
 from qlm_batch.domain.engine import EngineAnswer, EngineRequest, Lso
 from qlm_batch.domain.errors import ConfigurationError, EngineDead
 from qlm_batch.domain.jobs import CHAT, EngineKind
+from qlm_batch.domain.ledger import ReleaseReason
 from qlm_batch.settings import Settings
+from qlm_workers import openai_engine
 from qlm_workers.app import device_name
 from qlm_workers.engines import make_engine
+from qlm_workers.exits import Exit
+from qlm_workers.hosts import Host
+from qlm_workers.meter import Meter
 from qlm_workers.openai_engine import OpenAIEngine
 from qlm_workers.openai_probe import metric_sum
+from qlm_workers.runner import Runner
 from qlm_workers.simulated_engine import SimulatedEngine
 from tests.contract.openai_server import Server, serving
 from tests.contract.waiting import until
+from tests.unit.worker_fakes import FakeStore, make_slice
 
 MODEL = "some/model"
 
@@ -85,6 +92,40 @@ async def test_a_server_that_went_down_is_dead(server: Server) -> None:
     with pytest.raises(EngineDead):
         await engine.answer(chat())
     await engine.stop()
+
+
+async def test_a_server_that_goes_away_with_nothing_inside_is_dead(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openai_engine, "_LOOK_S", 0.05)
+    with serving(server):
+        engine = OpenAIEngine(server.url, MODEL, give_up_s=0.2)
+        await engine.start()
+        engine.stats()
+    with pytest.raises(EngineDead, match="has not answered"):
+        await until(lambda: engine.stats() is None, "the engine is told dead")
+    await engine.stop()
+
+
+async def test_a_worker_whose_server_went_down_gives_back_what_it_holds(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openai_engine, "_LOOK_S", 0.05)
+    server.engine = SimulatedEngine(MODEL, time_scale=10)
+    long = chat().body.replace('"max_tokens": 3', '"max_tokens": 2000')
+    store = FakeStore(*(make_slice(n, 5, model=MODEL, body=long) for n in (1, 2)))
+    with serving(server):
+        settings = Settings(
+            engine="openai", engine_url=server.url, models=(MODEL,), slots=4, stall_s=2.0
+        )
+        engine = make_engine(settings, MODEL, EngineKind.GENERATE)
+        host = Host(MODEL, EngineKind.GENERATE, engine, Meter("gpu-0", "cpu", MODEL))
+        runner = Runner(store, [host], settings, boot_id="boot", device="cpu")
+        running = asyncio.create_task(runner.run())
+        await until(lambda: server.bodies and not store.waiting, "requests are inside")
+    assert await running is Exit.ENGINE_DIED
+    assert store.released == {1: ReleaseReason.ENGINE_DIED, 2: ReleaseReason.SHUTDOWN}
+    assert store.retired
 
 
 async def test_vllm_gets_priority_and_cache_salt(server: Server, engine: OpenAIEngine) -> None:

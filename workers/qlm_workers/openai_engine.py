@@ -32,6 +32,8 @@ AWAY = frozenset({502, 503, 504})
 _FIRST_PAUSE_S = 0.25
 _LONGEST_PAUSE_S = 15.0
 _LOOK_S = 5.0
+_GIVE_UP = 0.75
+"""Share of `stall_s` after which an absent server is told: sooner than it would count as hung."""
 _HUNG_UP = "The server hung up before the end of its answer."
 _PROGRESS = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
 
@@ -40,7 +42,8 @@ class OpenAIEngine:
     """One model on a server at `url` (with or without `/v1`), at most `slots` requests at a time.
 
     A busy (429) or absent server is asked again with growing pauses, or when it says in
-    `Retry-After`; when it was away for `give_up_s` without an answer, the engine counts as dead.
+    `Retry-After`; when it was away for `give_up_s` without an answer, the engine counts as dead,
+    with or without work inside.
     """
 
     def __init__(
@@ -75,6 +78,8 @@ class OpenAIEngine:
         self._watch: asyncio.Task[None] | None = None
         self._calls: set[asyncio.Future[Any]] = set()
         self._seen_at = 0.0
+        self._heard_at = 0.0
+        self._away = False
         self._steps = 0
         self._generated = 0
         self._progress: float | None = None
@@ -96,7 +101,7 @@ class OpenAIEngine:
             api_key=settings.engine_api_key,
             slots=settings.slots,
             max_model_len=settings.max_model_len,
-            give_up_s=settings.stall_s,
+            give_up_s=settings.stall_s * _GIVE_UP,
             start_timeout_s=settings.start_timeout_s,
             max_n=settings.max_n,
             media_domains=tuple(domains) if isinstance(domains, list | tuple) else (),
@@ -137,6 +142,7 @@ class OpenAIEngine:
                 url=self._url,
             )
         self._seen_at = time.monotonic()
+        self._heard(200)
         self._watch = asyncio.create_task(self._look())
         return self._info()
 
@@ -214,6 +220,7 @@ class OpenAIEngine:
                 self._steps += 1
                 self._generated += 1  # Servers send about one token an event.
                 self._seen_at = time.monotonic()
+                self._heard(200)
                 yield event
 
     async def _next_line(self, lines: AsyncIterator[str]) -> str | None:
@@ -232,9 +239,11 @@ class OpenAIEngine:
             self._calls.discard(waiting)
 
     def stats(self) -> EngineStats:
-        """What this client has under way. Raises EngineDead when it stopped."""
+        """What this client has under way. Raises EngineDead when it stopped, or the server did."""
         if self._client is None:
             raise EngineDead(f"The engine at {self._url} is not running.")
+        if self._away and time.monotonic() - self._heard_at > self._give_up_s:
+            raise self._gone()
         return EngineStats(
             step=self._steps,
             running=self._slots.taken,
@@ -271,6 +280,7 @@ class OpenAIEngine:
             response = await self._client.post(path, params=query, timeout=None)
         except httpx.HTTPError as error:
             raise EngineDead(f"The engine at {self._url} did not answer to {path}.") from error
+        self._heard(response.status_code)
         if response.status_code != 200:
             raise EngineDead(f"The engine at {self._url} answered {response.status_code}.")
 
@@ -293,6 +303,7 @@ class OpenAIEngine:
         pause_s = _FIRST_PAUSE_S
         while True:
             response = await self._post_once(request, content, streamed)
+            self._heard(None if response is None else response.status_code)
             now = time.monotonic()
             if response is not None and response.status_code not in AWAY:
                 self._seen_at = now
@@ -300,9 +311,7 @@ class OpenAIEngine:
                     self._steps += 1
                     return response
             elif now - max(self._seen_at, began) > self._give_up_s:
-                raise EngineDead(
-                    f"The engine at {self._url} has not answered for {self._give_up_s:.0f} s."
-                )
+                raise self._gone()
             asked_s = None if response is None else _retry_after_s(response)
             if response is not None:
                 await response.aclose()
@@ -338,16 +347,32 @@ class OpenAIEngine:
         """Move the step counter while the server makes progress, also during long answers."""
         while self._client is not None:
             await asyncio.sleep(_LOOK_S)
-            with contextlib.suppress(httpx.HTTPError):
+            try:
                 response = await self._client.get("/metrics", timeout=_LOOK_S)
                 if response.status_code == 200:
                     progress = metric_sum(response.text, _PROGRESS)
                     if progress is not None:
+                        self._heard(200)
                         self._steps += progress != self._progress
                         self._progress = progress
                         continue
                 alive = await self._client.get("/v1/models", timeout=_LOOK_S)
-                self._steps += alive.status_code == 200
+            except httpx.HTTPError:
+                self._heard(None)
+                continue
+            self._heard(alive.status_code)
+            self._steps += alive.status_code == 200
+
+    def _heard(self, status: int | None) -> None:
+        """The server answered with this status, or not at all."""
+        self._away = status is None or status in AWAY
+        if not self._away:
+            self._heard_at = time.monotonic()
+
+    def _gone(self) -> EngineDead:
+        return EngineDead(
+            f"The engine at {self._url} has not answered for {self._give_up_s:.0f} s."
+        )
 
     def _shape(self, response: httpx.Response, duration_s: float) -> EngineAnswer:
         try:
