@@ -35,6 +35,8 @@ class Server:
     """Streams consist of these events instead of real ones."""
     sleeps: bool = False
     """Whether it is in vLLM's development mode, where it can be told to sleep."""
+    metrics: str = ""
+    """What it tells at /metrics; nothing is there while this is empty."""
     bodies: list[dict[str, object]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     """Of each question for the models."""
@@ -84,6 +86,10 @@ def _app(server: Server) -> FastAPI:
             "max_model_len": server.max_model_len,
         }
         return Response(orjson.dumps({"object": "list", "data": [card]}))
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(server.metrics, 200 if server.metrics else 404)
 
     if server.sleeps:
 

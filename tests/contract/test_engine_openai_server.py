@@ -219,6 +219,27 @@ def test_metrics_are_summed_over_labels_and_told_from_longer_names() -> None:
     assert metric_sum(text, ("y",)) is None
 
 
+def test_metrics_that_cannot_be_read_are_passed_over() -> None:
+    text = 'x{a="b} 7 {"} 2.0 1700000000000\nx 1 # {t="1"} 9\nx\nx{a="1"} odd\nx NaN\nx{a="1" 5\n'
+    assert metric_sum(text, ("x",)) == 3.0
+    assert metric_sum("x odd\n", ("x",)) is None
+
+
+async def test_odd_metrics_do_not_end_the_watch_over_a_long_answer(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openai_engine, "_LOOK_S", 0.05)
+    with serving(server):
+        engine = OpenAIEngine(server.url, MODEL)
+        await engine.start()
+        server.metrics = "vllm:generation_tokens_total odd\n"
+        await until(lambda: engine.stats().step >= 3, "the server is seen to live")
+        server.metrics = "vllm:generation_tokens_total 5\n"
+        before = engine.stats().step
+        await until(lambda: engine.stats().step > before, "progress is read again", 5)
+        await engine.stop()
+
+
 async def test_an_event_ends_at_a_line_feed_alone(server: Server, engine: OpenAIEngine) -> None:
     server.says = ('{"text":"a\u2028b\x85c\x0bd"}', '{"text":"e"}')
     stream = await engine.open_stream(chat())

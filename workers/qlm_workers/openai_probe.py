@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import time
 from collections.abc import Collection
@@ -17,6 +18,8 @@ from qlm_workers.naming import shown
 
 _PAUSE_S = 1.0
 _ASK_S = 60.0
+_SAMPLE = re.compile(r'([^{ ]+)(?:\{(?:[^"}]|"(?:[^"\\]|\\.)*")*\})?\s+(\S+)')
+"""The name and the value in a line of Prometheus's text; a timestamp may follow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +69,24 @@ async def probe(
 
 
 def metric_sum(text: str, names: Collection[str]) -> float | None:
-    """The sum of Prometheus samples with these names; None when there is none."""
+    """The sum of Prometheus samples with these names; None when there is none that can be read."""
     found = [
-        float(line.rsplit(" ", 1)[1])
+        value
         for line in text.splitlines()
-        if line.startswith(tuple(names)) and re.split(r"[{ ]", line, maxsplit=1)[0] in names
+        if line.startswith(tuple(names)) and (value := _sample(line, names)) is not None
     ]
     return sum(found) if found else None
+
+
+def _sample(line: str, names: Collection[str]) -> float | None:
+    found = _SAMPLE.match(line)
+    if found is None or found[1] not in names:
+        return None
+    try:
+        value = float(found[2])
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
 
 
 async def _model_card(
