@@ -6,7 +6,7 @@ import asyncio
 
 import httpx
 
-from qlm_batch.domain.errors import ConfigurationError
+from qlm_batch.domain.errors import ConfigurationError, EngineDead
 from qlm_batch.domain.jobs import EngineKind
 from qlm_workers.openai_probe import probe
 
@@ -19,7 +19,10 @@ def look_at(url: str, api_key: str, models: tuple[str, ...]) -> tuple[tuple[str,
     An embedding model is returned as `embed:NAME`. ConfigurationError when the server does not
     answer, refuses the key or does not serve a model.
     """
-    return asyncio.run(_look_at(url, api_key, models))
+    try:
+        return asyncio.run(_look_at(url, api_key, models))
+    except EngineDead as error:
+        raise ConfigurationError(error.message, param="engine_url") from error
 
 
 async def _look_at(

@@ -108,7 +108,11 @@ class Engine(Protocol):
     """One model being served. Bad requests come back as answers with a 4xx status, never raised."""
 
     async def start(self) -> EngineInfo:
-        """Load and be ready. Raises ConfigurationError with a remedy when the model cannot run."""
+        """Load and be ready.
+
+        Raises ConfigurationError with a remedy when the model can never run as configured, and
+        EngineDead when it may with time.
+        """
         ...
 
     async def answer(self, request: EngineRequest) -> EngineAnswer:

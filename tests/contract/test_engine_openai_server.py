@@ -14,7 +14,7 @@ from qlm_batch.domain.errors import ConfigurationError, EngineDead
 from qlm_batch.domain.jobs import CHAT, EngineKind
 from qlm_batch.domain.ledger import ReleaseReason
 from qlm_batch.settings import Settings
-from qlm_workers import openai_engine
+from qlm_workers import openai_engine, openai_probe
 from qlm_workers.app import device_name
 from qlm_workers.engines import make_engine
 from qlm_workers.exits import Exit
@@ -178,8 +178,37 @@ async def test_a_wrong_key_is_told_apart(server: Server) -> None:
 
 
 async def test_an_absent_server_is_given_up_after_the_start_time() -> None:
-    with pytest.raises(ConfigurationError, match="QLM_ENGINE_URL"):
+    with pytest.raises(EngineDead, match="QLM_ENGINE_URL"):
         await OpenAIEngine("http://127.0.0.1:9", MODEL, start_timeout_s=0.1).start()
+
+
+async def test_a_worker_whose_server_is_absent_ends_to_be_started_anew() -> None:
+    settings = Settings(
+        engine="openai", engine_url="http://127.0.0.1:9", models=(MODEL,), start_timeout_s=0.5
+    )
+    engine = make_engine(settings, MODEL, EngineKind.GENERATE)
+    host = Host(MODEL, EngineKind.GENERATE, engine, Meter("gpu-0", "cpu", MODEL))
+    runner = Runner(FakeStore(), [host], settings, boot_id="boot", device="cpu")
+    assert await runner.run() is Exit.ENGINE_DIED
+
+
+async def test_a_server_that_is_busy_at_the_start_is_waited_for(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openai_probe, "_PAUSE_S", 0.01)
+    server.next_answers.extend([(429, {}), (503, {})] * 2)
+    with serving(server):
+        engine = OpenAIEngine(server.url, MODEL)
+        await engine.start()
+        assert engine.facts is not None
+        assert engine.facts.takes_priority
+        await engine.stop()
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://127.0.0.1", "localhost"])
+async def test_an_address_that_is_none_is_told_at_once(url: str) -> None:
+    with pytest.raises(ConfigurationError, match="QLM_ENGINE_URL"):
+        await OpenAIEngine(url, MODEL).start()
 
 
 async def test_a_password_in_the_address_is_used_and_not_told(server: Server) -> None:

@@ -22,13 +22,12 @@ from qlm_batch.domain.snapshot import Residency
 from qlm_batch.settings import Settings
 from qlm_workers.answers import Door, error_answer, usage_of
 from qlm_workers.naming import shown
-from qlm_workers.openai_probe import ServerFacts, metric_sum, probe
+from qlm_workers.openai_probe import AWAY, ServerFacts, metric_sum, probe
 from qlm_workers.slots import PrioritySlots
 from qlm_workers.streams import DONE, Stream, error_event, error_event_answer, opened
 
 log = structlog.get_logger(__name__)
 
-AWAY = frozenset({502, 503, 504})
 _FIRST_PAUSE_S = 0.25
 _LONGEST_PAUSE_S = 15.0
 _LOOK_S = 5.0
@@ -114,7 +113,7 @@ class OpenAIEngine:
         return self._facts
 
     async def start(self) -> EngineInfo:
-        """Learn what the server can do, waiting for it to come up."""
+        """Learn what the server can do, waiting for it to come up; EngineDead when it does not."""
         headers = {"content-type": "application/json"}
         if self._api_key:
             headers["authorization"] = f"Bearer {self._api_key}"

@@ -12,10 +12,13 @@ from dataclasses import dataclass
 import httpx
 
 from qlm_batch.domain.engine import Lso
-from qlm_batch.domain.errors import ConfigurationError
+from qlm_batch.domain.errors import ConfigurationError, EngineDead
 from qlm_batch.domain.jobs import CHAT, COMPLETIONS, EMBEDDINGS, EngineKind
 from qlm_workers.naming import shown
 
+AWAY = frozenset({502, 503, 504})
+NOT_NOW = AWAY | {429}
+"""Answers of a server, or of what stands before it, that will say something else later."""
 _PAUSE_S = 1.0
 _ASK_S = 60.0
 _SAMPLE = re.compile(r'([^{ ]+)(?:\{(?:[^"}]|"(?:[^"\\]|\\.)*")*\})?\s+(\S+)')
@@ -47,16 +50,17 @@ async def probe(
 ) -> ServerFacts:
     """Ask until the server is up, for at most `patience_s`.
 
-    Raises ConfigurationError when it stays away, refuses the key, does not serve the model, or
-    serves it for another kind of work.
+    Raises EngineDead when it stays away or busy, and ConfigurationError when its address is none,
+    it refuses the key, does not serve the model, or serves it for another kind of work.
     """
-    card = await _model_card(client, model, patience_s)
+    asking = _Asking(client, time.monotonic() + patience_s)
+    card = await _model_card(asking, model)
     is_vllm = card.get("owned_by") == "vllm"
-    await _check_kind(client, model, kind)
-    takes_priority = is_vllm and await _accepts(client, model, kind, priority=1)
+    await _check_kind(asking, model, kind)
+    takes_priority = is_vllm and await _accepts(asking, model, kind, priority=1)
     # Pulling in order and moving work elsewhere need nothing but the client's own queue.
     supports = {Lso.PULL, Lso.BALANCE}
-    if is_vllm and await _status(client, "/is_sleeping") == 200:
+    if is_vllm and (await asking.for_answer("/is_sleeping")).status_code == 200:
         supports.add(Lso.SWAP)
     length = card.get("max_model_len")
     return ServerFacts(
@@ -89,80 +93,99 @@ def _sample(line: str, names: Collection[str]) -> float | None:
     return value if math.isfinite(value) else None
 
 
-async def _model_card(
-    client: httpx.AsyncClient, model: str, patience_s: float
-) -> dict[str, object]:
-    deadline = time.monotonic() + patience_s
-    while True:
-        problem = "did not answer"
-        try:
-            response = await client.get("/v1/models", timeout=_ASK_S)
-            if response.status_code in (401, 403):
+@dataclass(frozen=True, slots=True)
+class _Asking:
+    """Questions to a server that may not be up yet, or busy, until `deadline`."""
+
+    client: httpx.AsyncClient
+    deadline: float
+
+    async def for_answer(
+        self,
+        path: str,
+        body: dict[str, object] | None = None,
+        among: Collection[int] | None = None,
+    ) -> httpx.Response:
+        """The first answer that is not a plea to come back later, and of a status `among` these.
+
+        GET without a `body`.
+        """
+        method = "GET" if body is None else "POST"
+        while True:
+            try:
+                response = await self.client.request(method, path, json=body, timeout=_ASK_S)
+                status = response.status_code
+                if status not in NOT_NOW and (among is None or status in among):
+                    return response
+                problem = f"answered {status} to {path}"
+            except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
                 raise ConfigurationError(
-                    f"The engine at {_url(client)} refuses the key; set QLM_ENGINE_API_KEY.",
-                    param="engine_api_key",
+                    f"{self.url} is no address of a server; check QLM_ENGINE_URL.",
+                    param="engine_url",
+                ) from error
+            except httpx.HTTPError as error:
+                problem = f"could not be asked ({type(error).__name__})"
+            if time.monotonic() + _PAUSE_S > self.deadline:
+                raise EngineDead(
+                    f"The engine at {self.url} {problem} for as long as it was waited for; "
+                    "check QLM_ENGINE_URL and that the server runs.",
+                    param="engine_url",
                 )
-            if response.status_code == 200:
-                cards = {card["id"]: card for card in response.json()["data"]}
-                break
-            problem = f"answered {response.status_code} to /v1/models"
-        except httpx.HTTPError as error:
-            problem = f"could not be asked ({type(error).__name__})"
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigurationError(
-                f"{_url(client)} does not list models as OpenAI's API does; check QLM_ENGINE_URL.",
-                param="engine_url",
-            ) from error
-        if time.monotonic() + _PAUSE_S > deadline:
-            raise ConfigurationError(
-                f"The engine at {_url(client)} {problem} within {patience_s:.0f} s; "
-                "check QLM_ENGINE_URL and that the server runs.",
-                param="engine_url",
-            )
-        await asyncio.sleep(_PAUSE_S)
+            await asyncio.sleep(_PAUSE_S)
+
+    @property
+    def url(self) -> str:
+        """Where the server is, without a password."""
+        return shown(str(self.client.base_url))
+
+
+async def _model_card(asking: _Asking, model: str) -> dict[str, object]:
+    # What stands before an absent server says anything, also that there is no such page.
+    response = await asking.for_answer("/v1/models", among=(200, 401, 403))
+    if response.status_code in (401, 403):
+        raise ConfigurationError(
+            f"The engine at {asking.url} refuses the key; set QLM_ENGINE_API_KEY.",
+            param="engine_api_key",
+        )
+    try:
+        cards = {card["id"]: card for card in response.json()["data"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigurationError(
+            f"{asking.url} does not list models as OpenAI's API does; check QLM_ENGINE_URL.",
+            param="engine_url",
+        ) from error
     if model not in cards:
         raise ConfigurationError(
-            f"The engine at {_url(client)} serves {', '.join(cards) or 'no model'}, not "
+            f"The engine at {asking.url} serves {', '.join(cards) or 'no model'}, not "
             f"'{model}'; give one of its names as the model.",
             param="models",
         )
     return dict(cards[model])
 
 
-async def _check_kind(client: httpx.AsyncClient, model: str, kind: EngineKind) -> None:
-    if not await _accepts(client, model, kind):
+async def _check_kind(asking: _Asking, model: str, kind: EngineKind) -> None:
+    if not await _accepts(asking, model, kind):
         other = "an embedding" if kind is EngineKind.GENERATE else "a generating"
         hint = f"embed:{model}" if kind is EngineKind.GENERATE else model
         raise ConfigurationError(
-            f"The engine at {_url(client)} does not answer requests to '{model}' for "
+            f"The engine at {asking.url} does not answer requests to '{model}' for "
             f"{kind.value}; if it is {other} model, name it '{hint}'.",
             param="models",
         )
 
 
-async def _accepts(
-    client: httpx.AsyncClient, model: str, kind: EngineKind, **fields: object
-) -> bool:
+async def _accepts(asking: _Asking, model: str, kind: EngineKind, **fields: object) -> bool:
     body: dict[str, object] = {"model": model, **fields}
+
+    async def good(path: str, **asked: object) -> bool:
+        return (await asking.for_answer(path, body | asked)).status_code == 200
+
     if kind is EngineKind.EMBED:
-        return await _status(client, EMBEDDINGS, body | {"input": "a"}) == 200
-    if await _status(client, COMPLETIONS, body | {"prompt": "a", "max_tokens": 1}) == 200:
+        return await good(EMBEDDINGS, input="a")
+    if await good(COMPLETIONS, prompt="a", max_tokens=1):
         return True
     messages = [{"role": "user", "content": "a"}]
-    return await _status(client, CHAT, body | {"messages": messages, "max_tokens": 1}) == 200
-
-
-async def _status(
-    client: httpx.AsyncClient, path: str, body: dict[str, object] | None = None
-) -> int | None:
-    try:
-        if body is None:
-            response = await client.get(path, timeout=_ASK_S)
-        else:
-            response = await client.post(path, json=body, timeout=_ASK_S)
-    except httpx.HTTPError:
-        return None
-    return response.status_code
+    return await good(CHAT, messages=messages, max_tokens=1)
 
 
 async def _kv_tokens(client: httpx.AsyncClient) -> int | None:
@@ -177,7 +200,3 @@ async def _kv_tokens(client: httpx.AsyncClient) -> int | None:
             if blocks.isdigit() and size.isdigit():
                 return int(blocks) * int(size)
     return None
-
-
-def _url(client: httpx.AsyncClient) -> str:
-    return shown(str(client.base_url))
