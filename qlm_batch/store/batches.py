@@ -16,6 +16,7 @@ from qlm_batch.domain.transitions import CANCELLABLE, TERMINAL
 from qlm_batch.store.batch_rows import batch_by_id, batches_by_id, no_such_batch
 from qlm_batch.store.closing import close_slices
 from qlm_batch.store.files import find_file, no_such_cursor, no_such_file
+from qlm_batch.store.session import lift_timeouts
 from qlm_batch.store.sql import sql
 from qlm_batch.store.tables import batch
 
@@ -221,6 +222,7 @@ def retry_batch(
             code="no_failed_lines",
             param="batch_id",
         )
+    lift_timeouts(connection)
     connection.execute(_RETRY, {"id": batch_id, "window_s": window_s})
     slices = connection.execute(_RETRY_SLICES, {"id": batch_id}).rowcount
     connection.execute(_OPENED, {"id": batch_id, "slices": slices})

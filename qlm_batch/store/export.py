@@ -14,6 +14,7 @@ from qlm_batch.store.attainments import count_batch
 from qlm_batch.store.batch_rows import batch_by_id
 from qlm_batch.store.events import announce
 from qlm_batch.store.files import add_file
+from qlm_batch.store.session import lift_timeouts
 from qlm_batch.store.sql import sql
 
 _PAGE_ROWS = 2000
@@ -92,6 +93,7 @@ def finish_export(
         if record is not None:
             add_file(connection, record)
     if BatchState(state) is not BatchState.CANCELLED:
+        lift_timeouts(connection)
         count_batch(connection, batch_id)
     announce(connection, batch_id, BatchState(state))
     return batch_by_id(connection, batch_id)

@@ -26,6 +26,7 @@ from qlm_batch.store.copying import copy_rows, float8, int4, int8, text
 from qlm_batch.store.cutting import COLUMNS, Cutter, RunCut
 from qlm_batch.store.events import announce
 from qlm_batch.store.files import find_file
+from qlm_batch.store.session import lift_timeouts
 from qlm_batch.store.sql import sql
 
 _CLAIM = sql(
@@ -112,10 +113,6 @@ _HELD = sql(
     SELECT {now} FROM batch WHERE id = :id AND claim_holder = :holder AND state = 'validating'
     """
 )
-_NO_TIMEOUTS = sql(
-    "SELECT set_config('statement_timeout', '0', true),"
-    " set_config('idle_in_transaction_session_timeout', '0', true)"
-)
 _TAKE_RUNS = sql(
     "SELECT nextval(pg_get_serial_sequence('run', 'id')) FROM generate_series(1, :runs)"
 )
@@ -159,7 +156,7 @@ def load_lines(
     now = connection.scalar(_HELD, {"id": batch_id, "holder": holder})
     if now is None:
         raise _claim_lost(batch_id)
-    connection.execute(_NO_TIMEOUTS)
+    lift_timeouts(connection)
     batch = batch_by_id(connection, batch_id)
     # Before the COPY, during which its connection takes no other query.
     run_ids = connection.scalars(_TAKE_RUNS, {"runs": MAX_RUNS}).all()

@@ -202,6 +202,20 @@ class Database:
         self.engine.dispose()
 
 
+_NO_TIMEOUTS = sa.text(
+    "SELECT set_config('statement_timeout', '0', true),"
+    " set_config('idle_in_transaction_session_timeout', '0', true)"
+)
+
+
+def lift_timeouts(connection: Connection) -> None:
+    """Let the rest of this transaction take as long as a batch has lines.
+
+    Else the same work would be begun again and again, and never be done.
+    """
+    connection.execute(_NO_TIMEOUTS)
+
+
 def _in_conflict(cause: BaseException | None) -> bool:
     """Whether the same may succeed if it is done again at once."""
     if sqlstate(cause) in _CONFLICTS:

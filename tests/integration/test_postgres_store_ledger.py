@@ -258,6 +258,31 @@ def test_a_retry_serves_only_lines_without_a_success(store: PostgresStore) -> No
     assert all(line.ok for line in store.export_lines(BATCH))
 
 
+def test_a_batch_that_takes_long_to_count_or_to_cut_anew_is_ended_and_retried(
+    store: PostgresStore, postgres_url: str
+) -> None:
+    _running(store, lines=2, per_slice=2)
+    (work,) = _claim(store)
+    bad = _rows(work, status_code=400, body='{"error": {}}')
+    store.flush(GPU, bad, [_held(work, complete=True)], lease_s=30)
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute(
+            """
+            CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS
+                'BEGIN PERFORM pg_sleep(1.5); RETURN NEW; END';
+            CREATE TRIGGER slow BEFORE INSERT ON attainment EXECUTE FUNCTION slow();
+            CREATE TRIGGER slow BEFORE INSERT ON slice EXECUTE FUNCTION slow();
+            """
+        )
+    hasty = PostgresStore(postgres_url, secret_key=Fernet.generate_key(), statement_timeout_s=1.0)
+    try:
+        assert hasty.claim_export("writer", 30.0) is not None
+        assert hasty.finish_export(BATCH, "writer", None, None) is not None
+        assert hasty.retry_batch(TENANT, BATCH).generation == 2
+    finally:
+        hasty.close()
+
+
 def test_a_duplicate_custom_id_leaves_nothing_behind(store: PostgresStore) -> None:
     _submit(store)
     lines = [_line(1, "a"), _line(2, "b"), _line(4, "a")]
