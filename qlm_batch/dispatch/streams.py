@@ -266,6 +266,9 @@ class TokenReader:
                     done += self._hand_out(found[0][1])
                 if not (self._boxes or self._left):
                     await self._reading.run(("DEL", stream))
+                    # The next stream is a new one; numbers come from a clock that may go back.
+                    self._last = _START
+                    done.clear()
             except Exception as error:  # noqa: BLE001 - every open request hangs on this loop
                 await self._miss(error)
 

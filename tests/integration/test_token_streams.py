@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import orjson
 import pytest
 import redis.asyncio
 
@@ -178,6 +179,27 @@ async def test_a_finished_stream_leaves_no_key_and_every_key_ends_by_itself(
         reader.leave(TO, finished=True)
         await until_async(lambda: keys(redis_url), set())
         presence.cancel()
+
+
+async def test_a_stream_begun_anew_is_read_also_when_the_servers_clock_went_back(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "BLOCK_S", 0.05)
+    async with (
+        both_ends(redis_url) as (writer, reader),
+        redis.asyncio.Redis.from_url(client_url(redis_url)) as client,
+    ):
+        reader.attend(TO)
+        last = orjson.dumps([(*TO, 0, ("a",), End(200))])
+        # By a clock that is years ahead of the one that numbers what is pushed.
+        await client.xadd(f"qlm:tokens:{reader.inbox}", {"p": last}, id="9999999999999-0")
+        await gathered(reader, 1)
+        reader.leave(TO, finished=True)
+        await until_async(lambda: keys(redis_url), set())
+        other = ("req_2", 1)
+        reader.attend(other)
+        await writer.push([Parcel(reader.inbox, other, News(0, ("b",)))], [])
+        assert await gathered(reader, 1, other) == [News(0, ("b",))]
 
 
 async def count(url: str) -> int:
