@@ -142,11 +142,13 @@ class SchedulerLoop:
 
     def close(self) -> None:
         """Give leadership up, so that a standby takes over at once, and end the log."""
-        if self._leadership.epoch is not None:
-            self._step_down()
-            self._store.resign(self._config.holder)
-        if self._recorder is not None:
-            self._recorder.close()
+        try:
+            if self._leadership.epoch is not None:
+                self._step_down()
+                self._store.resign(self._config.holder)
+        finally:
+            if self._recorder is not None:
+                self._recorder.close()
 
     def _forget(self) -> None:
         self._incumbent: Incumbent | None = None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from qlm_batch.control.leadership import Leadership
+from qlm_batch.control.recording import Recorder
 from qlm_batch.control.scheduler_loop import SchedulerConfig, SchedulerLoop
 from qlm_batch.domain.errors import Unavailable
 from qlm_batch.domain.jobs import (
@@ -255,6 +258,27 @@ def test_a_standby_does_nothing_until_the_leader_resigns(stage: Stage) -> None:
     assert standby.tick().epoch is None
     stage.loop.close()
     assert standby.tick().epoch is not None
+
+
+def test_a_leader_that_cannot_resign_ends_its_log_all_the_same(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(_: str) -> None:
+        raise Unavailable("the database is away")
+
+    stage.beat()
+    stage.submit("b", 100)
+    path = tmp_path / "log.jsonl.gz"
+    config = SchedulerConfig("recorded")
+    loop = SchedulerLoop(
+        stage.store, stage.hints, policy("qlm"), config, Leadership(), Recorder(path)
+    )
+    loop.tick()
+    monkeypatch.setattr(stage.store, "resign", away)
+    with pytest.raises(Unavailable):
+        loop.close()
+    # Compressed as one piece, it can be read to its end only where it was closed.
+    assert gzip.decompress(path.read_bytes())
 
 
 def test_a_leader_that_was_overtaken_steps_down_quietly(stage: Stage) -> None:
