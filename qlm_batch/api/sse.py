@@ -23,7 +23,9 @@ log = structlog.get_logger(__name__)
 class EventResponse(Response):
     """Sends each of `frames` as it comes, and closes them when the client leaves or stalls.
 
-    Frames end with the one that ends in DONE, or by themselves; none is empty.
+    The head goes with the first frame: what has begun cleans up when it is closed, which frames
+    that never did would not. Frames end with the one that ends in DONE, or by themselves; none is
+    empty.
     """
 
     media_type = "text/event-stream"
@@ -55,6 +57,7 @@ class EventResponse(Response):
             await self._frames.aclose()
 
     async def _send(self, send: Send) -> None:
+        frame = await anext(self._frames, b"")
         await send(
             {
                 "type": "http.response.start",
@@ -62,12 +65,13 @@ class EventResponse(Response):
                 "headers": self.raw_headers,
             }
         )
-        more = True
-        while more:
-            frame = await anext(self._frames, b"")
+        while True:
             more = frame != b"" and not frame.endswith(DONE)
             async with asyncio.timeout(self._stall_s):
                 await send({"type": "http.response.body", "body": frame, "more_body": more})
+            if not more:
+                return
+            frame = await anext(self._frames, b"")
 
 
 @asynccontextmanager

@@ -95,6 +95,18 @@ async def test_a_client_that_takes_nothing_is_hung_up_on() -> None:
     assert client.sent[-1]["body"] == b"1"
 
 
+async def test_a_client_that_is_gone_before_the_head_is_sent_closes_the_frames() -> None:
+    client, frames = Client(), Frames(b"1")
+
+    async def broken(_: Message) -> None:
+        raise OSError("the connection is closed")
+
+    client.send = broken  # type: ignore[method-assign]
+    with pytest.raises(OSError, match="closed"):
+        await client.get(EventResponse(frames.run(), {}))
+    assert frames.closed
+
+
 async def test_a_fault_of_the_frames_is_raised() -> None:
     async def broken() -> AsyncGenerator[bytes, None]:
         yield b"1"
