@@ -379,6 +379,30 @@ async def test_a_waiting_call_goes_elsewhere_when_its_model_cannot_be_loaded() -
     assert not bench.engine.requests
 
 
+async def test_a_draining_worker_sends_calls_for_a_sleeping_model_elsewhere_at_once() -> None:
+    async with working(StreamEngine(Events())) as bench:
+        bench.host.left(Residency.ASLEEP)
+        bench.accept()
+        await until(lambda: bench.host.parked == 1)
+        bench.accept(replace(CALL, request_id="req_2"))
+        bench.desk.refuse_more()
+        await until(lambda: bench.writer.end() == ELSEWHERE)
+        await until(lambda: bench.writer.end(("req_2", 1)) == ELSEWHERE)
+        assert bench.desk.running == 0
+        assert bench.host.parked == 0
+
+
+async def test_a_draining_worker_goes_on_with_calls_inside() -> None:
+    events = Events()
+    async with working(StreamEngine(events)) as bench:
+        bench.accept()
+        await until(lambda: bench.engine.requests)
+        bench.desk.refuse_more()
+        events.queue.put_nowait(USAGE)
+        events.queue.put_nowait(None)
+        await until(lambda: bench.writer.end() == End(200))
+
+
 async def test_a_reader_that_leaves_while_its_model_sleeps_ends_the_wait() -> None:
     async with working(StreamEngine(Events())) as bench:
         bench.host.left(Residency.ASLEEP)

@@ -61,6 +61,7 @@ class _Job:
     written: int = 0
     end: End | None = None
     end_written: bool = False
+    parked: bool = False
     waited_s: float = 0.0
     """For its model to be awake."""
     first_token_s: float | None = None
@@ -121,8 +122,11 @@ class InteractiveDesk:
         return len(self._jobs)
 
     def refuse_more(self) -> None:
-        """Send what comes from now on elsewhere."""
+        """Send elsewhere what comes from now on, and what waits for its model to be awake."""
         self._open = False
+        for job in self._jobs.values():
+            if job.parked and job.task is not None:
+                job.task.cancel()
 
     def accept(self, message: Interactive) -> None:
         """Serve a request, once however often it comes; send it elsewhere where it cannot be."""
@@ -152,6 +156,9 @@ class InteractiveDesk:
 
     async def _serve(self, job: _Job) -> None:
         try:
+            job.parked = not job.host.open
+            if job.parked and not self._open:
+                raise Unavailable("No model is made awake here any more.")
             await job.host.opened()
         except Unavailable:
             job.end = ELSEWHERE
@@ -162,6 +169,8 @@ class InteractiveDesk:
                 job.end = ELSEWHERE
             self._ended(job)
             return
+        finally:
+            job.parked = False
         job.host.interactive += 1
         job.waited_s = time.monotonic() - job.began
         try:
