@@ -14,6 +14,7 @@ from qlm_batch.domain.errors import ConfigurationError, EngineDead
 from qlm_batch.domain.jobs import CHAT, EngineKind
 from qlm_batch.domain.ledger import ReleaseReason
 from qlm_batch.settings import Settings
+from qlm_cli import existing_engine
 from qlm_workers import openai_engine, openai_probe
 from qlm_workers.app import device_name
 from qlm_workers.engines import make_engine
@@ -296,3 +297,11 @@ async def test_a_busy_server_is_asked_again_for_a_stream(
     stream = await engine.open_stream(chat())
     assert not isinstance(stream, EngineAnswer)
     assert len([event async for event in stream]) == 3
+
+
+def test_a_server_absent_when_the_service_is_started_is_a_wrong_setting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(existing_engine, "_PATIENCE_S", 0.1)
+    with pytest.raises(ConfigurationError, match="check QLM_ENGINE_URL"):
+        existing_engine.look_at("http://127.0.0.1:9", "", (MODEL,))
