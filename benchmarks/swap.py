@@ -84,12 +84,12 @@ class Measured:
 
     @property
     def leave_s(self) -> float:
-        """The half in which a model goes."""
+        """The part in which a model goes."""
         return 0.2 * self.swap_s
 
     @property
     def arrive_s(self) -> float:
-        """The half in which the other comes."""
+        """The part in which the other comes."""
         return 0.8 * self.swap_s
 
 

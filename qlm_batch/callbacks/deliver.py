@@ -63,8 +63,7 @@ def attempt(
         outbox_id=item.id,
         ok=outcome.ok,
         status_code=outcome.status_code,
-        # Servers answer in any bytes; what stands for those that are no text no database takes.
-        detail=outcome.detail.encode(errors="replace").decode(),
+        detail=outcome.detail,
         duration_s=duration_s,
         retry_at=None if delay_s is None else now() + delay_s,
     )

@@ -21,6 +21,7 @@ from qlm_batch.domain.interactive import (
 from qlm_batch.domain.jobs import Usage
 from qlm_batch.store.fleet_tables import interactive_request
 from qlm_batch.store.sql import sql
+from qlm_batch.store.text import storable
 
 LOST = '{"error":{"message":"The instance that served this request was lost.",\
 "type":"server_error","param":null,"code":"instance_lost"}}'
@@ -101,18 +102,11 @@ def _row(mark: InteractiveMark) -> dict[str, object]:
         "state": mark.state.value,
         "ended": mark.state not in OPEN_INTERACTIVE,
         "status_code": mark.status_code,
-        "result": _plain(mark.result),
+        "result": None if mark.result is None else storable(mark.result),
         "first_token_s": mark.first_token_s,
         "duration_s": mark.duration_s,
         **asdict(mark.usage),
     }
-
-
-def _plain(result: str | None) -> str | None:
-    """Text that PostgreSQL can hold: one result of a server gone mad must not keep others back."""
-    if result is None:
-        return None
-    return result.replace("\0", "\ufffd").encode(errors="replace").decode()
 
 
 def get_interactive(connection: Connection, tenant: str, request_id: str) -> InteractiveRequest:

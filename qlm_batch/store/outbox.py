@@ -14,6 +14,7 @@ from qlm_batch.domain.errors import NotFound
 from qlm_batch.domain.jobs import DeliveryAttempt, OutboxItem
 from qlm_batch.store.batches import get_batch
 from qlm_batch.store.sql import sql
+from qlm_batch.store.text import storable
 
 SECRET_PREFIX = "whsec_"  # noqa: S105
 _SECRET_BYTES = 32
@@ -89,7 +90,7 @@ def record_delivery(connection: Connection, attempt: DeliveryAttempt) -> None:
             "id": attempt.outbox_id,
             "ok": attempt.ok,
             "status_code": attempt.status_code,
-            "detail": attempt.detail.replace("\0", "\ufffd"),
+            "detail": storable(attempt.detail),
             "duration_s": attempt.duration_s,
             "retry_at": attempt.retry_at,
         },

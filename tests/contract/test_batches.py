@@ -311,6 +311,17 @@ def test_every_generation_announces_its_end_once_per_channel(bench: Bench) -> No
     assert {i.event_id for i in later}.isdisjoint({i.event_id for i in items})
 
 
+def test_an_attempt_is_logged_whatever_the_server_said(bench: Bench) -> None:
+    batch = bench.batch(lines=1)
+    bench.serve()
+    bench.export(batch.id)
+    (item,) = bench.store.claim_outbox("a", 10, 60.0)
+    odd = b"SMTP 451: sp\xe4ter\0".decode(errors="surrogateescape")
+    bench.store.record_delivery(DeliveryAttempt(item.id, False, None, odd, 0.1, None))
+    ((_, attempt),) = bench.store.deliveries(TENANT, batch.id)
+    assert attempt.detail.startswith("SMTP 451: sp")
+
+
 def test_an_item_is_leased_retried_under_its_event_id_and_at_last_dead(bench: Bench) -> None:
     batch = bench.batch(lines=1)
     bench.serve()

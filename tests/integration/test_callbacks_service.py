@@ -110,14 +110,6 @@ def test_a_fault_that_nobody_foresaw_is_an_attempt_and_put_off() -> None:
     assert made.retry_at is not None
 
 
-def test_what_a_mail_server_says_in_no_encoding_is_kept_as_text() -> None:
-    def refuses(_: OutboxItem) -> Outcome:
-        return Outcome(False, b"SMTP 451: sp\xe4ter".decode("utf-8", "surrogateescape"))
-
-    (made,) = deliver_all(MemoryOutbox([item()]), senders={"webhook": refuses})
-    assert made.detail == "SMTP 451: sp?ter"
-
-
 def test_slow_receivers_hold_their_own_threads_only() -> None:
     release = threading.Event()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from qlm_batch.domain.jobs import Usage
@@ -27,8 +29,10 @@ def test_counts_are_read_with_their_details() -> None:
         ([12], 0),
         (True, 0),
         (-1, 0),
-        (10**30, MOST_TOKENS),
+        (10**400, MOST_TOKENS),
         (1e300, MOST_TOKENS),
+        (math.inf, MOST_TOKENS),
+        (math.nan, 0),
     ],
 )
 def test_a_count_is_always_one_that_can_be_stored(told: object, tokens: int) -> None:

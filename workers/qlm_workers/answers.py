@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -105,5 +106,7 @@ def _object(value: object) -> dict[str, object]:
 
 def _count(value: object) -> int:
     if not isinstance(value, int | float) or isinstance(value, bool):
+        return 0
+    if isinstance(value, float) and math.isnan(value):
         return 0
     return int(min(max(value, 0), MOST_TOKENS))

@@ -17,6 +17,7 @@ from qlm_batch.domain.jobs import CHAT, COMPLETIONS, EMBEDDINGS, EngineKind
 from qlm_workers.naming import shown
 
 AWAY = frozenset({502, 503, 504})
+"""Answers of what stands before a server that is not there."""
 NOT_NOW = AWAY | {429}
 """Answers of a server, or of what stands before it, that will say something else later."""
 _PAUSE_S = 1.0
