@@ -10,7 +10,7 @@ from qlm_workers.hosts import Host
 from qlm_workers.leases import Lease
 from qlm_workers.link import Link
 from qlm_workers.meter import Meter
-from tests.unit.test_runner import until
+from tests.unit.runner_rig import until
 from tests.unit.worker_fakes import FakeEngine, FakeStore, make_slice
 
 
