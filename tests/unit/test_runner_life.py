@@ -78,6 +78,25 @@ async def test_a_draining_worker_finishes_what_runs_and_claims_nothing() -> None
     assert store.retired
 
 
+async def test_what_a_claim_brings_after_the_drain_began_goes_back_untouched() -> None:
+    store = FakeStore(make_slice(1))
+    engine, gate = FakeEngine(), asyncio.Event()
+    hold_until(gate, engine)
+    rig = Rig(store, engine)
+    await until(lambda: rig.runner._table.in_hand == 4)
+    store.may_tell.clear()
+    store.put(make_slice(2), make_slice(3, model="other"), make_slice(4, model="unknown"))
+    rig.runner.wake()
+    await until(lambda: not store.waiting)
+    rig.runner.drain(60.0)
+    store.may_tell.set()
+    await until(lambda: {2, 3, 4} <= store.released.keys())
+    gate.set()
+    assert await rig.ended() is Exit.OK
+    assert store.completed == {1}
+    assert len(engine.requests) == 4
+
+
 async def test_a_drain_that_takes_too_long_gives_the_rest_back() -> None:
     store = FakeStore(make_slice(1))
     engine = FakeEngine(hang)

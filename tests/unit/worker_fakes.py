@@ -72,6 +72,9 @@ class FakeStore:
         self.retired = False
         self.away = False
         self.replaced = False
+        self.may_tell = threading.Event()
+        """Cleared, what a claim took is on its way to the worker."""
+        self.may_tell.set()
 
     def put(self, *slices: ClaimedSlice) -> None:
         """Assign more slices."""
@@ -99,7 +102,9 @@ class FakeStore:
                 taken.append(self._waiting.pop(0))
                 if taken[-1].suspect:
                     break
-            return taken
+        if taken:
+            self.may_tell.wait()
+        return taken
 
     def flush(
         self,

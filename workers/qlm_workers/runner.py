@@ -261,7 +261,7 @@ class Runner:
 
     def _adopt(self, claimed: Sequence[ClaimedSlice]) -> list[Lease]:
         """Hold claimed slices and feed them; returns those whose model is not served here."""
-        unsuitable = []
+        unsuitable, held = [], []
         mono, now = time.monotonic(), self._link.now()
         for slice_ in claimed:
             lease = Lease(slice_, agent.engine_priority(slice_.deadline), mono)
@@ -275,6 +275,10 @@ class Runner:
             self._expire(lease, now)
             self._flusher.adopted(lease)
             host.enqueue(lease)
+            held.append(lease)
+        if not self._claiming:
+            # The claim was under way when the drain began.
+            self._give_back(held)
         for host in self._engines:
             self._feeder.feed(host)
         return unsuitable
