@@ -135,6 +135,7 @@ def fitted(
         block_tokens,
         headroom=own.headroom,
         alone=own.alone,
+        together=own.together,
     )
     learned = Knowledge.of(profiles).speed(model, device).step_time()
     model_of_it = Forecast(learned, limits, sizes)

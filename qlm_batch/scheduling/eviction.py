@@ -5,7 +5,7 @@ Pure rules, called by the vLLM scheduler subclass and by the simulated engine al
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
@@ -21,6 +21,9 @@ RETRY_STEPS: Final = 8
 MOST_ALONE: Final = 3
 """Steps in a row that interactive prompts may have without batch work: a burst comes in several."""
 
+TOGETHER: Final = 256
+"""Prompt tokens that keep a processor busy: more in a step only makes it longer."""
+
 QUIET_S: Final = 10.0
 """Without an interactive request for this long, batch work runs as if there were none."""
 
@@ -35,25 +38,30 @@ class Pace:
     `headroom`: places above those of batch work, kept for interactive requests.
     `alone`: an interactive prefill gets a step without batch work.
     `batch_prefill`: prompt tokens of batch work a step may hold, None for no bound of its own.
+    `together`: prompt tokens up to which interactive requests enter in one step, None for all.
     """
 
     headroom: int
     alone: bool
     batch_prefill: int | None
+    together: int | None = None
 
 
 def pace(favour: str, slots: int, *, processor: bool = False) -> Pace:
     """The pace for `slots` places of batch work. ValueError for an unknown favour.
 
-    On a `processor` a step of few tokens is short. On a GPU it takes most of a full one, since it
-    reads the same weights: there, batch work sits out only where latency is favoured.
+    On a `processor` a step of few tokens is short: the prompts of a burst go in one after another,
+    which answers the first of them sooner and the last hardly later. On a GPU such a step takes
+    most of a full one, since it reads the same weights: there, all go in at once, and batch work
+    sits out only where latency is favoured.
     """
+    together = TOGETHER if processor else None
     if favour == "throughput":
         return Pace(0, False, None)
     if favour == "balanced":
-        return Pace(max(1, slots // 8), processor, 512)
+        return Pace(max(1, slots // 8), processor, 512, together)
     if favour == "latency":
-        return Pace(max(2, slots // 4), True, 64)
+        return Pace(max(2, slots // 4), True, 64, together)
     raise ValueError(f"'{favour}' is none of {', '.join(get_args(Favour))}.")
 
 
@@ -69,6 +77,21 @@ def admission_limit(size: int, slots: int, urgent: int) -> int:
     in the order of their priority.
     """
     return min(size, slots + urgent)
+
+
+def entering(prompts: Iterable[int], together: int) -> int:
+    """How many interactive requests enter in this step, of those waiting in their order.
+
+    `prompts` are the tokens each has to compute. The first enters whatever it has, and those behind
+    it while all fit in `together` tokens.
+    """
+    count = tokens = 0
+    for prompt in prompts:
+        tokens += prompt
+        if count and tokens > together:
+            break
+        count += 1
+    return count
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,8 +24,8 @@ BLOCK_TOKENS = 16
 class EngineLimits:
     """What an engine can hold and do at once.
 
-    `slots` are places of batch work; `headroom` and `alone` are those of `eviction.Pace`. Without
-    `prefix_caching` who gave way computes all its tokens anew.
+    `slots` are places of batch work; `headroom`, `alone` and `together` are those of
+    `eviction.Pace`. Without `prefix_caching` who gave way computes all its tokens anew.
     """
 
     slots: int
@@ -34,6 +34,7 @@ class EngineLimits:
     block_tokens: int = BLOCK_TOKENS
     headroom: int = 0
     alone: bool = False
+    together: int | None = None
     prefix_caching: bool = True
 
     @property
@@ -147,12 +148,15 @@ class ReferenceEngine:
         return self.limits.blocks - sum(s.blocks for s in (*self.running, *self.resting))
 
     def _step(self, done: list[Finished]) -> None:
-        urgent = sorted((s for s in self.waiting if s.urgent), key=lambda s: s.rank)
+        waiting = sorted((s for s in self.waiting if s.urgent), key=lambda s: s.rank)
+        urgent = self._entering(waiting)
         self._evict(urgent)
-        self._run_again(len(urgent))
+        self._run_again(len(waiting))
         self._let_grow()
         alone = self._alone(urgent)
         limit = self._most_running(len(urgent), alone=alone)
+        if len(urgent) < len(waiting):
+            limit = min(limit, len(self.running) + len(urgent))
         budget, before, scheduled = self.limits.batched_tokens, self.preemptions, dict[int, int]()
         position = 0
         while position < len(self.running) and budget > 0:
@@ -193,6 +197,13 @@ class ReferenceEngine:
         self.handed_out += max(0, need - sequence.blocks)
         sequence.blocks = max(sequence.blocks, need)
         return lost
+
+    def _entering(self, waiting: list[Sequence]) -> list[Sequence]:
+        """Those of the interactive requests that wait that this step takes in."""
+        together = self.limits.together
+        if together is None:
+            return waiting
+        return waiting[: eviction.entering((s.known for s in waiting), together)]
 
     def _evict(self, urgent: list[Sequence]) -> None:
         """Make room for waiting interactive requests before the step."""

@@ -33,6 +33,7 @@ class FastEngine:
                 MAX_EVICTIONS,
                 MOST_ALONE,
                 limits.prefix_caching,
+                -1 if limits.together is None else limits.together,
             ],
             dtype=np.int64,
         )

@@ -103,6 +103,7 @@ class SimulatedInstance:
             self.spec.batched_tokens,
             headroom=pace.headroom,
             alone=pace.alone,
+            together=pace.together,
         )
         step = self.spec.profile(self.awake).step
         self.engine = FastEngine(limits, step, self._events.now())

@@ -35,7 +35,7 @@ RUNS, WAITS, FREE_BLOCKS, STEPS, TOKENS, PREEMPTIONS, RECOMPUTED, ROWS, SAMPLED 
 ALONE_STEPS, HANDED_OUT, RESTS = 9, 10, 11
 TOTALS = 12
 SLOTS, BATCHED, BLOCK, URGENT_BELOW, SIZE, ALONE, MAX_EVICTIONS, MOST_ALONE = range(8)
-PREFIX_CACHING = 8
+PREFIX_CACHING, TOGETHER = 8, 9
 CLOCK, BUSY = 0, 1
 SAMPLES = 32
 
@@ -191,15 +191,37 @@ def _first_to_leave(ints: Ints, floats: Floats, order: Ints, totals: Ints) -> in
 
 
 @jit
-def _evict(ints: Ints, floats: Floats, order: Ints, totals: Ints, limits: Ints) -> int:
-    """Make room for interactive rows, as `eviction.victims` does; how many of them wait."""
-    if totals[WAITS] == 0:
-        return 0
+def _urgent_waiting(ints: Ints, totals: Ints, limits: Ints) -> int:
+    """How many interactive rows wait."""
     urgent = 0
-    for row in range(totals[ROWS]):
-        urgent += ints[row, STATE] == WAITING and ints[row, PRIORITY] < limits[URGENT_BELOW]
+    if totals[WAITS] > 0:
+        for row in range(totals[ROWS]):
+            urgent += ints[row, STATE] == WAITING and ints[row, PRIORITY] < limits[URGENT_BELOW]
+    return urgent
+
+
+@jit
+def _entering(ints: Ints, floats: Floats, totals: Ints, limits: Ints, waiting: int) -> int:
+    """How many of the interactive rows that wait enter in this step, as `eviction.entering`."""
+    if limits[TOGETHER] < 0:
+        return waiting
+    count, tokens, head = 0, 0, -1
+    while count < waiting:
+        head = _head(ints, floats, totals[ROWS], head)
+        tokens += ints[head, PROMPT] + ints[head, GENERATED]
+        if count > 0 and tokens > limits[TOGETHER]:
+            break
+        count += 1
+    return count
+
+
+@jit
+def _evict(
+    ints: Ints, floats: Floats, order: Ints, totals: Ints, limits: Ints, urgent: int
+) -> None:
+    """Make room for the first `urgent` rows that wait, as `eviction.victims` does."""
     if urgent == 0:
-        return 0
+        return
     head = _head(ints, floats, totals[ROWS], -1)
     free_slots = limits[SIZE] - totals[RUNS]
     free = totals[FREE_BLOCKS]
@@ -245,7 +267,6 @@ def _evict(ints: Ints, floats: Floats, order: Ints, totals: Ints, limits: Ints) 
             if ints[order[at], LEAVES_AS] == turn:
                 _leave(ints, order, totals, at)
                 break
-    return urgent
 
 
 @jit
@@ -527,11 +548,15 @@ def advance(
         if totals[RUNS] + totals[RESTS] + totals[WAITS] == 0:
             times[CLOCK] = until
             break
-        urgent = _evict(ints, floats, order, totals, limits)
-        _run_again(ints, floats, order, totals, limits, urgent)
+        waiting = _urgent_waiting(ints, totals, limits)
+        urgent = _entering(ints, floats, totals, limits, waiting)
+        _evict(ints, floats, order, totals, limits, urgent)
+        _run_again(ints, floats, order, totals, limits, waiting)
         _let_grow(ints, floats, order, totals, limits)
         alone = _alone(ints, floats, order, totals, limits, urgent)
         most = _most_running(ints, order, totals, limits, urgent, alone)
+        if urgent < waiting:
+            most = min(most, totals[RUNS] + urgent)
         shut = totals[WAITS] == 0 or totals[RUNS] >= most
         if not shut:
             head = _head(ints, floats, totals[ROWS], -1)

@@ -17,7 +17,7 @@ import structlog
 from qlm_batch.domain.engine import EngineAnswer, EngineInfo, EngineRequest, Lso
 from qlm_batch.domain.jobs import CHAT, EngineKind
 from qlm_batch.scheduling.agent import INTERACTIVE_PRIORITY, engine_priority
-from qlm_batch.scheduling.eviction import MAX_EVICTIONS, pace
+from qlm_batch.scheduling.eviction import MAX_EVICTIONS, TOGETHER, pace
 from qlm_batch.settings import Settings
 from qlm_workers.engines import make_engine
 from qlm_workers.vllm_engine import VllmEngine
@@ -209,6 +209,19 @@ async def test_a_burst_starts_within_a_few_steps_although_batch_work_fills_the_e
     assert 1 <= after.evictions - before.evictions <= SLOTS
     # There is KV for all: who gave way rested with what had been computed.
     assert after.recomputed_tokens == before.recomputed_tokens
+
+
+async def test_a_burst_of_long_prompts_enters_in_several_steps(rig: Rig) -> None:
+    running = await rig.filled(250)
+    rig.engine.stats()
+    prompts = [f"{n} " + "and then " * 20 for n in range(PLACES)]
+    answers = await asyncio.gather(*(rig.interactive(text=text) for text in prompts))
+    sizes = [answer.usage.input_tokens for answer in answers]
+    assert sum(sizes) > TOGETHER > max(sizes), "the burst has to be parted, no single prompt"
+    told = rig.engine.stats().steps
+    assert sum(prefill for _, _, prefill, _ in told) == sum(sizes)
+    assert max(prefill for _, _, prefill, _ in told) <= TOGETHER
+    await cancelled(running)
 
 
 async def test_one_that_rests_can_be_cancelled(rig: Rig) -> None:

@@ -139,6 +139,25 @@ def test_a_burst_has_a_few_steps_for_itself_and_batch_work_the_next(make: Make) 
     assert ends[1] == (1.0, 4.0 + MOST_ALONE)
 
 
+def test_a_burst_enters_in_groups_so_that_its_first_are_answered_sooner(make: Make) -> None:
+    engine = make(EngineLimits(8, 1600, together=30), StepTime(0.0, 0.0, 0.0, 0.1))
+    for guest in range(4):
+        engine.submit(guest, 15, 1, 0, 0.0)
+    assert _ends(engine) == {0: (3.0, 3.0), 1: (3.0, 3.0), 2: (6.0, 6.0), 3: (6.0, 6.0)}
+
+
+def test_batch_work_gives_way_to_those_of_a_burst_that_enter(make: Make) -> None:
+    engine = make(EngineLimits(4, 1600, together=30), ONE)
+    for line in range(4):
+        engine.submit(line, 1, 9, BATCH + line, 0.0)
+    engine.advance(0.5)
+    for guest in range(4, 7):
+        engine.submit(guest, 15, 1, 0, 0.5)
+    # From 1 s on two of them run, and two lines of the batch rest.
+    engine.advance(1.5)
+    assert engine.preemptions == 2
+
+
 def test_nobody_is_evicted_without_end(make: Make) -> None:
     engine = make(EngineLimits(1, 1600), ONE)
     engine.submit(1, 1, 30, BATCH, 0.0)
@@ -276,6 +295,7 @@ def _loads(draw: st.DrawFn) -> tuple[EngineLimits, StepTime, list[tuple[int, ...
         block_tokens=8,
         headroom=draw(st.integers(0, 2)),
         alone=draw(st.booleans()),
+        together=draw(st.none() | st.integers(1, 120)),
         prefix_caching=draw(st.booleans()),
     )
     requests = draw(

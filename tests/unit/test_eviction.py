@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 from qlm_batch.scheduling.agent import INTERACTIVE_PRIORITY, engine_priority
 from qlm_batch.scheduling.eviction import (
     MAX_EVICTIONS,
+    TOGETHER,
     GivingWay,
     Running,
     Waiting,
     admission_limit,
+    entering,
     is_urgent,
     pace,
     victims,
@@ -178,6 +180,29 @@ def test_batch_work_keeps_to_its_slots(urgent: int) -> None:
     limit = admission_limit(36, 32, urgent)
     assert limit - urgent <= 32
     assert limit == min(36, 32 + urgent)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "enter"),
+    [
+        ([], 0),
+        ([900], 1),
+        ([900, 1], 1),
+        ([100, 100], 2),
+        ([100, 156, 1], 2),
+        ([100, 157, 1], 1),
+        ([28] * 16, 9),
+    ],
+)
+def test_a_burst_enters_in_groups_of_short_prompts(prompts: list[int], enter: int) -> None:
+    assert entering(prompts, 256) == enter
+
+
+def test_only_on_a_processor_a_burst_is_parted() -> None:
+    assert pace("balanced", 32).together is None
+    assert pace("throughput", 32, processor=True).together is None
+    assert pace("balanced", 32, processor=True).together == TOGETHER
+    assert pace("latency", 32, processor=True).together == TOGETHER
 
 
 def test_headroom_grows_as_latency_is_favoured() -> None:

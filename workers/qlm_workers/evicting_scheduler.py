@@ -28,6 +28,7 @@ from qlm_batch.scheduling.eviction import (
     Running,
     Waiting,
     admission_limit,
+    entering,
     gives_way_first,
     is_urgent,
     pace,
@@ -149,7 +150,8 @@ class EvictingScheduler(Scheduler):  # type: ignore[misc]
 
     def _make_room(self) -> list[Any]:
         """Let batch work give way and set this step's limits; who is held back for this step."""
-        urgent = list(self._urgent_waiting())
+        waiting = list(self._urgent_waiting())
+        urgent = self._entering(waiting)
         now = time.monotonic()
         urgent_running = sum(is_urgent(request.priority) for request in self.running)
         if urgent or urgent_running:
@@ -157,11 +159,13 @@ class EvictingScheduler(Scheduler):  # type: ignore[misc]
         if urgent:
             self._evict(urgent, now)
             self._fit_kept(urgent, now)
-        places = self._limit(self._slots, urgent_running, urgent) - len(urgent)
+        places = self._limit(self._slots, urgent_running, waiting) - len(waiting)
         self._run_again(places, now)
         self._let_grow(now)
         held = self._held_back(urgent)
         limit = self._limit(0 if held else self._slots, urgent_running, urgent, len(held))
+        if len(urgent) < len(waiting):
+            limit = min(limit, len(self.running) + len(urgent))
         # A streaming session between two inputs keeps a place without running.
         idle = getattr(self, "num_waiting_for_streaming_input", 0)
         size = self._room() - len(held)
@@ -350,6 +354,15 @@ class EvictingScheduler(Scheduler):  # type: ignore[misc]
         manager = self.kv_cache_manager
         free: int = manager.block_pool.get_num_free_blocks()
         return free - getattr(manager, "watermark_blocks", 0)
+
+    def _entering(self, waiting: list[Any]) -> list[Any]:
+        """Those of the interactive requests that wait that this step takes in."""
+        together = self._pace.together
+        if together is None or len(waiting) < 2:
+            return waiting
+        cached = self.kv_cache_manager.get_computed_blocks
+        left = (request.num_tokens - cached(request)[1] for request in waiting)
+        return waiting[: entering(left, together)]
 
     def _blocks(self, tokens: int) -> int:
         block_size: int = self.block_size
