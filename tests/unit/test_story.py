@@ -33,6 +33,15 @@ def test_a_swap_a_batch_waits_for_is_told_once() -> None:
     assert again == ()
 
 
+def test_each_decision_about_a_batch_let_go_in_part_has_the_reason_of_its_part() -> None:
+    kept = PlannedGroup(group("g", deadline=100.0), 0.0, 1.0, 0.1, "next")
+    gone = replace(kept, group=replace(kept.group, key="h"), start=1.0, reason="late", shed=True)
+    plan = Plan(0.0, "qlm", (VirtualQueue("i", (kept, gone)),))
+    decisions, _ = Story().told(plan, snapshot(instances=[instance("i")]))
+    told = [(made.kind, made.group_key, made.detail["reason"]) for made in decisions]
+    assert told == [("planned", "g", "next"), ("shed", "h", "late")]
+
+
 def test_work_taken_back_before_it_began_is_told() -> None:
     held = (assigned(1, 10, slices=3, leased=1), assigned(2, 10, slices=1, leased=1))
     seen = snapshot(instances=[instance("i", assigned=held)])
