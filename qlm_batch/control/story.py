@@ -16,7 +16,7 @@ from qlm_batch.domain.snapshot import (
 )
 
 MOST_DECISIONS = 200
-"""Most rows of one plan; what is left out is told with a later one."""
+"""Most rows of one plan beside promises, which are made once; places left out are told later."""
 
 
 EVICTIONS_EVERY_S = 30.0
@@ -92,12 +92,11 @@ class Story:
                     Decision(kind, now, batch_id, about.group.key, place.instance, detail)
                 )
             after[batch_id] = (place.instance, place.shed is not None)
+        room = MOST_DECISIONS - len(decisions)
         promised = set(self.promised & snapshot.unpromised)
         for batch_id in sorted(snapshot.unpromised - self.promised):
             estimate = plan.estimates.get(batch_id)
             if estimate is not None and estimate.p50 is not None:
-                if len(decisions) >= MOST_DECISIONS:
-                    break
                 promised.add(batch_id)
                 detail = {
                     "p50": estimate.p50,
@@ -114,7 +113,7 @@ class Story:
             *woken(self.woken, plan, snapshot),
             *_made_way(snapshot, self.evicted, now),
         ]
-        decisions += happened[: MOST_DECISIONS - len(decisions)]
+        decisions += happened[:room]
         evicted = {
             boot: told if now - told[1] < EVICTIONS_EVERY_S else (count, now)
             for boot, count in _evictions(snapshot).items()
