@@ -110,6 +110,15 @@ def test_a_bad_window_is_named(client: TestClient) -> None:
     assert error["param"] == "completion_window"
 
 
+def test_more_unbounded_requests_than_there_may_be_are_refused_by_name(
+    site: Site, client: TestClient
+) -> None:
+    site.heartbeat()
+    asked = ask("24h")
+    asked["work"][0]["unbounded"] = 10**15
+    assert "unbounded" in error_of(client.post("/v1/estimates", json=asked), 400)["param"]
+
+
 def test_calibration_is_empty_until_a_batch_has_ended(site: Site, client: TestClient) -> None:
     assert client.get("/v1/calibration").json()["promises"] == 0
     ran(site, client)
