@@ -63,7 +63,7 @@ def _outcome(batch: Json) -> Json | None:
 def _story_text(batch: Json, story: list[Json], outcome: Json | None) -> str:
     lines = [progress_text(batch), f"deadline   {clock(batch['expires_at'])}"]
     lines += _decision_lines(story, batch["created_at"])
-    return "\n".join([*lines, *_kept_line(outcome)])
+    return "\n".join([*lines, *_kept_line(batch, outcome)])
 
 
 def _request_text(batch: Json, story: Json, outcome: Json | None) -> str:
@@ -87,7 +87,7 @@ def _request_text(batch: Json, story: Json, outcome: Json | None) -> str:
             ended = row["started_at"] + row["duration_s"]
             made = f"{counted(row['output_tokens'], 'token')} in {row['duration_s']:.2f} s"
             lines.append(f"{_since(begin, ended)}  answered  {held}{made}")
-    return "\n".join([*lines, *_kept_line(outcome)])
+    return "\n".join([*lines, *_kept_line(batch, outcome)])
 
 
 def _state_text(story: Json) -> str:
@@ -143,11 +143,14 @@ def _decision_lines(story: list[Json], begin: float) -> list[str]:
     return lines
 
 
-def _kept_line(outcome: Json | None) -> list[str]:
+def _kept_line(batch: Json, outcome: Json | None) -> list[str]:
     if not outcome:
         return []
     kept = "by p50" if outcome["by_p50"] else "by p95" if outcome["by_p95"] else "later than p95"
+    took = in_words(outcome["actual_s"])
+    # What expired says nothing of when it would have been done.
+    ended = f"expired after {took}" if batch["status"] == "expired" else f"took {took}: {kept}"
     return [
         f"batch promised in {in_words(outcome['p50_s'])} (95 %: {in_words(outcome['p95_s'])}), "
-        f"took {in_words(outcome['actual_s'])}: {kept}"
+        f"{ended}"
     ]

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,11 @@ class Question:
         """Whether the load sets the pace; the past is run as it was."""
         return self.log is None and not (self.trace is not None and self.as_recorded)
 
+    @property
+    def on_recorded(self) -> bool:
+        """Whether a log is run on the fleet it tells of, perhaps with more instances."""
+        return self.fleet is None and self.workload is None
+
 
 def answer(asked: Question, output: Output) -> None:
     """Run what is asked and print it."""
@@ -80,6 +85,7 @@ def answer(asked: Question, output: Output) -> None:
     past = None if asked.log is None else replay(asked.log)
     if past is not None:
         _tell_replay(past, output)
+        past = _as_served(past, output) if asked.on_recorded else past
     fleet = _fleet(asked, chosen, past)
     runs = _run(asked, fleet, _builder(asked, chosen, fleet, past), past is not None, output)
     table = rows(runs)
@@ -109,7 +115,7 @@ def answer(asked: Question, output: Output) -> None:
 def _fleet(asked: Question, chosen: Scenario, past: Replay | None) -> Fleet:
     if asked.fleet is not None:
         fleet = read_fleet(asked.fleet)
-    elif past is not None and past.fleet is not None and asked.workload is None:
+    elif past is not None and past.fleet is not None and asked.on_recorded:
         fleet = past.fleet
     else:
         fleet = chosen.fleet()
@@ -136,6 +142,19 @@ def _builder(asked: Question, chosen: Scenario, fleet: Fleet, past: Replay | Non
         load=None if asked.as_recorded else load,
         duration=asked.duration_s,
     )
+
+
+def _as_served(past: Replay, output: Output) -> Replay:
+    """The past without work of models that its fleet served nowhere: that failed then, too."""
+    history, served = past.history, past.fleet.models if past.fleet else ()
+    kept = tuple(arrival for arrival in history.arrivals if arrival.model in served)
+    gone = [arrival for arrival in history.arrivals if arrival.model not in served]
+    if not kept or not gone:
+        return past
+    requests = counted(sum(arrival.prompts.size for arrival in gone), "request")
+    models = ", ".join(sorted({arrival.model for arrival in gone}))
+    output.note(f"left out: {requests} for {models}, served nowhere when the log ends")
+    return replace(past, history=replace(history, arrivals=kept))
 
 
 def _check_served(history: Workload, fleet: Fleet) -> None:

@@ -24,6 +24,7 @@ router = APIRouter(prefix="/v1", tags=["estimates"])
 MOVES = 500
 """Search of one hypothetical plan; several are made for an answer."""
 _PAGE = 100
+_MOST_REQUESTS = 10**9
 _MOST_TOKENS = 10**15
 
 Count = Annotated[int, Field(ge=0, le=_MOST_TOKENS)]
@@ -38,10 +39,10 @@ class WorkIn(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     model: Annotated[Text, Field(min_length=1, max_length=MAX_MODEL_CHARS)]
-    requests: Annotated[int, Field(ge=1, le=1_000_000_000)]
+    requests: Annotated[int, Field(ge=1, le=_MOST_REQUESTS)]
     prompt_tokens: Count
     max_tokens: Count
-    unbounded: Count = 0
+    unbounded: Annotated[int, Field(ge=0, le=_MOST_REQUESTS)] = 0
     prompts: Annotated[
         list[Annotated[list[Count], Field(min_length=2, max_length=2)]], Field(max_length=1000)
     ] = []

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from qlm_batch.control.swap_story import Swaps, swaps_of, woken
-from qlm_batch.domain.snapshot import Decision, InstanceView, Plan, Residency, Snapshot
+from qlm_batch.domain.snapshot import (
+    Decision,
+    InstanceView,
+    Plan,
+    PlannedGroup,
+    Residency,
+    Snapshot,
+)
 
 MOST_DECISIONS = 200
-"""Most rows of one plan; what is left out is told with a later one."""
+"""Most rows of one plan beside promises, which are made once; places left out are told later."""
 
 
 EVICTIONS_EVERY_S = 30.0
@@ -18,12 +25,11 @@ EVICTIONS_EVERY_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a batch's next work stands, and why any of it was let go."""
+    """Where a batch's next work stands and why, and the first of its groups that was let go."""
 
     instance: str | None
-    group_key: str
-    reason: str
-    shed: bool
+    next: PlannedGroup
+    shed: PlannedGroup | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,20 +83,20 @@ class Story:
             if len(decisions) + len(kinds) > MOST_DECISIONS:
                 break
             for kind in kinds:
-                detail: dict[str, object] = {"reason": place.reason, "policy": plan.policy}
+                about = place.shed if kind == "shed" and place.shed else place.next
+                detail: dict[str, object] = {"reason": about.reason, "policy": plan.policy}
                 before = self.places.get(batch_id)
                 if kind == "moved" and before is not None:
                     detail["from"] = before[0]
                 decisions.append(
-                    Decision(kind, now, batch_id, place.group_key, place.instance, detail)
+                    Decision(kind, now, batch_id, about.group.key, place.instance, detail)
                 )
-            after[batch_id] = (place.instance, place.shed)
+            after[batch_id] = (place.instance, place.shed is not None)
+        room = MOST_DECISIONS - len(decisions)
         promised = set(self.promised & snapshot.unpromised)
         for batch_id in sorted(snapshot.unpromised - self.promised):
             estimate = plan.estimates.get(batch_id)
             if estimate is not None and estimate.p50 is not None:
-                if len(decisions) >= MOST_DECISIONS:
-                    break
                 promised.add(batch_id)
                 detail = {
                     "p50": estimate.p50,
@@ -107,7 +113,7 @@ class Story:
             *woken(self.woken, plan, snapshot),
             *_made_way(snapshot, self.evicted, now),
         ]
-        decisions += happened[: MOST_DECISIONS - len(decisions)]
+        decisions += happened[:room]
         evicted = {
             boot: told if now - told[1] < EVICTIONS_EVERY_S else (count, now)
             for boot, count in _evictions(snapshot).items()
@@ -186,13 +192,13 @@ def _kinds(before: tuple[str | None, bool] | None, place: _Place) -> tuple[str, 
         kinds.append("planned")
     elif before[0] != place.instance:
         kinds.append("moved")
-    if place.shed != (before is not None and before[1]):
+    if (place.shed is not None) != (before is not None and before[1]):
         kinds.append("shed" if place.shed else "restored")
     return tuple(kinds)
 
 
 def _places(plan: Plan) -> dict[str, _Place]:
-    """Each batch's soonest place; let go if any part is, with that part's reason."""
+    """Each batch's soonest place; let go if any part is."""
     placed = [
         (entry.start, queue.instance, entry) for queue in plan.queues for entry in queue.groups
     ]
@@ -202,10 +208,10 @@ def _places(plan: Plan) -> dict[str, _Place]:
         for batch_id in entry.group.batches:
             known = places.get(batch_id)
             if known is None:
-                places[batch_id] = _Place(instance, entry.group.key, entry.reason, entry.shed)
-            elif entry.shed and not known.shed:
-                places[batch_id] = _Place(known.instance, entry.group.key, entry.reason, shed=True)
+                places[batch_id] = _Place(instance, entry, entry if entry.shed else None)
+            elif entry.shed and known.shed is None:
+                places[batch_id] = replace(known, shed=entry)
     for entry in plan.unplaced:
         for batch_id in entry.group.batches:
-            places.setdefault(batch_id, _Place(None, entry.group.key, entry.reason, shed=False))
+            places.setdefault(batch_id, _Place(None, entry, None))
     return places

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from qlm_batch.domain.buckets import PromptMix
+from qlm_batch.domain.durations import WINDOW_MAX_S
 from qlm_batch.domain.jobs import EngineKind, Estimate, OnMiss, SloClass
 from qlm_batch.domain.snapshot import Plan, RunView, Snapshot
 from qlm_batch.scheduling.estimator import Estimator, EstimatorConfig
@@ -53,7 +54,8 @@ class Work:
 class Admission:
     """The answer: `estimate` in absolute times, and the shortest window that would hold.
 
-    `earliest_window_s` is None where no window would. `others` are batches it would make late.
+    `earliest_window_s` is None where none would that may be asked for. `others` are batches it
+    would make late.
     """
 
     verdict: Verdict
@@ -104,6 +106,8 @@ class Admissions:
         earliest_s: float | None = None
         wanted_s = (estimate.p95 - snapshot.now) * WINDOW_MARGIN
         for _ in range(_TRIES):
+            if wanted_s > WINDOW_MAX_S:
+                break
             found, _ = within(wanted_s)
             if found.p95 is None or found.miss_probability is None:
                 break

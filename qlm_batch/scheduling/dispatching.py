@@ -173,12 +173,18 @@ def rescues(
     found: dict[str, str] = {}
     if not options:
         return found
-    for placed in (p for queue in plan.queues for p in queue.groups if is_missed(p)):
-        group, left_s = placed.group, placed.group.deadline - snapshot.now
-        for i, waiting_s in options.items():
+    most_s = settings.urgency * max(options.values())
+    missed = [
+        placed.group
+        for queue in plan.queues
+        for placed in queue.groups
+        if is_missed(placed) and 0.0 < placed.group.deadline - snapshot.now < most_s
+    ]
+    for group, fits in zip(missed, estimator.fit_alone(missed, list(options)), strict=True):
+        left_s = group.deadline - snapshot.now
+        for (i, waiting_s), fit in zip(options.items(), fits.tolist(), strict=True):
             name = snapshot.instances[i].name
-            urgent = 0.0 < left_s < settings.urgency * waiting_s
-            if urgent and name not in found and estimator.fits_alone(i, group):
+            if fit and name not in found and left_s < settings.urgency * waiting_s:
                 found[name] = group.key
                 break
     return found

@@ -15,6 +15,7 @@ from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qlm_batch.domain.jobs import EngineKind
 from qlm_batch.domain.snapshot import (
@@ -243,16 +244,32 @@ class Estimator:
 
     # The state of an instance
 
-    def fits_alone(self, instance: int, group: RequestGroup) -> bool:
-        """Whether the group would be on time as the next thing after what is claimed there."""
-        if not self.serves(instance, group.model):
-            return False
-        ready, work = self.ready(instance, claimed_only=True), self.work(group)
-        swap_s = 0.0 if group.model in ready.awake else self.swap_s(instance, group.model)
-        mean = ready.mean + swap_s + float(work.mean[instance] + work.tail[instance])
-        var = ready.var + float(work.var[instance])
-        needs_s = self.quantile(mean, var, self.config.quantile)
-        return needs_s <= group.deadline - self.now
+    def fit_alone(
+        self, groups: Sequence[RequestGroup], instances: Sequence[int]
+    ) -> NDArray[np.bool_]:
+        """Whether each group would be on time as the next thing after what is claimed at each.
+
+        A row for each group; all at once, for in overload there are thousands.
+        """
+        table, each = self.table(groups), np.arange(len(groups))
+        left_s = np.array([group.deadline for group in groups]) - self.now
+        models = sorted({group.model for group in groups})
+        own = np.array([models.index(group.model) for group in groups], dtype=np.int64)
+        fits = np.zeros((len(groups), len(instances)), dtype=np.bool_)
+        for n, i in enumerate(instances):
+            ready = self.ready(i, claimed_only=True)
+            lost = np.array([self._lost_s(i, model, ready.awake) for model in models])
+            work = table.mean[table.kind, i] * table.count + table.tail(each, np.full(each.size, i))
+            var = ready.var + table.var[table.kind, i] * table.count
+            needs_s = self.quantile(ready.mean + lost[own] + work, var, self.config.quantile)
+            fits[:, n] = needs_s <= left_s
+        return fits
+
+    def _lost_s(self, instance: int, model: str, awake: frozenset[str]) -> float:
+        """What is lost until work of the model can begin where these are awake; inf: not served."""
+        if not self.serves(instance, model):
+            return math.inf
+        return 0.0 if model in awake else self.swap_s(instance, model)
 
     def ready(self, instance: int, *, claimed_only: bool = False) -> Ready:
         """When new work could begin at an instance that serves, after what it holds already.

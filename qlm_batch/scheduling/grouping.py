@@ -176,7 +176,7 @@ def _formed(queued: _Queued, limits: Floats) -> _Formed:
     front = np.where(np.diff(run, prepend=-1) != 0, whole, np.roll(behind, 1))
     start, end = whole - front, whole - behind
     requests, prompt_tokens, max_tokens = (
-        total[run] * end // whole - total[run] * start // whole
+        _share(total[run], end, whole) - _share(total[run], start, whole)
         for total in (queued.requests, queued.prompt_tokens, queued.max_tokens)
     )
     known = np.zeros(run.size, dtype=np.bool_)
@@ -186,6 +186,12 @@ def _formed(queued: _Queued, limits: Floats) -> _Formed:
     bounds = np.searchsorted(run, queued.bounds)
     first, name = packed(requests, known, bounds, limits)
     return _Formed(run, behind, end - start, requests, prompt_tokens, max_tokens, first, name)
+
+
+def _share(total: Ints, part: Ints, whole: Ints) -> Ints:
+    """`total * part // whole`, where that product may exceed an integer of the machine."""
+    found: Ints = total // whole * part + total % whole * part // whole
+    return found
 
 
 def _groups(queued: _Queued, formed: _Formed) -> tuple[RequestGroup, ...]:

@@ -17,6 +17,7 @@ from qlm_batch.domain.snapshot import (
     Snapshot,
 )
 from qlm_batch.scheduling.estimator import Estimator
+from qlm_batch.scheduling.reasons import LET_GO
 from qlm_batch.scheduling.steady import Source
 from qlm_batch.scheduling.worktable import Floats, Ints
 
@@ -69,7 +70,7 @@ def places_of(plan: Plan, snapshot: Snapshot, estimator: Estimator) -> Places:
         [(group.model, group.kind, group.tenant) for group in groups]
         + [(own.model, estimator.fleet.views[i][own.model].kind, own.tenant) for i, own in held],
         [group.batches for group in groups] + [(own.batch_id,) for _, own in held],
-        [f"let go: {own.reason}" if own.shed else own.reason for own in planned]
+        [f"{LET_GO}{own.reason}" if own.shed else own.reason for own in planned]
         + [f"running on {snapshot.instances[i].name}; model {own.model}" for i, own in held],
         len(groups),
         np.array(where + [i for i, _ in held], dtype=np.int64),

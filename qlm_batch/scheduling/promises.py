@@ -110,7 +110,12 @@ def ends_of(plan: Plan, snapshot: Snapshot, estimator: Estimator) -> Ends:
         [part[last].tolist() for part in told],
         (informed[last] > 0.0).tolist(),
         list(map(chance, worst[kept].tolist())),
-        _reasons(places, parts.of[last], _firsts(places, parts, order, starts)[kept]),
+        _reasons(
+            places,
+            parts.of[last],
+            _firsts(places, parts, order, starts)[kept],
+            np.diff(starts, append=order.size)[kept],
+        ),
     )
 
 
@@ -127,12 +132,12 @@ def _firsts(places: Places, parts: Parts, order: Ints, starts: Ints) -> Ints:
     return found
 
 
-def _reasons(places: Places, of: Ints, first: Ints) -> list[str]:
-    """Why batches are where they are whose last part is in places `of`."""
+def _reasons(places: Places, of: Ints, first: Ints, parts: Ints) -> list[str]:
+    """Why batches of so many parts are where they are whose last one is in places `of`."""
     told = [places.reasons[n] for n in of.tolist()]
     queues, begins = np.unique(places.instance[: places.held], return_index=True)
     head = dict(zip(queues.tolist(), begins.tolist(), strict=True))
-    for b in np.flatnonzero((of < places.held) & (first < of)).tolist():
+    for b in np.flatnonzero((of < places.held) & (parts > 1)).tolist():
         n, begin = of.item(b), head[places.instance.item(of.item(b))]
         told[b] = of_batch(told[b], n - begin, first.item(b) - begin)
     return told

@@ -52,7 +52,11 @@ def survival(
         values[count] = max(last, running[-1]) if running.size > 0 else last
         chances[count] = alive
         count += 1
-    return values[:count].copy(), chances[:count] / chances[:count].sum()
+    # One by one: an array's own sum adds in another order where it is not compiled.
+    total = 0.0
+    for n in range(count):
+        total += chances[n]
+    return values[:count].copy(), chances[:count] / total
 
 
 @compiled

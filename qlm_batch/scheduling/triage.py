@@ -48,13 +48,12 @@ def append_tail(problem: Problem, queues: Queues, shed: Iterable[int]) -> None:
 
 
 def why_shed(problem: Problem, group: int) -> str:
-    """The reason recorded for a group that was let go."""
-    left_s, needs_s = problem.due[group], problem.least[group]
+    """The reason recorded for a group that was let go, by its own deadline, however it ages."""
+    left_s, needs_s = problem.groups[group].deadline - problem.now, problem.least[group]
     if left_s <= 0.0:
         return f"its deadline passed {in_words(-left_s)} ago"
     if needs_s > left_s:
         return f"needs {in_words(needs_s)} on an idle instance, {in_words(left_s)} are left"
     return (
-        f"needs {in_words(needs_s)}, {in_words(left_s)} are left, and what is planned before it is "
-        "due sooner or worth more per second"
+        f"needs {in_words(needs_s)}, {in_words(left_s)} are left, and its turn would come too late"
     )

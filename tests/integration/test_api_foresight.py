@@ -46,18 +46,24 @@ def ask(window: str, requests: int = 10, model: str = MODEL) -> dict[str, Any]:
     return {"completion_window": window, "work": [{**work, "max_tokens": 128 * requests}]}
 
 
-def ran(site: Site, client: TestClient) -> str:
-    """A batch planned by the real loop and run to its end."""
-    batch = submit(client, input_file("a", "b"))
+def planned(site: Site, client: TestClient, **extra: str) -> str:
+    """A batch planned by the real loop."""
+    batch = submit(client, input_file("a", "b"), **extra)
     site.read_in()
     site.heartbeat()
     loop = SchedulerLoop(site.store, Nobody(), policy("qlm"), SchedulerConfig("test"))  # type: ignore[arg-type]
     loop.tick()
     loop.close()
+    return str(batch["id"])
+
+
+def ran(site: Site, client: TestClient) -> str:
+    """A batch planned by the real loop and run to its end."""
+    batch_id = planned(site, client)
     site.clock.at += 1.0
     site.run()
     site.write_out()
-    return str(batch["id"])
+    return batch_id
 
 
 def run_cli(site: Site, *arguments: str) -> Result:
@@ -104,6 +110,15 @@ def test_a_bad_window_is_named(client: TestClient) -> None:
     assert error["param"] == "completion_window"
 
 
+def test_more_unbounded_requests_than_there_may_be_are_refused_by_name(
+    site: Site, client: TestClient
+) -> None:
+    site.heartbeat()
+    asked = ask("24h")
+    asked["work"][0]["unbounded"] = 10**15
+    assert "unbounded" in error_of(client.post("/v1/estimates", json=asked), 400)["param"]
+
+
 def test_calibration_is_empty_until_a_batch_has_ended(site: Site, client: TestClient) -> None:
     assert client.get("/v1/calibration").json()["promises"] == 0
     ran(site, client)
@@ -142,6 +157,19 @@ def test_the_command_line_tells_a_batchs_story(site: Site, client: TestClient) -
     assert "planned" in text and "promised" in text and "took 1 s" in text
     story = last_line(run_cli(site, "explain", batch_id, "--json"))
     assert story["outcome"]["actual_s"] == 1
+
+
+def test_a_batch_that_expired_is_not_said_to_have_taken_so_long(
+    site: Site, client: TestClient
+) -> None:
+    batch_id = planned(site, client, completion_window="10s")
+    site.clock.at += 11.0
+    epoch = site.store.lead("test", 60)
+    assert epoch is not None
+    site.store.reap(epoch)
+    site.write_out()
+    text = run_cli(site, "explain", batch_id).stdout
+    assert "expired after 11 s" in text and "took" not in text
 
 
 def test_the_command_line_tells_the_story_of_one_request(site: Site, client: TestClient) -> None:

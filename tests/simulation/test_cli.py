@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+from qlm_batch.control.recording import ArrivalEntry, Recorder, read_log
 from qlm_batch.domain.errors import ConfigurationError
+from qlm_batch.domain.snapshot import Snapshot
 from qlm_cli.main import cli
 
 SMALL = ["simulate", "-w", "W1", "--policy", "edf-shed", "--duration", "10s", "--load", "0.3"]
@@ -102,6 +105,20 @@ def test_a_recorded_run_is_replayed_and_then_run_on_another_fleet(tmp_path: Path
     with pytest.raises(ConfigurationError, match="--fleet"):
         arguments = ["simulate", "-w", "W2", "--replay", str(log)]
         CliRunner().invoke(cli, arguments, catch_exceptions=False)
+
+
+def test_a_history_runs_without_the_work_that_its_fleet_served_nowhere(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    CliRunner().invoke(cli, [*SMALL, "--record", str(log)], catch_exceptions=False)
+    arguments = ["simulate", "--replay", str(log), "--policy", "edf-shed", "--json"]
+    whole = CliRunner().invoke(cli, arguments, catch_exceptions=False)
+    seen = next(entry.run for entry in read_log(log) if isinstance(entry, ArrivalEntry))
+    with Recorder(log, append=True) as recorder:
+        ghost = replace(seen, run_id=-1, model="ghost", slices=1, requests=10)
+        recorder.saw(Snapshot(0.0, (ghost,), ()))
+    done = CliRunner().invoke(cli, arguments, catch_exceptions=False)
+    assert "left out: 10 requests for ghost" in done.stderr
+    assert json.loads(done.stdout)["rows"] == json.loads(whole.stdout)["rows"]
 
 
 def test_a_history_runs_on_the_fleet_it_was_recorded_on_and_on_one_with_more(

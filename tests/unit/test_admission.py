@@ -42,6 +42,12 @@ def test_what_cannot_be_done_in_time_is_refused_with_a_window_that_holds() -> No
     assert asked(64_000, 0.5 * found.earliest_window_s).verdict is not Verdict.ACCEPT
 
 
+def test_no_window_is_told_that_may_not_be_asked_for() -> None:
+    found = asked(100_000_000, 30 * 86_400.0)
+    assert found.verdict is Verdict.REFUSE
+    assert found.earliest_window_s is None
+
+
 def test_a_deadline_at_the_median_is_worth_a_warning() -> None:
     p50 = asked(6400, 86_400.0).estimate.p50
     assert p50 is not None

@@ -18,9 +18,10 @@ from qlm_batch.domain.snapshot import (
     Residency,
     VirtualQueue,
 )
-from qlm_batch.scheduling.dispatching import DispatchConfig, recalls, top_up
+from qlm_batch.scheduling.dispatching import DispatchConfig, recalls, rescues, top_up
 from qlm_batch.scheduling.estimator import Estimator
-from tests.unit.planning_cases import assigned, group, instance, run_view, snapshot
+from qlm_batch.scheduling.worktable import WorkTable
+from tests.unit.planning_cases import DAY, assigned, group, instance, run_view, snapshot
 
 CONFIG = DispatchConfig(fill=1.75, ahead_s=0.0)
 
@@ -188,3 +189,47 @@ def test_nothing_is_recalled_for_work_due_at_about_the_same_time() -> None:
 def test_a_draining_instance_gives_back_what_it_has_not_claimed() -> None:
     view = instance("i", state=InstanceState.DRAINING, assigned=(assigned(9, 64),))
     assert recalls(snapshot(instances=[view]), Plan(0.0, "qlm", ())) == {"i": ""}
+
+
+def holding(*, leased: int) -> InstanceView:
+    """An instance that holds two slices due much later, so many of them claimed."""
+    return instance("i", assigned=(assigned(9, 128, slices=2, leased=leased, deadline=DAY),))
+
+
+def missed(*deadlines: float) -> Plan:
+    """A plan that lets groups with these deadlines go."""
+    groups = (of_run(n, 1, deadline=deadline) for n, deadline in enumerate(deadlines, 1))
+    late = tuple(PlannedGroup(g, 10.0, 20.0, 0.0, "", shed=True) for g in groups)
+    return Plan(0.0, "qlm", (VirtualQueue("i", late),))
+
+
+def saved(plan: Plan, view: InstanceView) -> dict[str, str]:
+    situation = snapshot(instances=[view])
+    return rescues(situation, plan, Estimator(situation))
+
+
+def test_unclaimed_work_makes_way_for_a_group_that_is_late_only_because_of_it() -> None:
+    assert saved(missed(600.0), holding(leased=0)) == {"i": "g1"}
+
+
+@pytest.mark.parametrize("deadline", [-1.0, 0.5, 0.8 * DAY])
+def test_nothing_makes_way_for_what_is_hopeless_or_not_urgent(deadline: float) -> None:
+    assert saved(missed(deadline), holding(leased=0)) == {}
+
+
+def test_what_is_claimed_makes_way_for_nothing() -> None:
+    assert saved(missed(600.0), holding(leased=2)) == {}
+
+
+def test_however_many_groups_are_late_they_are_looked_at_together() -> None:
+    asked: list[int] = []
+
+    class Watched(Estimator):
+        def table(self, groups: Sequence[RequestGroup]) -> WorkTable:
+            asked.append(len(groups))
+            return super().table(groups)
+
+    held = [replace(holding(leased=0), name=name) for name in "ijk"]
+    situation = snapshot(instances=held)
+    assert rescues(situation, missed(*[0.5] * 100), Watched(situation)) == {}
+    assert asked == [100]

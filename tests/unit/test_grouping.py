@@ -148,6 +148,14 @@ def test_a_million_queued_requests_make_a_few_hundred_groups() -> None:
     assert len(groups) < 500
 
 
+def test_the_tokens_of_a_billion_requests_are_shared_out_in_full() -> None:
+    count = 10**9
+    queue = snapshot(runs=[run_view(1, count // 64, requests=count, max_tokens=1000)])
+    groups = form_groups(queue, {"m": ModelCapacity(32.0, 0.1)})
+    assert sum(group.max_tokens for group in groups) == 1000 * count
+    assert {round(group.max_tokens / group.requests) for group in groups} == {1000}
+
+
 def test_a_fleet_gets_enough_groups_to_share_one_long_run_evenly() -> None:
     fleet = {"m": ModelCapacity(32.0, 0.01, instances=100)}
     groups = groups_of([run_view(1, 15_625)], capacity=fleet)

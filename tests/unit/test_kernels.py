@@ -135,3 +135,19 @@ def test_trust_is_judged_alike_compiled_and_as_written(lengths: list[int], first
     fast = loops.COMPILED.trusted(*asked)
     assert fast.tolist() == loops.WRITTEN.trusted(*asked).tolist()
     assert fast.sum() == pytest.approx(1.0)
+
+
+@given(
+    st.lists(st.integers(0, 2000), min_size=1, max_size=300),
+    st.lists(st.integers(1, 2000), max_size=30),
+)
+@settings(deadline=None, max_examples=30)
+def test_lengths_are_distributed_alike_compiled_and_as_written(
+    lengths: list[int], ages: list[int]
+) -> None:
+    finished, running = (np.sort(np.array(n, dtype=np.float64)) for n in (lengths, ages))
+    asked = (finished, 0.98 ** np.arange(finished.size), running, 1.0, 0.001)
+    for fast, written in zip(
+        loops.COMPILED.survival(*asked), loops.WRITTEN.survival(*asked), strict=True
+    ):
+        assert fast.tolist() == written.tolist()

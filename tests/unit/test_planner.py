@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qlm_batch.domain.jobs import OnMiss
 from qlm_batch.domain.snapshot import Plan, RequestGroup, Snapshot
 from qlm_batch.scheduling.estimator import Estimator, EstimatorConfig
 from qlm_batch.scheduling.policies import POLICIES, policy
@@ -355,6 +356,15 @@ def test_a_group_is_kept_for_the_part_of_it_that_can_be_on_time() -> None:
     assert not entry.shed
     assert entry.share == pytest.approx(0.6)
     assert "60 % of it in time" in entry.reason
+
+
+def test_what_is_finished_late_has_no_part_in_time() -> None:
+    late = replace(group("g0", deadline=-90.0, arrived_at=-150.0), on_miss=OnMiss.FINISH_LATE)
+    durations = KnownDurations({"g0": [20.0]}, [frozenset({"m"})])
+    plan = policy("qlm").plan(snapshot(instances=[instance("i")]), [late], durations, 0, 0)
+    (entry,) = plan.queues[0].groups
+    assert not entry.shed
+    assert entry.reason == "next on i; model m awake; to be finished late"
 
 
 def test_what_is_late_in_part_makes_nothing_else_late() -> None:

@@ -135,14 +135,33 @@ class Alone:
                     yield own.batch_id, own.model, reason, told, own.deadline
 
     def reason(self, queue: VirtualQueue, placed: PlannedGroup, batch_id: str) -> str:
-        """Why it is there, where only what stands before the batch's first group is ahead."""
+        """Why it is there, where only what stands before the batch's first group is ahead.
+
+        A batch of several parts has the reason of its last one, and is told so.
+        """
+        alone = self.parts_of(batch_id) == 1
         if placed.shed:
-            return f"let go: {placed.reason}"
+            return ("" if alone else "its last part is ") + f"let go: {placed.reason}"
         ahead = next(n for n, own in enumerate(queue.groups) if batch_id in own.group.batches)
         where, on, rest = placed.reason.partition(" on ")
         assert where.startswith(("next", "starts after"))
         many = f"starts after {ahead} group{'s' * (ahead != 1)}"
+        if not alone:
+            rest = rest.replace("of it in time", "of its last part in time")
         return (many if ahead else "next") + on + rest
+
+    def parts_of(self, batch_id: str) -> int:
+        """In how many parts the batch stands in queues and in hand."""
+        planned = [own.group for queue in self.plan.queues for own in queue.groups]
+        held = [
+            own
+            for i, view in enumerate(self.situation.instances)
+            for own in view.assigned
+            if own.requests and self.estimator.serves(i, own.model)
+        ]
+        return sum(own == batch_id for group in planned for own, _, _ in self.batches(group)) + sum(
+            own.batch_id == batch_id for own in held
+        )
 
     def in_hand(self, i: int) -> float:
         view = self.situation.instances[i]
@@ -230,3 +249,21 @@ def test_all_batches_at_once_end_as_each_of_their_parts_does(
     estimates = with_estimates(plan, found).estimates
     assert estimates.keys() == parts.keys() | unserved
     assert all(estimates[batch_id].p50 is None for batch_id in unserved)
+
+
+def why(run: RunView) -> str:
+    """The reason told of a batch that has an instance to itself."""
+    situation = snapshot(runs=[run], instances=[instance("i")])
+    estimator = Estimator(situation)
+    groups = form_groups(situation, estimator.capacities(situation))
+    plan = policy("qlm").plan(situation, groups, estimator, 10, 0)
+    return ends_of(plan, situation, estimator)[run.batch_id].reason
+
+
+def test_a_batch_let_go_in_part_is_not_told_to_be_let_go() -> None:
+    assert why(run_view(1, 100, deadline=60.0)).startswith("its last part is let go: needs ")
+    assert why(run_view(1, 1, deadline=-3.0)) == "let go: its deadline passed 3 s ago"
+
+
+def test_the_share_in_time_of_a_batchs_last_part_is_not_told_as_its_own() -> None:
+    assert why(run_view(1, 10, deadline=20.0)).endswith(" % of its last part in time")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from qlm_batch.control.story import EVICTIONS_EVERY_S, Story
+from qlm_batch.control.story import EVICTIONS_EVERY_S, MOST_DECISIONS, Story
+from qlm_batch.domain.jobs import Estimate
 from qlm_batch.domain.snapshot import (
     InstanceView,
     Plan,
@@ -31,6 +32,29 @@ def test_a_swap_a_batch_waits_for_is_told_once() -> None:
     assert "swapped n for m" in str(swap.detail["reason"])
     again, _ = story.told(plan_of(1.0), replace(seen, now=1.0))
     assert again == ()
+
+
+def test_each_decision_about_a_batch_let_go_in_part_has_the_reason_of_its_part() -> None:
+    kept = PlannedGroup(group("g", deadline=100.0), 0.0, 1.0, 0.1, "next")
+    gone = replace(kept, group=replace(kept.group, key="h"), start=1.0, reason="late", shed=True)
+    plan = Plan(0.0, "qlm", (VirtualQueue("i", (kept, gone)),))
+    decisions, _ = Story().told(plan, snapshot(instances=[instance("i")]))
+    told = [(made.kind, made.group_key, made.detail["reason"]) for made in decisions]
+    assert told == [("planned", "g", "next"), ("shed", "h", "late")]
+
+
+def test_of_very_many_batches_at_once_every_promise_is_told_and_every_place_in_the_end() -> None:
+    keys = [f"g{n}" for n in range(2 * MOST_DECISIONS)]
+    placed = tuple(PlannedGroup(group(key, deadline=100.0), 0.0, 1.0, 0.1, "") for key in keys)
+    batches = {f"batch-{key}" for key in keys}
+    made = dict.fromkeys(batches, Estimate(1.0, 2.0, 0.0, "", 0.0))
+    plan = Plan(0.0, "qlm", (VirtualQueue("i", placed),), estimates=made)
+    new = replace(snapshot(instances=[instance("i")]), unpromised=frozenset(batches))
+    first, story = Story().told(plan, new)
+    # The plan is saved with its promises: the next look finds none to make.
+    second, _ = story.told(plan, replace(new, unpromised=frozenset()))
+    for kind in ("planned", "promised"):
+        assert {own.batch_id for own in (*first, *second) if own.kind == kind} == batches
 
 
 def test_work_taken_back_before_it_began_is_told() -> None:

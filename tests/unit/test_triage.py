@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from qlm_batch.domain.jobs import SloClass
+from qlm_batch.domain.jobs import OnMiss, SloClass
 from qlm_batch.scheduling.policies import policy
 from qlm_batch.scheduling.problem import Problem
 from qlm_batch.scheduling.triage import append_tail, tail_order, why_shed
@@ -50,7 +50,15 @@ def test_the_reason_says_what_was_impossible() -> None:
     problem = problem_of(past=(-3.0, 1.0, 1), big=(10.0, 60.0, 1), crowded=(50.0, 20.0, 1))
     assert why_shed(problem, 0) == "its deadline passed 3 s ago"
     assert why_shed(problem, 1) == "needs 1 min on an idle instance, 10 s are left"
-    assert "due sooner or worth more" in why_shed(problem, 2)
+    crowded = "needs 20 s, 50 s are left, and its turn would come too late"
+    assert why_shed(problem, 2) == crowded
+
+
+def test_the_reason_goes_by_the_deadline_that_was_given_however_work_ages() -> None:
+    late = replace(group("late", deadline=-20.0, arrived_at=-80.0), on_miss=OnMiss.FINISH_LATE)
+    problem = Problem(FLEET, [late], KnownDurations({"late": [7.0]}, [frozenset({"m"})]))
+    assert problem.due[0] > 0.0
+    assert why_shed(problem, 0) == "its deadline passed 20 s ago"
 
 
 def test_in_overload_many_small_groups_are_kept_and_one_big_one_is_let_go() -> None:

@@ -18,7 +18,7 @@ from qlm_batch.domain.snapshot import (
 )
 from qlm_batch.scheduling.loops import loops
 from qlm_batch.scheduling.problem import START, SWAP_PRICE, Durations, Problem, Queues
-from qlm_batch.scheduling.reasons import after
+from qlm_batch.scheduling.reasons import after, in_time
 from qlm_batch.scheduling.triage import append_tail, why_shed
 
 
@@ -72,6 +72,7 @@ def to_plan(problem: Problem, queues: Queues, shed: Collection[int], policy: str
         entries = []
         for place, g in zip(places, queue, strict=False):
             start, finish, variance, share = next(columns)
+            group = problem.groups[g]
             shed_here = g in let_go
             if shed_here:
                 reason = why_shed(problem, g)
@@ -79,10 +80,8 @@ def to_plan(problem: Problem, queues: Queues, shed: Collection[int], policy: str
                 k = problem.model[g]
                 if k not in states:
                     states[k] = f"{name}; {_state(problem, i, k)}"
-                reason = place + states[k]
-                if share < 1.0:
-                    reason += f"; about {100.0 * share:.0f} % of it in time"
-            group = problem.groups[g]
+                late = problem.due[g] > group.deadline - now
+                reason = place + states[k] + in_time(share, late=late)
             entries.append(PlannedGroup(group, start, finish, variance, reason, shed_here, share))
         planned.append(VirtualQueue(name, tuple(entries)))
     unplaced = tuple(
