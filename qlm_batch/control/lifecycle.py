@@ -96,7 +96,7 @@ class ServiceLoop:
         except Unavailable as error:
             if self._away_since is None:
                 self._away_since = self._clock.now()
-                self._log.warning("dependency_away", error=error.message)
+                self._log.warning("dependency_away", error=error.in_full)
             self._crashes = 0
             return self._failed()
         except QlmError as error:
