@@ -53,12 +53,13 @@ def normalised(url: str) -> sa.URL:
     """
     try:
         parsed = sa.make_url(url)
-    except exc.ArgumentError:
+    except (exc.ArgumentError, ValueError):
         parsed = None
     if parsed is None or parsed.drivername.partition("+")[0] not in ("postgres", "postgresql"):
         raise ConfigurationError(
             "DATABASE_URL must look like postgresql://user:password@host:5432/database"
-            " or postgresql:///database?host=/socket/folder.",
+            " or postgresql:///database?host=/socket/folder; in a password @ is written %40 and"
+            " / %2F.",
             param="database_url",
         )
     return parsed.set(drivername="postgresql+psycopg")
