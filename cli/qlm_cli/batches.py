@@ -111,7 +111,13 @@ def status(context: Context, batch_id: str | None, watch: bool) -> None:
 
 @click.command()
 @click.argument("batch_id")
-@click.option("-o", "--output", "path", type=click.Path(path_type=Path), help="Write to this file.")
+@click.option(
+    "-o",
+    "--output",
+    "path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write to this file.",
+)
 @click.option("--partial", is_flag=True, help="What there is so far, while the batch runs.")
 @click.option("--errors", is_flag=True, help="The failed lines instead of the good ones.")
 @service_options
@@ -142,11 +148,14 @@ def results(
         return
     unfinished = path.with_name(path.name + ".part")
     lines = 0
-    with unfinished.open("wb") as target:
-        for chunk in chunks:
-            target.write(chunk)
-            lines += chunk.count(b"\n")
-    unfinished.replace(path)
+    try:
+        with unfinished.open("wb") as target:
+            for chunk in chunks:
+                target.write(chunk)
+                lines += chunk.count(b"\n")
+        unfinished.replace(path)
+    except OSError as error:
+        raise InvalidInput(f"{path} cannot be written: {error.strerror}", param="output") from None
     output.result({"path": str(path), "lines": lines}, f"{counted(lines, 'line')} in {path}")
 
 

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from qlm_batch.api.limits import LIMITS
 from qlm_cli.batches import endpoint_of, peekable
+from qlm_cli.client import Client
 from qlm_cli.main import COMMANDS, cli, main
 
 
@@ -77,13 +79,57 @@ def test_without_a_service_a_client_says_how_to_start_one(
     assert status == 4 and "qlm up" in said
 
 
+@pytest.mark.parametrize("url", ["here:80", "http://[::1", "http://here:port", "https://"])
 def test_an_address_that_is_none_is_refused_with_an_example(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, url: str
 ) -> None:
-    status, _, said = _run(capsys, monkeypatch, "list", "--url", "here:80", "--key", "k")
+    status, _, said = _run(capsys, monkeypatch, "list", "--url", url, "--key", "k")
     assert status == 1
-    assert "here:80" in said
+    assert url in said
     assert "http://127.0.0.1:8600" in said
+
+
+@pytest.mark.parametrize("key", ["sk-qlm-…", "sk-qlm-a\nb"])
+def test_a_key_that_cannot_be_sent_is_told_before_it_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    status, _, said = _run(capsys, monkeypatch, "list", "--url", "http://127.0.0.1:9", "--key", key)
+    assert status == 1 and "QLM_API_KEY" in said
+
+
+@pytest.mark.parametrize("command", [["list"], ["keys", "list"]])
+def test_a_folder_of_someone_else_is_told(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    command: list[str],
+) -> None:
+    monkeypatch.delenv("QLM_URL", raising=False)
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    # Not readable, whoever runs the tests: root may read what others may not.
+    (tmp_path / "service.json").mkdir()
+    status, _, said = _run(capsys, monkeypatch, *command, "--data-dir", str(tmp_path))
+    assert status == 1 and "service.json" in said
+
+
+def test_results_that_cannot_be_written_are_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(Client, "download", lambda *_args, **_more: iter([b"{}\n"]))
+    target = tmp_path / "nowhere" / "results.jsonl"
+    status, _, said = _run(
+        capsys,
+        monkeypatch,
+        *("results", "batch_1", "--partial", "-o", str(target)),
+        *("--url", "http://127.0.0.1:9", "--key", "k"),
+    )
+    assert status == 1 and str(target) in said
+    assert CliRunner().invoke(cli, ["results", "b", "-o", str(tmp_path)]).exit_code == 2
+
+
+def test_the_help_names_every_limit_of_a_key() -> None:
+    text = CliRunner().invoke(cli, ["keys", "create", "--help"]).output
+    assert all(f"{name}=" in text for name in LIMITS)
 
 
 def test_errors_are_json_when_json_is_asked_for(
