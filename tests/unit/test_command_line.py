@@ -147,12 +147,17 @@ def test_a_port_there_cannot_be_is_a_wrong_usage(command: str) -> None:
     assert "--port" in outcome.output
 
 
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("port", "eighty"), ("slots", "0"), ("slice_requests", "0"), ("tick_s", "-1")],
+)
 def test_an_unusable_setting_is_named(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, setting: str, value: str
 ) -> None:
-    monkeypatch.setenv("QLM_PORT", "eighty")
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    monkeypatch.setenv(f"QLM_{setting.upper()}", value)
     status, _, said = _run(capsys, monkeypatch, "api")
-    assert status == 78 and "port" in said
+    assert status == 78 and f"{setting}: " in said
 
 
 def test_a_policy_there_is_not_stops_the_service_before_it_starts(
