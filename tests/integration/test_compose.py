@@ -10,6 +10,7 @@ from typing import Any
 import click
 import pytest
 
+from qlm_batch.api.server import GRACE_S
 from qlm_batch.settings import Settings
 from qlm_cli.main import cli
 from tests.cluster_support import CHECKOUT, COMPOSE, compose_file
@@ -76,6 +77,12 @@ def test_who_needs_a_server_waits_until_it_is_well(services: dict[str, Any]) -> 
             "redis": {"condition": "service_healthy"},
         }
     assert services["migrate"]["depends_on"] == {"postgres": {"condition": "service_healthy"}}
+
+
+def test_the_api_has_the_time_it_takes_to_finish_what_is_under_way(
+    services: dict[str, Any],
+) -> None:
+    assert int(services["api"]["stop_grace_period"].removesuffix("s")) > GRACE_S
 
 
 @pytest.mark.parametrize("name", sorted(OURS))
