@@ -122,7 +122,7 @@ class ServiceLoop:
         try:
             self._service.close()
         except QlmError as error:
-            self._log.warning("close_failed", error=error.message)
+            self._log.warning("close_failed", error=error.in_full)
         except Exception:  # noqa: BLE001 - the loop must survive any bug; it is logged in full
             self._log.exception("close_crashed")
 
