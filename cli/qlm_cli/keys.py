@@ -27,7 +27,14 @@ def keys() -> None:
 @keys.command("create")
 @click.option("--tenant", default="local", show_default=True, help="Whose key this is.")
 @click.option("--name", default="", help="What it is for.")
-@click.option("--role", type=click.Choice(["admin", "user", "read"]), default="user")
+@click.option(
+    "--role",
+    type=click.Choice(["admin", "user", "read"]),
+    default="user",
+    show_default=True,
+    help="read looks; user submits and asks too; admin also sees the fleet and makes the webhook "
+    "secret.",
+)
 @click.option(
     "--limit",
     "limits",

@@ -20,7 +20,13 @@ _PIPE_WIDTH = 200
 
 
 @click.command()
-@click.option("--every", type=click.FloatRange(0.2, 60.0), default=1.0, show_default=True)
+@click.option(
+    "--every",
+    type=click.FloatRange(0.2, 60.0),
+    default=1.0,
+    show_default=True,
+    help="Seconds between two looks.",
+)
 @click.option("--once", is_flag=True, help="Show it once and end.")
 @service_options
 def top(context: Context, every: float, once: bool) -> None:

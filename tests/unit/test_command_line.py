@@ -7,8 +7,10 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -49,6 +51,19 @@ def test_every_command_explains_itself(name: str) -> None:
     outcome = CliRunner().invoke(cli, [name, "--help"])
     assert outcome.exit_code == 0
     assert len(outcome.output.splitlines()) > 3
+
+
+def _options(command: click.Command) -> Iterator[click.Option]:
+    if isinstance(command, click.Group):
+        for name in command.list_commands(click.Context(command)):
+            part = command.get_command(click.Context(command), name)
+            assert part is not None
+            yield from _options(part)
+    yield from (option for option in command.params if isinstance(option, click.Option))
+
+
+def test_every_option_explains_itself() -> None:
+    assert [option.name for option in _options(cli) if not option.help] == []
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
