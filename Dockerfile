@@ -22,7 +22,9 @@ CMD ["--help"]
 
 # One instance: the same wheel beside vLLM's own CUDA image.
 FROM vllm/vllm-openai:v0.26.0 AS worker
-RUN useradd --create-home --uid 10001 qlm && mkdir /data && chown qlm:qlm /data
+# A new volume is as its folder in the image: models are loaded into it by an unprivileged user.
+RUN useradd --create-home --uid 10001 qlm && mkdir -p /data /home/qlm/.cache/huggingface && \
+    chown -R qlm:qlm /data /home/qlm/.cache
 COPY --from=build /dist/*.whl /tmp/
 RUN pip install --no-cache-dir /tmp/*.whl && rm /tmp/*.whl
 USER qlm

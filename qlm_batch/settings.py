@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import AliasChoices, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from qlm_batch.domain.errors import ConfigurationError
 from qlm_batch.scheduling.eviction import Favour
+
+Count = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 def default_data_dir() -> Path:
@@ -43,35 +46,35 @@ class Settings(BaseSettings):
     port: int = Field(default=8600, ge=0, le=65535)
     public_url: str = ""
     """Base of the links in e-mails; empty means http://host:port."""
-    max_file_bytes: int = 8 * 1024**3
-    max_line_bytes: int = 1024**2
+    max_file_bytes: Count = 8 * 1024**3
+    max_line_bytes: Count = 1024**2
     """Longest line of a file. A worker holds several for each of its slots, so a larger bound
     costs memory there."""
-    max_lines: int = 5_000_000
-    max_json_depth: int = 64
-    max_n: int = 16
+    max_lines: Count = 5_000_000
+    max_json_depth: Count = 64
+    max_n: Count = 16
 
-    slice_requests: int = 64
-    lease_s: float = 30.0
-    leader_term_s: float = 10.0
-    tick_s: float = 0.5
-    instance_silent_s: float = 15.0
-    flush_s: float = 0.05
-    flush_rows: int = 256
-    poll_s: float = 1.5
-    heartbeat_s: float = 2.0
+    slice_requests: Count = 64
+    lease_s: Seconds = 30.0
+    leader_term_s: Seconds = 10.0
+    tick_s: Seconds = 0.5
+    instance_silent_s: Seconds = 15.0
+    flush_s: Seconds = 0.05
+    flush_rows: Count = 256
+    poll_s: Seconds = 1.5
+    heartbeat_s: Seconds = 2.0
     policy: str = "qlm"
     record: Path | None = None
     """File to which the scheduler appends what it saw and planned, for `qlm simulate --replay`;
     compressed where it ends in `.gz`. It grows by some megabytes an hour."""
 
-    interactive_ttft_s: float = 2.0
+    interactive_ttft_s: Seconds = 2.0
     """Target for the first token where neither the request nor its key names one."""
-    interactive_tpot_s: float = 0.1
+    interactive_tpot_s: Seconds = 0.1
     """Target for each further token; while steps take longer, batch work is held back."""
-    interactive_open: int = 1000
+    interactive_open: Count = 1000
     """Most interactive requests under way in one API process."""
-    interactive_body_bytes: int = 16 * 1024**2
+    interactive_body_bytes: Count = 16 * 1024**2
     """Largest body of an interactive request; images come inside it."""
     interactive_bodies_s: float = 86_400.0
     """How long bodies and answers of interactive requests are kept after their end."""
@@ -87,16 +90,16 @@ class Settings(BaseSettings):
     """Hugging Face ids or folders this worker hosts; `embed:NAME` for an embedding model."""
     lora: tuple[str, ...] = ()
     """LoRA adapters: `NAME=FOLDER` of the first generating model, or `BASE:NAME=FOLDER`."""
-    models_awake: int | None = Field(default=None, ge=1)
+    models_awake: Count | None = None
     """Most models awake at once; the others wait asleep or unloaded. None: as many as fit."""
-    swap_timeout_s: float = 300.0
+    swap_timeout_s: Seconds = 300.0
     """An engine that takes longer to sleep or wake is ended and started anew."""
     sleep_level: Literal[1, 2] = 1
     """Where weights wait on a GPU's host: 1 keeps them in its memory, 2 reads them again."""
-    slots: int = 32
-    max_num_batched_tokens: int = 2048
-    max_model_len: int | None = None
-    kv_cache_bytes: int | None = None
+    slots: Count = 32
+    max_num_batched_tokens: Count = 2048
+    max_model_len: Count | None = None
+    kv_cache_bytes: Count | None = None
     dtype: str = "auto"
     enforce_eager: bool = False
     favour: Favour = "balanced"
@@ -108,8 +111,8 @@ class Settings(BaseSettings):
     """Further vLLM engine arguments, as JSON."""
     simulated_time_scale: float = 1.0
     """Speed of the simulated engine: 0 answers at once, 1 in the modelled time."""
-    start_timeout_s: float = 900.0
-    stall_s: float = 120.0
+    start_timeout_s: Seconds = 900.0
+    stall_s: Seconds = 120.0
     """An engine with work in flight and no step for this long is taken for hung."""
 
     smtp_url: str = ""
@@ -120,7 +123,7 @@ class Settings(BaseSettings):
     and without it those may announce to anyone."""
     webhook_allow: tuple[str, ...] = ()
     """Hosts or CIDR ranges allowed as webhook targets although they are not public."""
-    webhook_timeout_s: float = 20.0
+    webhook_timeout_s: Seconds = 20.0
     secret_key: str = ""
     """Encrypts webhook secrets at rest; empty reads or makes `data_dir/secret.key` (0600)."""
 

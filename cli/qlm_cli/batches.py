@@ -22,7 +22,7 @@ from rich.progress import (
 
 from qlm_batch.domain.errors import InvalidInput
 from qlm_cli.client import Client
-from qlm_cli.context import EXIT_UNFINISHED, Context, service_options
+from qlm_cli.context import EXIT_UNFINISHED, Context, on_miss_option, service_options
 from qlm_cli.output import Json, Output, clock, counted, eta_text, progress_text
 
 ENDED = ("completed", "failed", "expired", "cancelled")
@@ -41,7 +41,7 @@ _MOST_FAULTS = 10
 @click.option("--webhook", help="URL told when the batch ends.")
 @click.option("--email", help="Address told when the batch ends.")
 @click.option("--metadata", multiple=True, metavar="KEY=VALUE", help="Kept with the batch.")
-@click.option("--on-miss", type=click.Choice(["expire", "finish_late"]), default="expire")
+@on_miss_option
 @click.option("--strict", is_flag=True, help="Fail the batch when any line's body is malformed.")
 @click.option("--idempotency-key", help="Submitting again with this key returns the same batch.")
 @click.option("--wait", is_flag=True, help="Wait for the end; exit 3 unless it completes.")
@@ -111,7 +111,13 @@ def status(context: Context, batch_id: str | None, watch: bool) -> None:
 
 @click.command()
 @click.argument("batch_id")
-@click.option("-o", "--output", "path", type=click.Path(path_type=Path), help="Write to this file.")
+@click.option(
+    "-o",
+    "--output",
+    "path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write to this file.",
+)
 @click.option("--partial", is_flag=True, help="What there is so far, while the batch runs.")
 @click.option("--errors", is_flag=True, help="The failed lines instead of the good ones.")
 @service_options
@@ -142,11 +148,14 @@ def results(
         return
     unfinished = path.with_name(path.name + ".part")
     lines = 0
-    with unfinished.open("wb") as target:
-        for chunk in chunks:
-            target.write(chunk)
-            lines += chunk.count(b"\n")
-    unfinished.replace(path)
+    try:
+        with unfinished.open("wb") as target:
+            for chunk in chunks:
+                target.write(chunk)
+                lines += chunk.count(b"\n")
+        unfinished.replace(path)
+    except OSError as error:
+        raise InvalidInput(f"{path} cannot be written: {error.strerror}", param="output") from None
     output.result({"path": str(path), "lines": lines}, f"{counted(lines, 'line')} in {path}")
 
 
@@ -187,7 +196,9 @@ def replay(context: Context, batch_id: str) -> None:
 
 
 @click.command("list")
-@click.option("--limit", type=click.IntRange(1, 100), default=20, show_default=True)
+@click.option(
+    "--limit", type=click.IntRange(1, 100), default=20, show_default=True, help="How many."
+)
 @click.option("--after", help="Start after this id.")
 @service_options
 def list_batches(context: Context, limit: int, after: str | None) -> None:

@@ -26,11 +26,16 @@ class Client:
 
     def __init__(self, url: str, key: str) -> None:
         self.url = url.rstrip("/")
-        if not self.url.startswith(("http://", "https://")):
+        if not _is_address(self.url):
             raise InvalidInput(
                 f"{url!r} is no address of a service; write it like http://127.0.0.1:8600 in --url"
                 " or QLM_URL",
                 param="url",
+            )
+        if not (key.isascii() and key.isprintable()):
+            raise Unauthenticated(
+                "the API key holds a character that no key has; give it whole, as it was made, in "
+                "--key or QLM_API_KEY"
             )
         self._http = httpx.Client(
             base_url=self.url,
@@ -42,20 +47,19 @@ class Client:
     @classmethod
     def find(cls, url: str | None, key: str | None, data_dir: Path) -> Client:
         """The service at `url`, or the one `qlm up` runs in `data_dir`."""
-        state = data_dir / "service.json"
         if not url:
-            if not state.exists():
+            state = written(data_dir / "service.json")
+            if state is None:
                 raise Unavailable(
                     f"no service found in {data_dir}: start one with `qlm up`, or name one with "
                     "--url or QLM_URL"
                 )
-            url = str(json.loads(state.read_text())["url"])
+            url = str(json.loads(state)["url"])
         if not key:
-            file = data_dir / "api.key"
-            if not file.exists():
+            key = written(data_dir / "api.key")
+            if key is None:
                 raise Unauthenticated("no API key: set QLM_API_KEY or pass --key")
-            key = file.read_text().strip()
-        return cls(url, key)
+        return cls(url, key.strip())
 
     def close(self) -> None:
         """Give the connection back."""
@@ -116,6 +120,27 @@ class Client:
         _raise_for(response)
         answer: Json = response.json()
         return answer
+
+
+def written(file: Path) -> str | None:
+    """What a private file of the service holds; None where there is none."""
+    try:
+        return file.read_text()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise Unauthenticated(
+            f"{file} cannot be read ({error.strerror}), it is for the user who runs the service; "
+            "name the service with --url and your key with QLM_API_KEY"
+        ) from None
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL:
+        return False
+    return parsed.scheme in ("http", "https") and bool(parsed.host)
 
 
 def _unreachable(url: str, error: Exception) -> Unavailable:

@@ -59,4 +59,11 @@ data_dir_option = click.option(
     show_default="~/.local/share/qlm-batch",
     help="Folder of a service started by `qlm up`.",
 )
+on_miss_option = click.option(
+    "--on-miss",
+    type=click.Choice(["expire", "finish_late"]),
+    default="expire",
+    show_default=True,
+    help="What becomes of lines that are not done by the deadline.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")

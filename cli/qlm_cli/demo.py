@@ -42,7 +42,13 @@ _CALLBACK_WAIT_S = 60.0
     show_default=True,
     help="The API's port.",
 )
-@click.option("--engine", type=click.Choice(["vllm", "simulated"]), default="vllm")
+@click.option(
+    "--engine",
+    type=click.Choice(["vllm", "simulated"]),
+    default="vllm",
+    show_default=True,
+    help="Real answers, or invented ones in the modelled time.",
+)
 @json_option
 def demo(data_dir: Path, port: int, engine: str, as_json: bool) -> None:
     """Run the example files through the whole service and show what came back."""

@@ -12,7 +12,7 @@ from qlm_batch.domain.durations import parse_window
 from qlm_batch.intake.jsonl import LineRules, read_requests
 from qlm_batch.intake.lines import chunks_of
 from qlm_cli.batches import endpoint_of, peekable
-from qlm_cli.context import EXIT_UNFINISHED, Context, service_options
+from qlm_cli.context import EXIT_UNFINISHED, Context, on_miss_option, service_options
 from qlm_cli.output import Json, clock, coming, counted
 
 _WIDTH = 40
@@ -26,7 +26,7 @@ _TELLING = 20
     "--window", default="24h", show_default=True, help="Time until the deadline: 15m, 2h30m, 7d."
 )
 @click.option("--endpoint", help="Endpoint of all lines; taken from the first line otherwise.")
-@click.option("--on-miss", type=click.Choice(["expire", "finish_late"]), default="expire")
+@on_miss_option
 @service_options
 def estimate(
     context: Context, file: BinaryIO, window: str, endpoint: str | None, on_miss: str
@@ -48,7 +48,13 @@ def estimate(
 
 
 @click.command()
-@click.option("--batches", type=click.IntRange(1, 10_000), default=1000, show_default=True)
+@click.option(
+    "--batches",
+    type=click.IntRange(1, 10_000),
+    default=1000,
+    show_default=True,
+    help="How many ended ones to look at, the newest first.",
+)
 @service_options
 def calibration(context: Context, batches: int) -> None:
     """Show how well promised times held: of what was said to be 90 % sure, was 90 % done?"""

@@ -14,6 +14,7 @@ from qlm_batch.domain.jobs import ApiKey
 from qlm_batch.ids import KEY, new_id, new_secret
 from qlm_batch.settings import load_settings
 from qlm_batch.store.postgres import PostgresStore
+from qlm_cli.client import written
 from qlm_cli.context import data_dir_option, json_option
 from qlm_cli.output import Output, clock
 
@@ -26,13 +27,20 @@ def keys() -> None:
 @keys.command("create")
 @click.option("--tenant", default="local", show_default=True, help="Whose key this is.")
 @click.option("--name", default="", help="What it is for.")
-@click.option("--role", type=click.Choice(["admin", "user", "read"]), default="user")
+@click.option(
+    "--role",
+    type=click.Choice(["admin", "user", "read"]),
+    default="user",
+    show_default=True,
+    help="read looks; user submits and asks too; admin also sees the fleet and makes the webhook "
+    "secret.",
+)
 @click.option(
     "--limit",
     "limits",
     multiple=True,
     metavar="NAME=NUMBER",
-    help="requests_per_minute=…, queued_requests=… or queued_tokens=…; repeatable.",
+    help=f"{', '.join(f'{name}=…' for name in LIMITS[:-1])} or {LIMITS[-1]}=…; repeatable.",
 )
 @data_dir_option
 @json_option
@@ -80,12 +88,12 @@ def _store(data_dir: Path) -> PostgresStore:
     """The store of DATABASE_URL, or of the service running in `data_dir`."""
     settings = load_settings(data_dir=data_dir)
     if not settings.database_url:
-        state = data_dir / "service.json"
-        if not state.exists():
+        state = written(data_dir / "service.json")
+        if state is None:
             raise ConfigurationError(
                 f"no database: set DATABASE_URL, or start a service with `qlm up` ({data_dir})"
             )
-        found = json.loads(state.read_text())
+        found = json.loads(state)
         settings = settings.model_copy(
             update={
                 "database_url": found["database_url"],

@@ -87,7 +87,7 @@ def main() -> None:
     except QlmError as error:
         if "--json" in sys.argv:
             click.echo(json.dumps({"error": error.body()}))
-        click.echo(f"qlm: {error.message}", err=True)
+        click.echo(f"qlm: {error.in_full}", err=True)
         sys.exit(_status_of(error))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from qlm_batch.domain.durations import in_words
 
@@ -48,10 +48,10 @@ class Output:
             for row in rows:
                 click.echo("\t".join(str(row.get(column, "")) for column in columns))
             return
-        table = Table(*columns, box=None, pad_edge=False, header_style="bold")
+        shown = table_of(*columns)
         for row in rows:
-            table.add_row(*(str(row.get(column, "")) for column in columns))
-        self.console.print(table)
+            shown.add_row(*(str(row.get(column, "")) for column in columns))
+        self.console.print(shown)
 
     def note(self, text: str) -> None:
         """Something worth knowing that is not the result."""
@@ -64,6 +64,18 @@ class Output:
             sys.stdout.flush()
         else:
             self.note(text)
+
+
+def table_of(*columns: str) -> Table:
+    """An empty table that loses nothing on a narrow terminal; names, in front, stay on one line."""
+    first, *others = columns
+    return Table(
+        Column(first, no_wrap=True),
+        *(Column(name, overflow="fold") for name in others),
+        box=None,
+        pad_edge=False,
+        header_style="bold",
+    )
 
 
 def counted(count: int, one: str, more: str = "") -> str:

@@ -70,7 +70,7 @@ def db() -> None:
 
 
 @db.command("upgrade")
-@click.option("--revision", default="head", show_default=True)
+@click.option("--revision", default="head", show_default=True, help="How far; head is the newest.")
 def upgrade(revision: str) -> None:
     """Bring the schema of DATABASE_URL up to date."""
     from qlm_batch.store import migrate

@@ -137,7 +137,7 @@ def simulate(
     missing = [name for name in _NEEDS if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigurationError(
-            f"The simulator needs {', '.join(missing)}: pip install 'qlm-batch[sim]'."
+            f"The simulator needs {', '.join(missing)}: pip install '.[sim]' in a checkout."
         )
     # Only now: these modules need what may be missing.
     from qlm_cli.simulation import Question, answer

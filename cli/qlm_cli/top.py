@@ -8,12 +8,11 @@ import time
 import click
 from rich.console import Group, RenderableType
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from qlm_batch.domain.durations import in_words
 from qlm_cli.context import Context, service_options
-from qlm_cli.output import Json, coming, counted
+from qlm_cli.output import Json, coming, counted, table_of
 
 _GROUPS_SHOWN = 5
 _REASON_WIDTH = 60
@@ -21,7 +20,13 @@ _PIPE_WIDTH = 200
 
 
 @click.command()
-@click.option("--every", type=click.FloatRange(0.2, 60.0), default=1.0, show_default=True)
+@click.option(
+    "--every",
+    type=click.FloatRange(0.2, 60.0),
+    default=1.0,
+    show_default=True,
+    help="Seconds between two looks.",
+)
 @click.option("--once", is_flag=True, help="Show it once and end.")
 @service_options
 def top(context: Context, every: float, once: bool) -> None:
@@ -88,7 +93,7 @@ def _headline(seen: Json) -> Text:
 def _instances(instances: list[Json]) -> RenderableType:
     if not instances:
         return Text("no instance has reported yet")
-    table = _table(
+    table = table_of(
         "instance",
         "state",
         "models",
@@ -127,7 +132,7 @@ def _model(model: Json) -> str:
 
 
 def _queues(instances: list[Json]) -> RenderableType:
-    table = _table("virtual queue", "group", "slices", "why there")
+    table = table_of("virtual queue", "group", "slices", "why there")
     for each in instances:
         for group in each["queue"][:_GROUPS_SHOWN]:
             reason = group["reason"]
@@ -141,7 +146,7 @@ def _queues(instances: list[Json]) -> RenderableType:
 def _batches(batches: list[Json], now: float) -> RenderableType:
     if not batches:
         return Text("no open batches")
-    table = _table("batch", "tenant", "status", "lines done", "deadline", "expected", "late")
+    table = table_of("batch", "tenant", "status", "lines done", "deadline", "expected", "late")
     for each in batches:
         eta, left_s, miss = each["eta"], each["deadline"] - now, each["miss_probability"]
         table.add_row(
@@ -154,10 +159,6 @@ def _batches(batches: list[Json], now: float) -> RenderableType:
             "" if miss is None else f"{100 * miss:.0f} % likely",
         )
     return table
-
-
-def _table(*columns: str) -> Table:
-    return Table(*columns, box=None, pad_edge=False, header_style="bold")
 
 
 def _short(text: str) -> str:

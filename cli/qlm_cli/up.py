@@ -52,7 +52,12 @@ DEFAULT_MODEL = "qlm-tiny"
 @data_dir_option
 @click.option("--port", type=click.IntRange(1, 65535), help="The API's port.  [8600]")
 @click.option("--host", default=None, help="The API's address.  [127.0.0.1]")
-@click.option("--engine", type=click.Choice(["vllm", "openai", "simulated"]), default=None)
+@click.option(
+    "--engine",
+    type=click.Choice(["vllm", "openai", "simulated"]),
+    default=None,
+    help="vLLM here, a server that already runs, or invented answers.  [vllm]",
+)
 @click.option("--engine-url", "--url", "engine_url", help="The server behind --engine openai.")
 @json_option
 def up(

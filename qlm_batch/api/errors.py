@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Awaitable, Callable, Mapping
 
+import structlog
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -14,6 +15,8 @@ from starlette.routing import Match
 
 from qlm_batch.api.validation import validation_error
 from qlm_batch.domain.errors import QlmError
+
+log = structlog.get_logger(__name__)
 
 RETRY_AFTER_S = 5.0
 _SHOWN = 100
@@ -29,6 +32,8 @@ def install(app: FastAPI, admit: Callable[[Request], Awaitable[None]]) -> None:
     async def told(request: Request, error: QlmError) -> JSONResponse:
         if error.status == 500:
             raise error
+        if error.why:
+            log.warning("dependency_away", error=error.in_full)
         return render(error)
 
     @app.exception_handler(RequestValidationError)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import uvicorn
 from fastapi import FastAPI
 
+from qlm_batch.domain.errors import ConfigurationError
 from qlm_batch.settings import Settings
 
 GRACE_S = 20
@@ -19,8 +20,15 @@ def run_api(app: FastAPI, settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT, finish the requests under way, and return.
 
     Requests that take longer than GRACE_S to finish are cut off. A second SIGINT ends at once.
+    ConfigurationError where it cannot start, as on an address that is taken or not this machine's.
     """
-    api_server(app, settings).run()
+    try:
+        api_server(app, settings).run()
+    except SystemExit as ended:
+        raise ConfigurationError(
+            f"the API cannot start at {settings.host}:{settings.port} (QLM_HOST, QLM_PORT); the"
+            " lines above say why"
+        ) from ended
 
 
 def api_server(app: FastAPI, settings: Settings) -> uvicorn.Server:

@@ -51,7 +51,7 @@ class KeepAlive:
                     self._lost.set()
                     return
             except Unavailable as error:
-                log.warning("lease_not_renewed", error=error.message)
+                log.warning("lease_not_renewed", error=error.in_full)
             except Exception:
                 log.exception("lease_renewal_crashed")
                 self._lost.set()

@@ -96,7 +96,7 @@ class ServiceLoop:
         except Unavailable as error:
             if self._away_since is None:
                 self._away_since = self._clock.now()
-                self._log.warning("dependency_away", error=error.message)
+                self._log.warning("dependency_away", error=error.in_full)
             self._crashes = 0
             return self._failed()
         except QlmError as error:
@@ -122,7 +122,7 @@ class ServiceLoop:
         try:
             self._service.close()
         except QlmError as error:
-            self._log.warning("close_failed", error=error.message)
+            self._log.warning("close_failed", error=error.in_full)
         except Exception:  # noqa: BLE001 - the loop must survive any bug; it is logged in full
             self._log.exception("close_crashed")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, urlsplit
 
 from celery import Celery
 from kombu import Queue
@@ -43,6 +43,13 @@ def broker_url(redis_url: str) -> str:
         path, _, query = redis_url.removeprefix("unix://").partition("?")
         database = next((p[3:] for p in query.split("&") if p.startswith("db=")), "0")
         return f"redis+socket://{path}?virtual_host={database}"
+    try:
+        _ = urlsplit(redis_url).port
+    except ValueError:
+        raise ConfigurationError(
+            "REDIS_URL must look like redis://:password@host:6379/0; in a password @ is written %40"
+            " and / %2F"
+        ) from None
     return redis_url
 
 

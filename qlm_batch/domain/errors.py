@@ -10,7 +10,8 @@ class QlmError(Exception):
     """Something went wrong that a caller can be told about.
 
     `message` names the problem and the remedy; `param` the offending field; `code` a stable word
-    for programs; `line` the 1-based line of an input file; `retry_after_s` when to try again.
+    for programs; `line` the 1-based line of an input file; `retry_after_s` when to try again; `why`
+    what lies under it, for whoever runs the service and for no caller.
     """
 
     status: ClassVar[int] = 500
@@ -25,6 +26,7 @@ class QlmError(Exception):
         param: str | None = None,
         line: int | None = None,
         retry_after_s: float | None = None,
+        why: str = "",
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -32,6 +34,12 @@ class QlmError(Exception):
         self.param = param
         self.line = line
         self.retry_after_s = retry_after_s
+        self.why = why
+
+    @property
+    def in_full(self) -> str:
+        """The message and what lies under it, for logs."""
+        return f"{self.message} ({self.why})" if self.why else self.message
 
     @property
     def permanent(self) -> bool:

@@ -12,7 +12,7 @@ from typing import IO, BinaryIO, cast
 
 import fsspec
 
-from qlm_batch.domain.errors import InvalidInput, NotFound, Unavailable
+from qlm_batch.domain.errors import ConfigurationError, InvalidInput, NotFound, Unavailable
 from qlm_batch.domain.ports import BlobStore
 from qlm_batch.failpoints import failpoint
 from qlm_batch.intake.scratch import make_scratch
@@ -78,10 +78,16 @@ class FsspecBlobs:
     """Blobs behind an fsspec URL, written to the local folder `scratch` and then uploaded whole.
 
     Object stores show an upload only when it is complete; other file systems may not.
+    ConfigurationError for a URL of no file system known or installed here.
     """
 
     def __init__(self, url: str, scratch: Path) -> None:
-        self._fs, self._prefix = fsspec.core.url_to_fs(url)
+        try:
+            self._fs, self._prefix = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise ConfigurationError(
+                f"QLM_BLOB_URL cannot be used: {error}", param="blob_url"
+            ) from error
         self.scratch = scratch
 
     @contextlib.contextmanager

@@ -10,6 +10,7 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from alembic.util import CommandError
 from sqlalchemy.engine import Connection
 
 import qlm_batch
@@ -66,12 +67,20 @@ def _migrate(url: str, revision: str, *, up: bool) -> None:
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK)))
             move = command.upgrade if up else command.downgrade
             move(_config(connection), revision)
+    except CommandError as error:
+        raise ConfigurationError(
+            f"The database's schema cannot be brought to {revision}: {error}. What a newer release"
+            " has brought forward needs that release, or a newer one."
+        ) from error
     finally:
         database.close()
 
 
 def upgrade(url: str, revision: str = "head") -> None:
-    """Bring the tables forward to `revision`; nothing happens when they are there already."""
+    """Bring the tables forward to `revision`; nothing happens when they are there already.
+
+    ConfigurationError where `revision`, or the one the tables are at, is unknown here.
+    """
     _migrate(url, revision, up=True)
 
 

@@ -22,6 +22,7 @@ T = TypeVar("T")
 
 RETRIES = 5
 RETRY_AFTER_S = 1.0
+_SAID_CHARS = 500
 
 _CONFLICTS = frozenset({"40001", "40P01"})
 _STALE_PLAN = "RevalidateCachedQuery"
@@ -52,12 +53,13 @@ def normalised(url: str) -> sa.URL:
     """
     try:
         parsed = sa.make_url(url)
-    except exc.ArgumentError:
+    except (exc.ArgumentError, ValueError):
         parsed = None
     if parsed is None or parsed.drivername.partition("+")[0] not in ("postgres", "postgresql"):
         raise ConfigurationError(
             "DATABASE_URL must look like postgresql://user:password@host:5432/database"
-            " or postgresql:///database?host=/socket/folder.",
+            " or postgresql:///database?host=/socket/folder; in a password @ is written %40 and"
+            " / %2F.",
             param="database_url",
         )
     return parsed.set(drivername="postgresql+psycopg")
@@ -128,8 +130,17 @@ def _meaning(error: Exception) -> Exception:
         )
     unanswered = not code and isinstance(error, _FROM_DRIVER)
     if unanswered or _in_conflict(error) or code.startswith(_AWAY):
-        return Unavailable("The database is away; try again.", retry_after_s=RETRY_AFTER_S)
+        return Unavailable(
+            "The database is away; try again.", retry_after_s=RETRY_AFTER_S, why=_said(error)
+        )
     return error
+
+
+def _said(error: Exception) -> str:
+    """The server's or the driver's own words, without the details, which hold what users wrote."""
+    cause = error.orig if isinstance(error, exc.DBAPIError) else error
+    primary = cause.diag.message_primary if isinstance(cause, psycopg.Error) else None
+    return " ".join((primary or str(cause)).split())[:_SAID_CHARS]
 
 
 class Database:

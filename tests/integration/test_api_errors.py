@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
+from structlog.testing import capture_logs
 
 from qlm_batch.api.edge import MAX_BODY_BYTES
 from qlm_batch.domain.errors import Unavailable
@@ -211,10 +212,13 @@ def test_an_unreachable_database_is_a_503_with_a_time_to_retry(
     site: Site, client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def away(*args: object, **kwargs: object) -> None:
-        raise Unavailable("The database is away.")
+        raise Unavailable("The database is away.", why="no password for qlm")
 
     monkeypatch.setattr(site.store, "list_batches", away)
-    answer = client.get("/v1/batches")
+    with capture_logs() as logs:
+        answer = client.get("/v1/batches")
+    assert "no password for qlm" in str(logs)
+    assert "no password for qlm" not in answer.text
     assert error_of(answer, 503)["code"] == "service_unavailable"
     assert int(answer.headers["retry-after"]) > 0
     assert "x-should-retry" not in answer.headers

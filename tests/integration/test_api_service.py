@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +14,8 @@ import httpx
 import pytest
 from fastapi.testclient import TestClient
 
-from qlm_batch.api.server import api_server
-from qlm_batch.domain.errors import Unavailable
+from qlm_batch.api.server import api_server, run_api
+from qlm_batch.domain.errors import ConfigurationError, Unavailable
 from qlm_batch.domain.jobs import SloClass
 from qlm_batch.domain.snapshot import InstanceState, Latency
 from tests.api_support import (
@@ -195,3 +196,10 @@ def test_sigterm_ends_the_server_and_returns_to_its_caller(site: Site) -> None:
     server.run()
     stopper.join()
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_an_address_that_is_taken_is_told_by_its_settings(site: Site) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigurationError, match="QLM_PORT"):
+            run_api(site.app, site.settings.model_copy(update={"port": port}))

@@ -27,6 +27,9 @@ MODEL = {"QLM_MODELS": '["m"]', "QLM_ENGINE": "simulated"}
         ("files", SECRET, "DATABASE_URL"),
         ("callbacks", SECRET, "DATABASE_URL"),
         ("files", {"DATABASE_URL": "mysql://x"} | SECRET, "DATABASE_URL"),
+        ("files", {"DATABASE_URL": "postgresql://u@h:port/d"} | SECRET, "DATABASE_URL"),
+        ("files", DATABASE | SECRET | {"QLM_BLOB_URL": "nowhere://x"}, "QLM_BLOB_URL"),
+        ("scheduler", DATABASE | SECRET | {"REDIS_URL": "redis://:a/b@h:6379/0"}, "REDIS_URL"),
     ],
 )
 def test_a_process_that_cannot_work_says_which_setting_to_mend(

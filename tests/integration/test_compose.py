@@ -10,6 +10,7 @@ from typing import Any
 import click
 import pytest
 
+from qlm_batch.api.server import GRACE_S
 from qlm_batch.settings import Settings
 from qlm_cli.main import cli
 from tests.cluster_support import CHECKOUT, COMPOSE, compose_file
@@ -20,6 +21,7 @@ SECRETS = {
     "QLM_SECRET_KEY": "three",
     "QLM_MODELS": '["m"]',
 }
+DOCKERFILE = (CHECKOUT / "Dockerfile").read_text()
 OURS = {"migrate", "api", "scheduler", "files", "callbacks", "worker"}
 
 
@@ -27,6 +29,11 @@ OURS = {"migrate", "api", "scheduler", "files", "callbacks", "worker"}
 def services() -> dict[str, Any]:
     found: dict[str, Any] = compose_file(SECRETS)["services"]
     return found
+
+
+def _stages() -> dict[str, str]:
+    """What the Dockerfile says of each stage, by name."""
+    return dict(re.findall(r"^FROM [^\n]* AS (\w+)\n(.*?)(?=^FROM|\Z)", DOCKERFILE, re.M | re.S))
 
 
 def test_the_file_obeys_the_compose_specification() -> None:
@@ -72,6 +79,12 @@ def test_who_needs_a_server_waits_until_it_is_well(services: dict[str, Any]) -> 
     assert services["migrate"]["depends_on"] == {"postgres": {"condition": "service_healthy"}}
 
 
+def test_the_api_has_the_time_it_takes_to_finish_what_is_under_way(
+    services: dict[str, Any],
+) -> None:
+    assert int(services["api"]["stop_grace_period"].removesuffix("s")) > GRACE_S
+
+
 @pytest.mark.parametrize("name", sorted(OURS))
 def test_each_command_is_one_of_ours(services: dict[str, Any], name: str) -> None:
     command: Any = cli
@@ -100,12 +113,24 @@ def test_each_variable_is_a_setting_with_a_value_it_takes(
 def test_every_stage_named_is_in_the_dockerfile_and_runs_unprivileged(
     services: dict[str, Any],
 ) -> None:
-    text = (CHECKOUT / "Dockerfile").read_text()
-    stages = dict(re.findall(r"^FROM [^\n]* AS (\w+)\n(.*?)(?=^FROM|\Z)", text, re.M | re.S))
+    stages = _stages()
     for name in OURS:
         stage = stages[services[name]["build"]["target"]]
         assert "USER qlm" in stage
         assert 'ENTRYPOINT ["qlm"]' in stage
-    for copied in re.findall(r"^COPY (?!--from)(.*) \S+$", text, re.M):
+    for copied in re.findall(r"^COPY (?!--from)(.*) \S+$", DOCKERFILE, re.M):
         for path in copied.split():
             assert (CHECKOUT / path).exists()
+
+
+@pytest.mark.parametrize("name", sorted(OURS))
+def test_each_volume_is_a_folder_of_the_image_that_its_user_owns(
+    services: dict[str, Any], name: str
+) -> None:
+    stage = _stages()[services[name]["build"]["target"]]
+    (made,) = re.findall(r"mkdir (?:-p )?(.*?) &&", stage)
+    (owned,) = re.findall(r"chown (?:-R )?qlm:qlm ([^\n]*)", stage)
+    for volume in services[name]["volumes"]:
+        folder = volume.partition(":")[2]
+        assert folder in made.split()
+        assert any(folder.startswith(owner) for owner in owned.split())

@@ -12,6 +12,7 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy.engine import Engine
 
+from qlm_batch.domain.errors import ConfigurationError
 from qlm_batch.store import migrate
 from qlm_batch.store.session import make_engine
 
@@ -85,3 +86,11 @@ def test_migrations_go_up_down_and_up_again(empty_postgres_url: str, engine: Eng
 def test_upgrading_a_current_database_changes_nothing(postgres_url: str) -> None:
     migrate.upgrade(postgres_url)
     assert migrate.is_current(postgres_url)
+
+
+def test_a_database_of_a_newer_release_is_told(empty_postgres_url: str, engine: Engine) -> None:
+    migrate.upgrade(empty_postgres_url)
+    with engine.begin() as connection:
+        connection.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
+    with pytest.raises(ConfigurationError, match="9999"):
+        migrate.upgrade(empty_postgres_url)

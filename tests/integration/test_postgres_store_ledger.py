@@ -329,6 +329,8 @@ def test_a_database_that_is_away_is_told_as_unavailable() -> None:
     with pytest.raises(Unavailable) as caught:
         store.now()
     assert caught.value.retry_after_s
+    assert "Connection refused" in caught.value.in_full
+    assert "127.0.0.1" not in str(caught.value.body())
     store.close()
 
 

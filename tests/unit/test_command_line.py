@@ -7,12 +7,16 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
+from qlm_batch.api.limits import LIMITS
 from qlm_cli.batches import endpoint_of, peekable
+from qlm_cli.client import Client
 from qlm_cli.main import COMMANDS, cli, main
 
 
@@ -49,6 +53,19 @@ def test_every_command_explains_itself(name: str) -> None:
     assert len(outcome.output.splitlines()) > 3
 
 
+def _options(command: click.Command) -> Iterator[click.Option]:
+    if isinstance(command, click.Group):
+        for name in command.list_commands(click.Context(command)):
+            part = command.get_command(click.Context(command), name)
+            assert part is not None
+            yield from _options(part)
+    yield from (option for option in command.params if isinstance(option, click.Option))
+
+
+def test_every_option_explains_itself() -> None:
+    assert [option.name for option in _options(cli) if not option.help] == []
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_scripts_name_the_command(shell: str) -> None:
     outcome = CliRunner().invoke(cli, ["completion", shell])
@@ -77,13 +94,57 @@ def test_without_a_service_a_client_says_how_to_start_one(
     assert status == 4 and "qlm up" in said
 
 
+@pytest.mark.parametrize("url", ["here:80", "http://[::1", "http://here:port", "https://"])
 def test_an_address_that_is_none_is_refused_with_an_example(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, url: str
 ) -> None:
-    status, _, said = _run(capsys, monkeypatch, "list", "--url", "here:80", "--key", "k")
+    status, _, said = _run(capsys, monkeypatch, "list", "--url", url, "--key", "k")
     assert status == 1
-    assert "here:80" in said
+    assert url in said
     assert "http://127.0.0.1:8600" in said
+
+
+@pytest.mark.parametrize("key", ["sk-qlm-…", "sk-qlm-a\nb"])
+def test_a_key_that_cannot_be_sent_is_told_before_it_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    status, _, said = _run(capsys, monkeypatch, "list", "--url", "http://127.0.0.1:9", "--key", key)
+    assert status == 1 and "QLM_API_KEY" in said
+
+
+@pytest.mark.parametrize("command", [["list"], ["keys", "list"]])
+def test_a_folder_of_someone_else_is_told(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    command: list[str],
+) -> None:
+    monkeypatch.delenv("QLM_URL", raising=False)
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    # Not readable, whoever runs the tests: root may read what others may not.
+    (tmp_path / "service.json").mkdir()
+    status, _, said = _run(capsys, monkeypatch, *command, "--data-dir", str(tmp_path))
+    assert status == 1 and "service.json" in said
+
+
+def test_results_that_cannot_be_written_are_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(Client, "download", lambda *_args, **_more: iter([b"{}\n"]))
+    target = tmp_path / "nowhere" / "results.jsonl"
+    status, _, said = _run(
+        capsys,
+        monkeypatch,
+        *("results", "batch_1", "--partial", "-o", str(target)),
+        *("--url", "http://127.0.0.1:9", "--key", "k"),
+    )
+    assert status == 1 and str(target) in said
+    assert CliRunner().invoke(cli, ["results", "b", "-o", str(tmp_path)]).exit_code == 2
+
+
+def test_the_help_names_every_limit_of_a_key() -> None:
+    text = CliRunner().invoke(cli, ["keys", "create", "--help"]).output
+    assert all(f"{name}=" in text for name in LIMITS)
 
 
 def test_errors_are_json_when_json_is_asked_for(
@@ -101,12 +162,17 @@ def test_a_port_there_cannot_be_is_a_wrong_usage(command: str) -> None:
     assert "--port" in outcome.output
 
 
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("port", "eighty"), ("slots", "0"), ("slice_requests", "0"), ("tick_s", "-1")],
+)
 def test_an_unusable_setting_is_named(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, setting: str, value: str
 ) -> None:
-    monkeypatch.setenv("QLM_PORT", "eighty")
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    monkeypatch.setenv(f"QLM_{setting.upper()}", value)
     status, _, said = _run(capsys, monkeypatch, "api")
-    assert status == 78 and "port" in said
+    assert status == 78 and f"{setting}: " in said
 
 
 def test_a_policy_there_is_not_stops_the_service_before_it_starts(

@@ -69,12 +69,13 @@ def test_it_waits_only_after_a_pass_that_found_nothing() -> None:
 
 
 def test_an_outage_is_logged_once_and_backed_off() -> None:
-    away = [Unavailable("database away") for _ in range(5)]
+    away = [Unavailable("database away", why="connection refused") for _ in range(5)]
     with capture_logs() as logs:
         status, clock, _ = play([*away, True])
     assert status == 0
     assert clock.sleeps == [0.5, 1.0, 2.0, 4.0, 5.0]
     assert [entry["event"] for entry in logs] == ["dependency_away", "dependency_back"]
+    assert "connection refused" in logs[0]["error"]
 
 
 def test_a_second_outage_is_logged_again_and_starts_from_the_shortest_wait() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import time
 
 import pytest
+from rich.console import Console
 
-from qlm_cli.output import Json, coming, eta_text, progress_text
+from qlm_cli.output import Json, coming, eta_text, progress_text, table_of
 
 
 @pytest.mark.parametrize(
@@ -25,6 +27,17 @@ def test_an_estimate_says_how_soon(p50: float, p95: float | None, told: str) -> 
     now = 1e9
     eta = {"p50": now + p50, "p95": None if p95 is None else now + p95}
     assert coming(eta, now) == told
+
+
+def test_a_table_loses_nothing_on_a_narrow_terminal() -> None:
+    shown = table_of("id", "status", "deadline", "estimate")
+    row = ("batch_bda60bf59725acb9ca583d84", "in_progress", "2026-11-28 11:18:09", "in about 10 s")
+    shown.add_row(*row)
+    console = Console(width=60, file=io.StringIO())
+    with console.capture() as capture:
+        console.print(shown)
+    assert row[0] in capture.get()
+    assert "…" not in capture.get()
 
 
 def _batch(status: str, **qlm: object) -> Json:

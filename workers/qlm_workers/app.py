@@ -41,7 +41,9 @@ def run_worker(settings: Settings) -> int:
     Call from the main thread. ConfigurationError when the settings cannot work.
     """
     if not settings.models:
-        raise ConfigurationError("this worker hosts no model: set QLM_MODELS, or pass --model")
+        raise ConfigurationError(
+            'this worker hosts no model: set QLM_MODELS to a JSON list, as ["Qwen/Qwen3-8B"]'
+        )
     celery = make_app(settings.redis_url, instance=settings.instance)
     store = open_store(settings)
     # Claims make thousands of objects at a time; at the usual thresholds each one is a collection.

@@ -74,7 +74,7 @@ class Link:
         if failures > 1:
             log.debug("store failed again", doing=doing, failures=failures, error=str(error))
         elif isinstance(error, Unavailable):
-            log.warning("store is away", doing=doing, error=error.message)
+            log.warning("store is away", doing=doing, error=error.in_full)
         else:
             log.error("store failed", doing=doing, exc_info=error)
 
