@@ -103,7 +103,7 @@ def answer(asked: Question, output: Output) -> None:
     if asked.timings:
         _tell_timings(runs, output)
     if asked.plots is not None:
-        for path in draw(runs, table, asked.plots):
+        for path in draw(runs, table, asked.plots, recorded=not asked.stretched):
             output.note(f"wrote {path}")
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from matplotlib.figure import Figure
 
 from qlm_batch.domain.errors import ConfigurationError, InvalidInput
+from qlm_batch.simulation import plots
 from qlm_cli.main import cli
 
 SMALL = ["simulate", "-w", "W1", "--policy", "edf-shed", "--duration", "10s", "--load", "0.3"]
@@ -56,6 +58,18 @@ def test_a_trace_on_a_fleet_of_ones_own_is_drawn(tmp_path: Path) -> None:
     assert "mistral-7b on a10" in done.output
     made = sorted(path.name for path in plots.iterdir())
     assert made == ["attainment.png", "gantt-edf-shed.png", "latency.png"]
+
+
+def test_bounds_are_seen_where_there_is_one_load(tmp_path: Path) -> None:
+    figures: list[Figure] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots.plt, "close", figures.append)
+        arguments = [*SMALL, "--duration", "5s", "--plots", str(tmp_path)]
+        CliRunner().invoke(cli, arguments, catch_exceptions=False)
+    (axes,) = figures[0].axes
+    bounds = [line for line in axes.lines if "bound" in str(line.get_label())]
+    assert len(bounds) == 2
+    assert all(line.get_marker() not in ("None", "") for line in bounds)
 
 
 def test_wrong_arguments_are_refused_by_name() -> None:
