@@ -100,9 +100,10 @@ def open_recorder(settings: Settings) -> Recorder | None:
         return None
     try:
         return Recorder(settings.record, append=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
         raise ConfigurationError(
-            f"record: {settings.record} cannot be written ({error.strerror}); set QLM_RECORD to a"
+            f"record: {settings.record} cannot be written ({why}); set QLM_RECORD to a"
             " file in a folder that exists and is writable"
         ) from None
 

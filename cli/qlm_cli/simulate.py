@@ -98,7 +98,7 @@ _MOST_ADDED = 10_000
     "--record",
     type=click.Path(path_type=Path, dir_okay=False),
     default=None,
-    help="Write what the scheduler saw and planned to this file (.jsonl or .jsonl.gz).",
+    help="Write what the scheduler of the first run saw and planned here (.jsonl or .jsonl.gz).",
 )
 @click.option(
     "--replay",

@@ -17,6 +17,7 @@ from qlm_batch.domain.errors import ConfigurationError
 from qlm_batch.domain.jobs import OnMiss
 from qlm_batch.scheduling.policies import POLICIES, OraclePolicy
 from qlm_batch.simulation.cluster import Choice, SimulationConfig
+from qlm_batch.simulation.engine import EngineLimits, check_size
 from qlm_batch.simulation.fleet import Fleet, read_fleet
 from qlm_batch.simulation.plots import draw
 from qlm_batch.simulation.recorded_fleet import with_more
@@ -108,7 +109,7 @@ def answer(asked: Question, output: Output) -> None:
     if asked.timings:
         _tell_timings(runs, output)
     if asked.plots is not None:
-        for path in draw(runs, table, asked.plots):
+        for path in draw(runs, table, asked.plots, recorded=not asked.stretched):
             output.note(f"wrote {path}")
 
 
@@ -165,6 +166,19 @@ def _check_served(history: Workload, fleet: Fleet) -> None:
             " that does with --fleet.",
             param="fleet",
         )
+    longest: dict[str, tuple[int, int]] = {}
+    for arrival in history.arrivals:
+        sizes = zip(arrival.prompts.tolist(), arrival.outputs.tolist(), strict=True)
+        longest[arrival.model] = max(longest.get(arrival.model, (0, 0)), *sizes, key=sum)
+    for spec in fleet.instances:
+        for model in longest.keys() & set(spec.models):
+            try:
+                check_size(EngineLimits(spec.slots, spec.kv_tokens), *longest[model])
+            except ValueError as error:
+                raise ConfigurationError(
+                    f"Instance {spec.name} has no room for a request of the log: {error}.",
+                    param="fleet",
+                ) from None
 
 
 def _run(asked: Question, fleet: Fleet, build: Builder, once: bool, output: Output) -> list[Run]:
@@ -179,7 +193,7 @@ def _run(asked: Question, fleet: Fleet, build: Builder, once: bool, output: Outp
             fleet,
             build,
             {name: _choice(name) for name in asked.policies},
-            asked.loads[:1] if once else asked.loads,
+            asked.loads if asked.stretched else asked.loads[:1],
             asked.seeds[:1] if once else asked.seeds,
             config,
             progress.told,

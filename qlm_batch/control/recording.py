@@ -8,9 +8,10 @@ plan it gave are all there, so asking it again must give the same bytes.
 from __future__ import annotations
 
 import gzip
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from io import BufferedWriter
+from io import BufferedReader, BufferedWriter
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any, Final, Literal, Self, cast
@@ -85,6 +86,7 @@ class PlanEntry:
 
 log = structlog.get_logger(__name__)
 
+_Writing = Literal["ab", "wb"]
 Entry = ArrivalEntry | LengthsEntry | CallsEntry | PlanEntry
 
 _ENTRY: Final[TypeAdapter[Entry]] = TypeAdapter(Entry)
@@ -99,17 +101,18 @@ def plan_bytes(plan: Plan) -> bytes:
 class Recorder:
     """Writes a log, each plan at once; a path ending in `.gz` is compressed. Use it as a context.
 
-    With `append`, what an earlier process wrote stays. OSError where the file cannot be opened; a
-    disk that is full later ends the log, not the service.
+    With `append`, what an earlier process wrote stays, up to where it was killed. OSError or
+    ValueError where the file cannot be opened or carried on; a disk that is full later ends the
+    log, not the service.
     """
 
     def __init__(self, path: Path, *, append: bool = False) -> None:
         self._path = path
-        mode: Literal["ab", "wb"] = "ab" if append else "wb"
+        if append and path.is_file() and not _whole(path):
+            _mend(path)
+        mode: _Writing = "ab" if append else "wb"
         # Closed by `close`: a recorder lives as long as its process.
-        self._file: gzip.GzipFile | BufferedWriter = (
-            gzip.GzipFile(path, mode) if path.suffix == ".gz" else path.open(mode)
-        )
+        self._file: gzip.GzipFile | BufferedWriter = _opened(path, mode)
         self._seen: set[tuple[int, int]] = set()
         self._full = False
 
@@ -223,7 +226,7 @@ def recorded(store: Planning, recorder: Recorder) -> Planning:
 
 def read_log(path: Path) -> Iterator[Entry]:
     """The entries of a log in order; a line cut off by a crash ends it. ValueError for others."""
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+    with _reading(path) as file:
         for line in _lines(file):
             if not line.endswith(b"\n"):
                 return
@@ -236,6 +239,43 @@ def _lines(file: Iterable[bytes]) -> Iterator[bytes]:
     except EOFError:
         # A compressed log that is still written to, or whose writer crashed, has no end mark.
         return
+    except zlib.error as error:
+        raise _damaged(error) from None
+
+
+def _damaged(error: zlib.error) -> ValueError:
+    return ValueError(f"its compression is damaged: {error}")
+
+
+def _reading(path: Path) -> gzip.GzipFile | BufferedReader:
+    return gzip.GzipFile(path, "rb") if path.suffix == ".gz" else path.open("rb")
+
+
+def _opened(path: Path, mode: _Writing) -> gzip.GzipFile | BufferedWriter:
+    return gzip.GzipFile(path, mode) if path.suffix == ".gz" else path.open(mode)
+
+
+def _whole(path: Path) -> bool:
+    """Whether a log ends as one does whose writer was not killed."""
+    last = b"\n"
+    with _reading(path) as file:
+        try:
+            for line in file:
+                last = line
+        except EOFError:
+            return False
+        except zlib.error as error:
+            raise _damaged(error) from None
+    return last.endswith(b"\n")
+
+
+def _mend(path: Path) -> None:
+    """Write a log anew up to its last whole line: nothing could be read behind half a one."""
+    target = path.resolve()
+    mended = target.with_name(f"mended-{path.name}")
+    with _reading(path) as file, _opened(mended, "wb") as out:
+        out.writelines(line for line in _lines(file) if line.endswith(b"\n"))
+    mended.replace(target)
 
 
 def replayed(entry: PlanEntry, policy: Policy) -> Plan:

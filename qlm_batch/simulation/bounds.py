@@ -26,7 +26,7 @@ Ints = NDArray[np.int64]
 THETAS: Final = (0.0, 0.5, 0.8, 1.0)
 BUCKETS: Final = 20
 RUN_ON: Final = 0.99
-_CUTS: Final = (0.3, 0.5, 0.7, 0.85, 0.95, 1.0)
+_CUTS: Final = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.85, 0.95, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +180,8 @@ def _edges(requests: Requests, fleet: Fleet, start: float, duration: float) -> t
     """Bucket edges from 0, and how long an interactive request may run on after its first token.
 
     Engines serve it through without a break, in steps of a full batch that computes new prompts at
-    twice its usual rate; nearly all end within what RUN_ON of them need.
+    twice its usual rate; nearly all end within what RUN_ON of them need. Where memory holds fewer
+    than the engine has places for, those that began take turns.
     """
     longest = 0.0
     if requests.interactive.any():
@@ -197,7 +198,8 @@ def _edges(requests: Requests, fleet: Fleet, start: float, duration: float) -> t
             for spec in fleet.instances
             for profile in spec.profiles
         )
-        longest = outputs * slowest
+        crowd = max(spec.slots * held / spec.kv_tokens for spec in fleet.instances)
+        longest = outputs * slowest * max(1.0, crowd)
     targets = {c.target_s + (longest if c.interactive else 0.0) for c in requests.classes}
     tail = sorted(duration + target for target in targets if target > 0.0)
     return np.concatenate((np.linspace(0.0, duration, BUCKETS + 1), tail)), longest

@@ -186,7 +186,7 @@ class Cluster:
         for n in count():
             if self._over or not self.events.step():
                 break
-            if progress is not None and n % 5000 == 0:
+            if progress is not None and n % 20 == 0:
                 progress(self.events.now() - START)
         for instance in self._instances:
             instance.close()

@@ -151,6 +151,7 @@ _PLAIN: Final = {
     "missing": "is missing",
     "model_type": "must be a mapping of fields and values",
     "too_short": "must not be empty",
+    "tuple_type": "must be a list",
 }
 """What pydantic's types of errors mean to who wrote the file."""
 

@@ -407,7 +407,6 @@ class SimulatedInstance:
         return self.spec.profile(self.awake).sleep_s + arrive_s
 
     def _swap(self, model: str) -> None:
-        self._fold_engine()
         seconds = self._swap_s(model)
         if self._wake_fails():
             seconds += self.spec.profile(model).load_s
@@ -424,6 +423,7 @@ class SimulatedInstance:
             self.awake, self.state = model, InstanceState.READY
             self._change, self._awake_since = None, self._events.now()
             self._residency[model] = Residency.AWAKE
+            self._fold_engine()
             self._start_engine()
             if self._draw:
                 self._span("swap", model, began)

@@ -25,12 +25,14 @@ _MARKS = "os^DvP*X<"
 _DASHES: tuple[Any, ...] = ("-", (0, (6, 3)), (0, (2, 2)), (0, (6, 2, 1, 2)), (0, (1, 1)))
 
 
-def draw(runs: Sequence[Run], table: Sequence[Json], folder: Path) -> list[Path]:
-    """Write the plots of these runs; the files made."""
+def draw(
+    runs: Sequence[Run], table: Sequence[Json], folder: Path, *, recorded: bool = False
+) -> list[Path]:
+    """Write the plots of these runs; the files made. With `recorded` no load set their pace."""
     folder.mkdir(parents=True, exist_ok=True)
     made = [
-        _against_load(table, folder / "attainment.png"),
-        _latencies(runs, folder / "latency.png"),
+        _against_load(table, folder / "attainment.png", recorded=recorded),
+        _latencies(runs, folder / "latency.png", recorded=recorded),
     ]
     last = {run.outcome.policy: run.outcome for run in runs}
     for policy, outcome in last.items():
@@ -55,7 +57,7 @@ def _style(number: int) -> dict[str, Any]:
     }
 
 
-def _against_load(table: Sequence[Json], path: Path) -> Path:
+def _against_load(table: Sequence[Json], path: Path, *, recorded: bool) -> Path:
     figure, axes = plt.subplots(figsize=_SIZE)
     least = 100.0
     for n, policy in enumerate(dict.fromkeys(row["policy"] for row in table)):
@@ -71,17 +73,22 @@ def _against_load(table: Sequence[Json], path: Path) -> Path:
             markersize=10.0 - min(n, 6),
         )
         least = min(least, *(100.0 * (row["goodput"] - row["goodput_ci"]) for row in own))
-    for name, style in (("bound", "--"), ("bound_clairvoyant", ":")):
+    # With marks: a line of a single load would not be seen.
+    for name, style in (("bound", "--+"), ("bound_clairvoyant", ":x")):
         known = {row["load"]: row[name] for row in table if row[name] is not None}
         label = "length-blind bound" if name == "bound" else "clairvoyant bound"
         axes.plot(
             sorted(known),
             [100.0 * known[x] for x in sorted(known)],
             f"k{style}",
+            markersize=12,
             label=label,
             zorder=5,
         )
     axes.set_xlabel("load, relative to the fleet's capacity")
+    if recorded:
+        axes.set_xticks([row["load"] for row in table[:1]], ["as recorded"])
+        axes.set_xlabel("")
     axes.set_ylabel("weighted goodput, %")
     # Down to the next ten below the worst: policies are told apart near the top.
     axes.set_ylim(bottom=max(0.0, 10.0 * ((least - 2.0) // 10.0)), top=102.0)
@@ -91,7 +98,7 @@ def _against_load(table: Sequence[Json], path: Path) -> Path:
     return _saved(figure, path)
 
 
-def _latencies(runs: Sequence[Run], path: Path) -> Path:
+def _latencies(runs: Sequence[Run], path: Path, *, recorded: bool) -> Path:
     """Distributions at the highest load: time to the first token, and of whole batch requests."""
     most = max(run.load for run in runs)
     figure, both = plt.subplots(1, 2, figsize=_SIZE)
@@ -107,7 +114,7 @@ def _latencies(runs: Sequence[Run], path: Path) -> Path:
             share = 100.0 * np.arange(1, len(known) + 1) / len(values)
             axes.plot(known, share, label=policy, **_style(n))
     for axes, title in zip(both, ("interactive: first token", "batch: last token"), strict=True):
-        axes.set_title(f"{title}, load {most:g}")
+        axes.set_title(title if recorded else f"{title}, load {most:g}")
         axes.set_xlabel("seconds after arrival")
         axes.set_ylabel("requests, %")
         axes.set_ylim(0.0, 100.0)
@@ -142,6 +149,8 @@ def _gantt(outcome: Outcome, path: Path) -> Path:
             offset = -0.4 + 0.8 * (row % 8) / 8.0
             _bar(axes, span.start, span.end, lane + offset + 0.05, 0.09, colors[span.model])
     axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(-0.5, len(names) - 0.5)
+    axes.set_xlim(left=0.0)
     axes.set_xlabel("seconds")
     axes.set_title(f"{outcome.workload.name}, {outcome.policy}: slices served, swaps in black")
     axes.legend(

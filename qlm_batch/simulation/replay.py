@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,9 +86,9 @@ def replay(path: Path) -> Replay:
     return Replay(plans, same, skipped, different, history, fleet)
 
 
-def _entries(path: Path) -> list[Entry]:
+def _entries(path: Path) -> Iterator[Entry]:
     try:
-        return list(read_log(path))
+        yield from read_log(path)
     except (OSError, EOFError, ValueError) as error:
         raise InvalidInput(
             f"{path} is no log of a scheduler: {str(error).splitlines()[0]}", param="replay"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from qlm_batch.control.recording import Recorder
+from qlm_batch.domain.errors import InvalidInput
 from qlm_batch.simulation.bounds import bounds
 from qlm_batch.simulation.cluster import START, Choice, Cluster, Outcome, SimulationConfig
 from qlm_batch.simulation.fleet import Fleet
@@ -40,10 +41,19 @@ def compare(
     progress: Progress | None = None,
     recorder: Recorder | None = None,
 ) -> Iterator[Run]:
-    """Every run as it ends; all policies see the same arrivals, beside the same bounds."""
+    """Every run as it ends; all policies see the same arrivals, beside the same bounds.
+
+    The first is recorded: a log is that of one scheduler. InvalidInput where nothing arrives.
+    """
     for load in loads:
         for seed in seeds:
             workload = build(load, seed)
+            if not workload.arrivals:
+                raise InvalidInput(
+                    f"Nothing arrives in {workload.name} at load {load:g} with seed {seed}; a"
+                    " longer duration or a higher load brings work.",
+                    param="duration",
+                )
             bound = bounds(requests_of(workload, START), fleet, START, workload.duration)
             for name, policy in policies.items():
                 label = f"{workload.name} at load {load:g}, {name}, seed {seed}"
@@ -55,6 +65,7 @@ def compare(
                         progress(label, min(1.0, seconds / whole))
 
                 cluster = Cluster(fleet, workload, policy, replace(config, seed=seed), recorder)
+                recorder = None
                 outcome = cluster.run(told)
                 told_summary = {"load": load, "seed": seed, **summary(outcome, fleet, bound)}
                 yield Run(load, seed, outcome, told_summary)

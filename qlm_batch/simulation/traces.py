@@ -56,7 +56,7 @@ def read_trace(path: Path) -> Trace:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = _json_rows(file) if path.suffix in (".jsonl", ".json") else _csv_rows(file)
             parsed = sorted(_parsed(path, rows))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InvalidInput(f"The trace {path} cannot be read: {error}", param="trace") from None
     if not parsed:
         raise InvalidInput(f"The trace {path} has no requests.", param="trace")
@@ -65,7 +65,9 @@ def read_trace(path: Path) -> Trace:
 
 
 def _csv_rows(file: TextIO) -> Iterator[tuple[int, Mapping[str, object]]]:
-    yield from enumerate(csv.DictReader(file), start=2)
+    rows = csv.DictReader(file)
+    for row in rows:
+        yield rows.reader.line_num, row
 
 
 def _json_rows(file: TextIO) -> Iterator[tuple[int, Mapping[str, object]]]:
@@ -73,7 +75,7 @@ def _json_rows(file: TextIO) -> Iterator[tuple[int, Mapping[str, object]]]:
         if line.strip():
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 row = None
             yield number, row if isinstance(row, dict) else {}
 

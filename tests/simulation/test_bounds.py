@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from qlm_batch.domain.jobs import SloClass
 from qlm_batch.scheduling.eviction import URGENT_BELOW
 from qlm_batch.simulation.bounds import bounds, capacity, machine_seconds
 from qlm_batch.simulation.cluster import START, SimulationConfig
@@ -12,7 +13,7 @@ from qlm_batch.simulation.devices import profile_of
 from qlm_batch.simulation.engine import EngineLimits, ReferenceEngine
 from qlm_batch.simulation.fleet import Fleet
 from qlm_batch.simulation.results import summary
-from qlm_batch.simulation.workload import Arrival, Requests, requests_of
+from qlm_batch.simulation.workload import Arrival, Requests, WorkClass, requests_of
 from qlm_batch.simulation.workloads import build, scenario
 from tests.simulation.cases import INTERACTIVE, arrival, batch_class, fleet, run, workload
 
@@ -100,6 +101,31 @@ def test_no_policy_is_above_a_bound(name: str, every_s: float) -> None:
     reached = summary(outcome, fleet(1), bound)
     assert reached["goodput"] <= reached["bound_clairvoyant"] + 1e-9
     assert reached["goodput"] <= reached["bound"] + 1e-9
+
+
+def test_giving_nearly_all_up_is_bounded_too() -> None:
+    """With windows too short for the long, engines end only the short: a fifth of a great many."""
+    rng = np.random.default_rng(0)
+    arrivals = [
+        Arrival(0.2 * n, 0, "m", "t", np.full(8, 10), np.where(rng.random(8) < 0.2, 1, 4000))
+        for n in range(100)
+    ]
+    work = workload((batch_class(4.0),), arrivals, 20.0)
+    _, outcome = run(fleet(1, slots=64), work, "edf")
+    bound = bounds(requests_of(work, START), fleet(1, slots=64), START, work.duration)
+    reached = summary(outcome, fleet(1, slots=64), bound)
+    assert 0.05 < reached["goodput"] <= reached["bound"] + 1e-9
+
+
+def test_calls_that_crowd_each_other_out_of_memory_are_bounded_too() -> None:
+    """Their first tokens come at once, the others when memory lets them."""
+    classes = (WorkClass("call", SloClass.INTERACTIVE, 5.0),)
+    work = workload(classes, [arrival(0.0, output=3000) for _ in range(40)], 5.0)
+    crowded = fleet(1, slots=64)
+    _, outcome = run(crowded, work, "edf")
+    bound = bounds(requests_of(work, START), crowded, START, work.duration)
+    reached = summary(outcome, crowded, bound)
+    assert reached["goodput"] <= reached["bound_clairvoyant"] + 1e-9
 
 
 def test_the_load_of_a_workload_is_its_share_of_the_capacity() -> None:

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from matplotlib.figure import Figure
 
 from qlm_batch.control.recording import ArrivalEntry, Recorder, read_log
-from qlm_batch.domain.errors import ConfigurationError
+from qlm_batch.domain.errors import ConfigurationError, InvalidInput
 from qlm_batch.domain.snapshot import Snapshot
+from qlm_batch.simulation import plots
 from qlm_cli.main import cli
 
 SMALL = ["simulate", "-w", "W1", "--policy", "edf-shed", "--duration", "10s", "--load", "0.3"]
@@ -59,6 +61,18 @@ def test_a_trace_on_a_fleet_of_ones_own_is_drawn(tmp_path: Path) -> None:
     assert "mistral-7b on a10" in done.output
     made = sorted(path.name for path in plots.iterdir())
     assert made == ["attainment.png", "gantt-edf-shed.png", "latency.png"]
+
+
+def test_bounds_are_seen_where_there_is_one_load(tmp_path: Path) -> None:
+    figures: list[Figure] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots.plt, "close", figures.append)
+        arguments = [*SMALL, "--duration", "5s", "--plots", str(tmp_path)]
+        CliRunner().invoke(cli, arguments, catch_exceptions=False)
+    (axes,) = figures[0].axes
+    bounds = [line for line in axes.lines if "bound" in str(line.get_label())]
+    assert len(bounds) == 2
+    assert all(line.get_marker() not in ("None", "") for line in bounds)
 
 
 def test_wrong_arguments_are_refused_by_name() -> None:
@@ -149,6 +163,40 @@ def test_a_history_runs_on_the_fleet_it_was_recorded_on_and_on_one_with_more(
     with_one, with_two = busy("--add", "1"), busy("--add", "2:h100")
     assert with_one < 0.9 * alone
     assert with_two < 0.9 * with_one
+
+
+def test_of_several_runs_the_first_is_recorded(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    done = CliRunner().invoke(
+        cli, [*SMALL, "--policy", "edf,fcfs", "--seeds", "2", "--record", str(log), "--json"]
+    )
+    first, *_ = json.loads(done.stdout)["runs"]
+    done = CliRunner().invoke(cli, ["simulate", "--replay", str(log), "--policy", "edf", "--json"])
+    (again,) = json.loads(done.stdout)["runs"]
+    assert again["requests"] == first["requests"]
+
+
+def test_a_fleet_without_room_for_a_recorded_request_is_refused(tmp_path: Path) -> None:
+    log, fleet = tmp_path / "log.jsonl", tmp_path / "f.yaml"
+    CliRunner().invoke(cli, [*SMALL, "--record", str(log)], catch_exceptions=False)
+    fleet.write_text("instances: [{name: x, device: h100, models: [mistral-7b], kv_tokens: 512}]\n")
+    with pytest.raises(ConfigurationError, match="x-0 has no room"):
+        arguments = ["simulate", "--replay", str(log), "--fleet", str(fleet)]
+        CliRunner().invoke(cli, arguments, catch_exceptions=False)
+
+
+def test_a_workload_in_which_nothing_arrives_is_told() -> None:
+    with pytest.raises(InvalidInput, match="Nothing arrives"):
+        CliRunner().invoke(cli, [*SMALL, "--load", "1e-9"], catch_exceptions=False)
+
+
+def test_a_trace_as_recorded_runs_once_whatever_the_loads(tmp_path: Path) -> None:
+    trace = tmp_path / "t.csv"
+    trace.write_text("timestamp,input_length,output_length\n0,80,9\n100,80,9\n")
+    done = CliRunner().invoke(
+        cli, [*SMALL, "--trace", str(trace), "--as-recorded", "--load", "0.3,0.9", "--json"]
+    )
+    assert len(json.loads(done.stdout)["runs"]) == 1
 
 
 @pytest.mark.parametrize("more", ["x", "0", "-1", "1.5:h100"])

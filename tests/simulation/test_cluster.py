@@ -180,3 +180,20 @@ def test_a_swap_that_fails_takes_the_time_of_loading_as_well() -> None:
 
     assert swapping(0.0) == pytest.approx(2.0)
     assert swapping(1.0) == pytest.approx(12.0)
+
+
+def test_progress_is_told_while_work_arrives() -> None:
+    work = workload((batch_class(60.0),), [arrival(2.0 * n, lines=4) for n in range(20)], 40.0)
+    heard: list[float] = []
+    Cluster(fleet(1), work, policy("edf"), SimulationConfig()).run(heard.append)
+    assert len([seconds for seconds in heard if 0.0 < seconds < 40.0]) >= 3
+
+
+def test_what_an_engine_did_counts_once_where_the_run_ends_in_a_swap() -> None:
+    arrivals = [arrival(0.0, 1, lines=8, output=50), arrival(0.5, 0, model="n")]
+    work = workload(CLASSES, arrivals, 8.0)
+    on = fleet(1, ("m", "n"), weights_gb=150.0)
+    _, outcome = run(on, work, "edf", SimulationConfig(drain_s=0.0))
+    (tallies,) = outcome.tallies.values()
+    assert tallies.swaps == 1 and tallies.swap_s > outcome.ended_at - START
+    assert tallies.generated == 8 * 50

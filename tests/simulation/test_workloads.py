@@ -85,12 +85,23 @@ def test_mooncakes_lines_are_read_in_milliseconds(tmp_path: Path) -> None:
         ("a.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46,x,1\n"),
         ("b.csv", "time,in,out\n1,2,3\n"),
         ("c.jsonl", "\nnot json\n"),
+        ("d.jsonl", "\n" + 100_000 * "[" + "\n"),
+        ("e.csv", "time,in,out\n\n1,2,3\n"),
     ],
 )
 def test_a_trace_that_cannot_be_read_names_its_line(tmp_path: Path, name: str, text: str) -> None:
     path = tmp_path / name
     path.write_text(text)
-    with pytest.raises(InvalidInput, match="line 2"):
+    with pytest.raises(InvalidInput, match=f"line {3 if name == 'e.csv' else 2}"):
+        read_trace(path)
+
+
+def test_a_quote_that_is_never_closed_is_told_as_a_trace_that_cannot_be_read(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_text('timestamp,input_length,output_length\n"0,1,1\n' + 30_000 * "1,1,1\n")
+    with pytest.raises(InvalidInput, match="cannot be read"):
         read_trace(path)
 
 
@@ -191,6 +202,7 @@ profiles:
         ("\udcff", "cannot be read"),
         ("", "mapping of fields"),
         ("instances: []", "instances: must not be empty"),
+        ("instances: [{name: x, device: a10, models: m}]", "models: must be a list"),
         ("instances: [{name: a, device: a100, models: [m, m]}]", "named twice"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +37,34 @@ def test_a_service_started_again_carries_its_log_on(tmp_path: Path) -> None:
         recorder.close()
     entries = list(read_log(tmp_path / "log.jsonl.gz"))
     assert [e.run.run_id for e in entries if isinstance(e, ArrivalEntry)] == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "log.jsonl.gz"])
+def test_a_log_is_carried_on_after_its_writer_was_killed(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    with Recorder(path) as first:
+        for number in (1, 2):
+            first.saw(snapshot(runs=[run_view(number, 1)]))
+            first.flush()
+    path.write_bytes(path.read_bytes()[:-20])
+    with Recorder(path, append=True) as second:
+        second.saw(snapshot(runs=[run_view(3, 1)]))
+    entries = list(read_log(path))
+    assert [e.run.run_id for e in entries if isinstance(e, ArrivalEntry)] == [1, 3]
+    assert [left.name for left in tmp_path.iterdir()] == [name]
+
+
+def test_a_log_whose_compression_is_damaged_is_named_and_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl.gz"
+    for number in (1, 2):
+        with path.open("ab") as file:
+            file.write(gzip.compress(b"{}\n")[: -12 * (2 - number) or None])
+    before = path.read_bytes()
+    with pytest.raises(ConfigurationError, match=r"log\.jsonl\.gz.*damaged"):
+        open_recorder(load_settings(record=path))
+    with pytest.raises(ValueError, match="damaged"):
+        list(read_log(path))
+    assert path.read_bytes() == before
 
 
 def test_a_compressed_log_is_readable_while_it_is_written(tmp_path: Path) -> None:
