@@ -45,7 +45,7 @@ class Worker:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
-    def hears(self, event: str, seconds: float = 20.0, **what: object) -> Event:
+    def hears(self, event: str, seconds: float = 60.0, **what: object) -> Event:
         """The next such event; anything else before it is skipped."""
         give_up_at = time.monotonic() + seconds
         while True:
