@@ -14,7 +14,7 @@ from qlm_batch.domain.snapshot import InstanceState, ModelView, Residency
 from qlm_batch.scheduling import swapping
 from qlm_workers import link
 from qlm_workers.exits import Exit
-from tests.unit.runner_rig import heartbeats, hold_until, positions, until, working
+from tests.unit.runner_rig import hang, heartbeats, hold_until, positions, until, working
 from tests.unit.worker_fakes import FakeEngine, FakeStore, good, make_slice
 
 
@@ -276,3 +276,23 @@ async def test_counters_go_on_where_an_engine_is_started_anew() -> None:
         await until(lambda: store.beats[-1].output_tokens == 36)
     totals = [beat.output_tokens for beat in store.beats]
     assert totals == sorted(totals)
+
+
+async def test_what_a_model_keeps_goes_back_when_it_falls_asleep_after_the_drain_began(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("STAY_SWAPS", "DRAIN_SWAPS", "CALLS_SWAPS"):
+        monkeypatch.setattr(swapping, name, 0.0)
+    store = FakeStore(make_slice(1, 4))
+    first, second = FakeEngine(hang), FakeEngine()
+    first.keeps = second.keeps = True
+    async with working(store, first, second, models_awake=1) as rig:
+        await until(lambda: first.running == 4)
+        host = rig.runner._hosts["m"]
+        host.interactive = 1
+        store.put(make_slice(2, 2, model="other", due_in=60.0))
+        await until(lambda: not host.open)
+        rig.runner.drain(30.0)
+        host.interactive = 0
+        assert await rig.ended() is Exit.OK
+    assert store.released == dict.fromkeys((1, 2), ReleaseReason.PREEMPTED)
