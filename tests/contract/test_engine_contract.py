@@ -449,12 +449,18 @@ async def test_the_lowest_priority_starts_first_when_slots_are_full(rig: Rig) ->
         await rig.engine.answer(rig.chat(rank=priority, max_tokens=4, ignore_eos=True))
         finished.append(name)
 
-    running = await rig.fill([150 + 60 * index for index in range(SLOTS)])
+    running = await rig.fill([1500] * SLOTS)
     late = [asyncio.create_task(serve(f"late {index}", DUE + 9)) for index in range(3)]
     await until(lambda: rig.engine.stats().waiting == 3, "the late ones wait")
     urgent = asyncio.create_task(serve("urgent", DUE - 9))
-    await asyncio.gather(*running, *late, urgent)
+    await until(lambda: rig.engine.stats().waiting == 4, "the urgent one waits")
+    running[0].cancel()
+    await asyncio.gather(*late, urgent)
     assert finished[0] == "urgent"
+    for task in running:
+        task.cancel()
+    await asyncio.gather(*running, return_exceptions=True)
+    await until(lambda: rig.engine.stats().running == 0, "all slots free")
 
 
 async def test_interactive_requests_start_at_once_although_batch_work_fills_the_engine(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
 import pytest_asyncio
@@ -43,14 +44,23 @@ def server() -> Server:
     return Server(SimulatedEngine(MODEL, time_scale=0), MODEL, 4096)
 
 
-@pytest_asyncio.fixture
-async def engine(server: Server) -> AsyncIterator[OpenAIEngine]:
+@asynccontextmanager
+async def connected(server: Server, **options: float) -> AsyncIterator[OpenAIEngine]:
     """An engine connected to the running server."""
     with serving(server):
-        engine = OpenAIEngine(server.url, MODEL, give_up_s=0.2, slots=4)
+        engine = OpenAIEngine(server.url, MODEL, slots=4, **options)  # type: ignore[arg-type]
         await engine.start()
+        try:
+            yield engine
+        finally:
+            await engine.stop()
+
+
+@pytest_asyncio.fixture
+async def engine(server: Server) -> AsyncIterator[OpenAIEngine]:
+    """A patient engine connected to the running server."""
+    async with connected(server) as engine:
         yield engine
-        await engine.stop()
 
 
 @pytest.mark.parametrize("status", [429, 502, 503, 504])
@@ -75,15 +85,17 @@ async def test_a_server_that_broke_is_not_asked_again(server: Server, engine: Op
     assert (await engine.answer(chat())).status_code == 500
 
 
-async def test_a_server_that_stays_busy_is_not_dead(server: Server, engine: OpenAIEngine) -> None:
-    server.next_answers.extend([(429, {"retry-after-ms": "100"})] * 4)
-    assert (await engine.answer(chat())).status_code == 200
+async def test_a_server_that_stays_busy_is_not_dead(server: Server) -> None:
+    async with connected(server, give_up_s=0.2) as engine:
+        server.next_answers.extend([(429, {"retry-after-ms": "100"})] * 4)
+        assert (await engine.answer(chat())).status_code == 200
 
 
-async def test_a_server_that_stays_away_is_dead(server: Server, engine: OpenAIEngine) -> None:
-    server.next_answers.extend([(503, {"retry-after-ms": "50"})] * 100)
-    with pytest.raises(EngineDead, match="has not answered"):
-        await engine.answer(chat())
+async def test_a_server_that_stays_away_is_dead(server: Server) -> None:
+    async with connected(server, give_up_s=0.2) as engine:
+        server.next_answers.extend([(503, {"retry-after-ms": "50"})] * 100)
+        with pytest.raises(EngineDead, match="has not answered"):
+            await engine.answer(chat())
 
 
 async def test_a_server_that_went_down_is_dead(server: Server) -> None:
@@ -266,7 +278,7 @@ async def test_odd_metrics_do_not_end_the_watch_over_a_long_answer(
         await until(lambda: engine.stats().step >= 3, "the server is seen to live")
         server.metrics = "vllm:generation_tokens_total 5\n"
         before = engine.stats().step
-        await until(lambda: engine.stats().step > before, "progress is read again", 5)
+        await until(lambda: engine.stats().step > before, "progress is read again")
         await engine.stop()
 
 

@@ -34,8 +34,6 @@ from tests.integration.test_worker import worker
 
 _numbers = itertools.count()
 Json = dict[str, Any]
-SILENT_S = 2.0
-"""How long an instance may be silent for the API before it counts as lost."""
 
 
 @dataclass
@@ -107,7 +105,7 @@ def api_line(
     redis_url: str,
     data_dir: Path,
     *,
-    silent_s: float = SILENT_S,
+    silent_s: float = 15.0,
     **changes: Any,
 ) -> Iterator[Line]:
     """The API without a worker; an instance silent for `silent_s` counts as lost."""

@@ -39,6 +39,16 @@ def alive(pid: int) -> bool:
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
+def looks_again(guardian: int) -> None:
+    """Return once the guardian has looked, from the beginning to the end, after now."""
+    process = psutil.Process(guardian)
+    wait_until(lambda: process.cpu_times().user > 0.02, "guardian up")
+    wait_until(lambda: process.status() == psutil.STATUS_SLEEPING, "guardian idle")
+    # It waits after each look; the look before its next wait may be under way already.
+    waits = process.num_ctx_switches().voluntary
+    wait_until(lambda: process.num_ctx_switches().voluntary >= waits + 2, "guardian looks again")
+
+
 @pytest.fixture
 def dead_worker(tmp_path: Path) -> Iterator[tuple[list[int], int, int]]:
     """The engine processes, the spared child and the guardian of a worker just SIGKILLed."""
@@ -51,9 +61,8 @@ def dead_worker(tmp_path: Path) -> Iterator[tuple[list[int], int, int]]:
     wait_until(lambda: spared_note.exists() and len(spared_note.read_text().split()) == 2, "spared")
     spared, guardian = map(int, spared_note.read_text().split())
     engine = [int(pid) for pid in note.read_text().split()]
-    # The guardian looks at once, so the tree is known when it has idled after that look.
-    wait_until(lambda: psutil.Process(guardian).cpu_times().user > 0.02, "guardian up")
-    wait_until(lambda: psutil.Process(guardian).status() == psutil.STATUS_SLEEPING, "guardian idle")
+    # The first look may have come before the children.
+    looks_again(guardian)
     worker.send_signal(signal.SIGKILL)
     worker.wait()
     yield engine, spared, guardian

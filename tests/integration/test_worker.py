@@ -38,6 +38,8 @@ def dispatcher(redis_url: str) -> Iterator[CeleryDispatcher]:
 
 
 QLM_WORKER = ("-m", "qlm_cli", "worker")
+START_S = 120.0
+"""Three seconds of an idle processor, most of them imports; a busy one gives few of its own."""
 
 
 @contextmanager
@@ -67,7 +69,7 @@ def worker(
         | {f"QLM_{key.upper()}": str(value) for key, value in values.items()},
     )
     try:
-        until(lambda: state(bench) is InstanceState.READY)
+        until(lambda: state(bench) is InstanceState.READY, START_S)
         yield process
     finally:
         process.kill()

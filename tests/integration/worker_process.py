@@ -13,6 +13,7 @@ from typing import Any
 from qlm_batch.dispatch.celery_app import make_app
 from qlm_batch.domain.jobs import ClaimedSlice, EngineKind, ResultRow
 from qlm_batch.domain.ledger import Directive, FlushOutcome, Held, ReleaseReason
+from qlm_batch.domain.ports import Heartbeat
 from qlm_batch.settings import Settings
 from qlm_workers.hosts import Host
 from qlm_workers.lifecycle import EngineThread, end_on_signals
@@ -47,6 +48,10 @@ class TellingStore(FakeStore):
         super().release(instance, held, reason)
         tell("release", slices=[lease.slice_id for lease in held], reason=reason)
 
+    def heartbeat(self, beat: Heartbeat) -> bool:
+        tell("beat", state=beat.state)
+        return super().heartbeat(beat)
+
     def retire(self, name: str, boot_id: str) -> None:
         super().retire(name, boot_id)
         tell("retire")
@@ -54,7 +59,11 @@ class TellingStore(FakeStore):
 
 def main(redis_url: str, options: dict[str, Any]) -> int:
     settings = Settings(
-        models=("m",), poll_s=options.get("poll_s", 60.0), lease_s=600.0, redis_url=redis_url
+        models=("m",),
+        poll_s=options.get("poll_s", 60.0),
+        heartbeat_s=0.1,
+        lease_s=600.0,
+        redis_url=redis_url,
     )
     store = TellingStore(*(make_slice(n + 1) for n in range(options.get("slices", 0))))
     if options.get("closed"):

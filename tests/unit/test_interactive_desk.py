@@ -304,7 +304,7 @@ async def test_a_reader_is_given_up_only_after_a_long_silence(
         bench.writer.presence = Presence(False)
         bench.accept()
         await until(lambda: bench.writer.trips > 5)
-        assert bench.state() is InteractiveState.RUNNING
+        await until(lambda: bench.state() is InteractiveState.RUNNING)
         monkeypatch.setattr(interactive, "READER_S", 0.0)
         await until(lambda: bench.state() is InteractiveState.ABORTED)
 
@@ -437,5 +437,5 @@ async def test_when_a_call_came_is_told_by_the_databases_clock(
         seen = bench.host.meter.report(99.0)
     assert seen is not None
     ((came, due_s, *_),) = seen.calls
-    assert came == pytest.approx(99.0, abs=0.5)
-    assert due_s == pytest.approx(1.0, abs=0.5)
+    assert 90.0 < came <= 99.0
+    assert came + due_s == pytest.approx(100.0)

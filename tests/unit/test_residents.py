@@ -14,7 +14,7 @@ from qlm_batch.domain.snapshot import InstanceState, ModelView, Residency
 from qlm_batch.scheduling import swapping
 from qlm_workers import link
 from qlm_workers.exits import Exit
-from tests.unit.runner_rig import hold_until, positions, until, working
+from tests.unit.runner_rig import hang, heartbeats, hold_until, positions, until, working
 from tests.unit.worker_fakes import FakeEngine, FakeStore, good, make_slice
 
 
@@ -29,6 +29,11 @@ def _impatience(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def seen(store: FakeStore, model: str) -> list[ModelView]:
     """What heartbeats told about the model, in order."""
     return [view for beat in store.beats for view in beat.models if view.name == model]
+
+
+def is_told(store: FakeStore, model: str, residency: Residency) -> bool:
+    """Whether the last heartbeat says this of the model."""
+    return any(view.residency is residency for view in seen(store, model)[-1:])
 
 
 async def test_only_as_many_models_as_fit_are_awake_at_the_start() -> None:
@@ -46,7 +51,7 @@ async def test_work_of_a_cold_model_makes_the_instance_swap_and_is_done() -> Non
         await until(lambda: store.completed == {1})
         store.put(make_slice(2, 4, model="other"))
         await until(lambda: store.completed == {1, 2})
-        await until(lambda: seen(store, "other")[-1].residency is Residency.AWAKE)
+        await until(lambda: is_told(store, "other", Residency.AWAKE))
     assert first.slept == 1
     assert len(second.requests) == 4
     assert not store.released
@@ -107,13 +112,15 @@ async def test_an_engine_that_keeps_goes_on_with_what_was_inside(
     store = FakeStore(make_slice(1, 4))
     first, second = FakeEngine(), FakeEngine()
     first.keeps = second.keeps = True
-    gate = asyncio.Event()
+    gate, told = asyncio.Event(), asyncio.Event()
     hold_until(gate, first)
+    hold_until(told, second)
     async with working(store, first, second, models_awake=1):
         await until(lambda: store.claims)
         store.put(make_slice(2, 2, model="other", due_in=60.0))
+        await until(lambda: any(m.residency is Residency.ASLEEP for m in seen(store, "m")))
+        told.set()
         await until(lambda: 2 in store.completed)
-        assert seen(store, "m")[-1].residency is Residency.ASLEEP
         gate.set()
         await until(lambda: store.completed == {1, 2})
     assert not first.aborted
@@ -136,7 +143,7 @@ async def test_a_model_that_never_wakes_is_marked_and_its_work_goes_elsewhere() 
     second.wake_errors = [EngineDead("never") for _ in range(3)]
     async with working(store, first, second, models_awake=1):
         await until(lambda: store.released)
-        await until(lambda: seen(store, "other")[-1].residency is Residency.FAILED)
+        await until(lambda: is_told(store, "other", Residency.FAILED))
         assert seen(store, "other")[-1].fault == "never"
         store.put(make_slice(2, 2))
         await until(lambda: store.completed == {2})
@@ -154,7 +161,9 @@ async def test_a_failed_model_is_tried_again_after_a_while(monkeypatch: pytest.M
     second.wake_errors = [EngineDead("not yet") for _ in range(3)]
     async with working(store, FakeEngine(), second, models_awake=1):
         await until(lambda: store.released)
-        await until(lambda: seen(store, "other")[-1].residency is Residency.COLD)
+        # It was cold before it failed, too.
+        await heartbeats(store, 2)
+        await until(lambda: is_told(store, "other", Residency.COLD))
         store.put(make_slice(2, 2, model="other"))
         await until(lambda: store.completed == {2})
 
@@ -170,7 +179,7 @@ async def test_an_engine_that_will_not_sleep_is_ended() -> None:
     async with working(store, first, second, models_awake=1):
         await until(lambda: store.completed == {1})
         assert first.stopped
-    assert seen(store, "m")[-1].residency is Residency.COLD
+        await until(lambda: is_told(store, "m", Residency.COLD))
 
 
 async def test_a_worker_with_no_model_left_ends_so_that_it_is_started_anew() -> None:
@@ -220,7 +229,7 @@ async def test_what_an_engine_kept_goes_back_where_it_does_not_wake(
         store.put(make_slice(2, 2, model="other", due_in=60.0))
         await until(lambda: store.released)
         assert store.released == {1: ReleaseReason.PREEMPTED}
-        await until(lambda: seen(store, "m")[-1].residency is Residency.AWAKE)
+        await until(lambda: is_told(store, "m", Residency.AWAKE))
         first.respond = lambda _: good()
         store.put(make_slice(3, 4))
         await until(lambda: store.completed == {2, 3})
@@ -235,7 +244,7 @@ async def test_a_swap_that_takes_too_long_is_given_up() -> None:
         assert second.stopped
         store.put(make_slice(2, 2))
         await until(lambda: store.completed == {2})
-    assert seen(store, "other")[-1].residency is Residency.FAILED
+        await until(lambda: is_told(store, "other", Residency.FAILED))
 
 
 async def test_a_draining_worker_swaps_no_more() -> None:
@@ -267,3 +276,23 @@ async def test_counters_go_on_where_an_engine_is_started_anew() -> None:
         await until(lambda: store.beats[-1].output_tokens == 36)
     totals = [beat.output_tokens for beat in store.beats]
     assert totals == sorted(totals)
+
+
+async def test_what_a_model_keeps_goes_back_when_it_falls_asleep_after_the_drain_began(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("STAY_SWAPS", "DRAIN_SWAPS", "CALLS_SWAPS"):
+        monkeypatch.setattr(swapping, name, 0.0)
+    store = FakeStore(make_slice(1, 4))
+    first, second = FakeEngine(hang), FakeEngine()
+    first.keeps = second.keeps = True
+    async with working(store, first, second, models_awake=1) as rig:
+        await until(lambda: first.running == 4)
+        host = rig.runner._hosts["m"]
+        host.interactive = 1
+        store.put(make_slice(2, 2, model="other", due_in=60.0))
+        await until(lambda: not host.open)
+        rig.runner.drain(30.0)
+        host.interactive = 0
+        assert await rig.ended() is Exit.OK
+    assert store.released == dict.fromkeys((1, 2), ReleaseReason.PREEMPTED)

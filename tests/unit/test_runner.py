@@ -15,6 +15,7 @@ from qlm_batch.domain.errors import Unavailable
 from qlm_batch.domain.jobs import ResultRow
 from qlm_batch.domain.ledger import Directive, FlushOutcome, ReleaseReason
 from qlm_batch.scheduling import agent
+from qlm_workers import link
 from qlm_workers import runner as runner_module
 from qlm_workers.exits import Exit
 from tests.unit.runner_rig import (
@@ -84,7 +85,7 @@ async def test_a_hint_is_acted_on_at_once_and_one_for_another_boot_is_not() -> N
         await heartbeats(store, 3)
         assert len(store.claims) == before
         rig.runner.wake("boot")
-        await until(lambda: store.completed == {1}, 1.0)
+        await until(lambda: store.completed == {1})
 
 
 async def test_without_any_hint_assigned_slices_are_found_by_polling() -> None:
@@ -126,11 +127,15 @@ async def test_a_preempted_slice_keeps_its_finished_lines_and_gives_back_the_res
     assert len(store.rows) == 2
 
 
-async def test_a_line_past_its_deadline_ends_with_batch_expired_even_while_it_runs() -> None:
-    store = FakeStore(make_slice(1, 3, expires_at=NOW + 0.3))
+async def test_a_line_past_its_deadline_ends_with_batch_expired_even_while_it_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(link, "CLOCK_CHECK_S", 0.0)
+    store = FakeStore(make_slice(1, 3))
     engine = FakeEngine(hang)
     async with working(store, engine):
         await until(lambda: engine.running == 3)
+        store.ahead_s = 3600.0
         await until(lambda: store.completed == {1})
         assert engine.running == 0
     assert {row.error_code for row in store.rows} == {"batch_expired"}

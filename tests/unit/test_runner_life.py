@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from qlm_batch.domain.engine import EngineStats
 from qlm_batch.domain.errors import ConfigurationError, Unavailable
 from qlm_batch.domain.ledger import ReleaseReason
 from qlm_batch.domain.ports import Heartbeat
@@ -34,11 +35,16 @@ async def test_a_hung_engine_ends_the_worker_and_its_leases_are_left_to_run_out(
 async def test_a_slow_engine_that_still_steps_is_not_taken_for_hung() -> None:
     store = FakeStore(make_slice(1))
     engine = FakeEngine(hang)
-    async with working(store, engine, stall_s=0.3) as rig:
+    stats = engine.stats
+
+    def one_step_on() -> EngineStats:
+        engine.step += 1
+        return stats()
+
+    engine.stats = one_step_on  # type: ignore[method-assign]
+    async with working(store, engine, stall_s=0.01) as rig:
         await until(lambda: engine.running == 4)
-        for _ in range(5):
-            await heartbeats(store, 5)
-            engine.step += 1
+        await heartbeats(store, 15)
         assert not rig.task.done()
 
 
@@ -66,11 +72,12 @@ async def test_a_draining_worker_finishes_what_runs_and_claims_nothing() -> None
     store = FakeStore(make_slice(1))
     engine, gate = FakeEngine(), asyncio.Event()
     hold_until(gate, engine)
-    rig = Rig(store, engine)
-    await until(lambda: rig.runner._table.in_hand == 4)
+    rig = Rig(store, engine, poll_s=60.0)
+    await until(lambda: len(store.claims) == 2)
     rig.runner.drain(60.0)
-    await until(lambda: store.beats[-1].state is InstanceState.DRAINING)
+    await until(lambda: store.beats and store.beats[-1].state is InstanceState.DRAINING)
     store.put(make_slice(2))
+    rig.runner.wake()
     gate.set()
     assert await rig.ended() is Exit.OK
     assert store.completed == {1}

@@ -72,6 +72,8 @@ class FakeStore:
         self.retired = False
         self.away = False
         self.replaced = False
+        self.ahead_s = 0.0
+        """How far its clock was put forward."""
         self.may_tell = threading.Event()
         """Cleared, what a claim took is on its way to the worker."""
         self.may_tell.set()
@@ -158,7 +160,7 @@ class FakeStore:
 
     def now(self) -> float:
         with self._call():
-            return NOW + time.monotonic() - self._began
+            return NOW + time.monotonic() - self._began + self.ahead_s
 
     def _call(self) -> threading.Lock:
         if self.away:

@@ -209,8 +209,8 @@ class Residents:
             log.warning("engine did not sleep", model=leaving.model, **_told(fault))
             await self._end(leaving)
             residency = Residency.COLD
-        # What was claimed while it emptied.
-        self._release(leaving, keeps=residency is Residency.ASLEEP)
+        # What was claimed while it emptied; where a drain began meanwhile nothing wakes it again.
+        self._release(leaving, keeps=residency is Residency.ASLEEP and not self._retired)
         leaving.left(residency, time.monotonic() - began)
 
     async def _wake(self, coming: Host) -> bool:
