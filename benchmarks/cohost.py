@@ -468,7 +468,10 @@ async def _play(
     extra: dict[str, object] | None = None,
 ) -> list[Seen]:
     wanted = plan.loads()[window]
-    return await play(session, f"{url}{CHAT}", plan.name, wanted, window + 1, extra or {})
+    seen = await play(session, f"{url}{CHAT}", plan.name, wanted, window + 1, extra or {})
+    for fault in sorted({one.fault for one in seen if one.fault}):
+        say(f"not answered: {fault}")
+    return seen
 
 
 if __name__ == "__main__":

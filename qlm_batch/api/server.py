@@ -14,6 +14,9 @@ from qlm_batch.domain.errors import ConfigurationError
 from qlm_batch.settings import Settings
 
 GRACE_S = 20
+KEEP_ALIVE_S = 75
+"""How long an idle connection stays open: longer than clients and load balancers keep one (5 to
+60 s), for what is sent just as the server closes it is lost."""
 
 
 def run_api(app: FastAPI, settings: Settings) -> None:
@@ -43,6 +46,7 @@ def api_server(app: FastAPI, settings: Settings) -> uvicorn.Server:
             server_header=False,
             ws="none",
             timeout_graceful_shutdown=GRACE_S,
+            timeout_keep_alive=KEEP_ALIVE_S,
         )
     )
 

@@ -183,6 +183,11 @@ def test_a_download_under_way_is_finished_when_the_server_is_told_to_stop(
     assert size == 30_000_000
 
 
+def test_idle_connections_are_closed_by_clients_and_not_by_the_server(site: Site) -> None:
+    load_balancers_s = 60
+    assert api_server(site.app, site.settings).config.timeout_keep_alive > load_balancers_s
+
+
 def test_sigterm_ends_the_server_and_returns_to_its_caller(site: Site) -> None:
     server = api_server(site.app, site.settings.model_copy(update={"port": 0}))
 
