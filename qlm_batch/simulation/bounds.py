@@ -265,26 +265,26 @@ def _solve(
     options: Sequence[_Option], pools: Sequence[float], widths: Floats, kinds: Sequence[Machines]
 ) -> float:
     """Most weight on time: requests of each option on each kind of machine in each bucket."""
-    gain: list[float] = []
-    entries: tuple[list[int], list[int], list[float]] = ([], [], [])
-
-    def add(row: int, value: float) -> None:
-        entries[0].append(row)
-        entries[1].append(len(gain))
-        entries[2].append(value)
-
     buckets = len(widths)
+    gain: list[Floats] = []
+    rows: list[Ints] = []
+    values: list[Floats] = []
     for option in options:
+        spans = np.arange(option.first, min(option.last + 1, buckets))
+        pool = np.full(spans.size, option.pool)
         for machine, seconds in enumerate(option.cost):
-            if not np.isfinite(seconds):
-                continue
-            for bucket in range(option.first, min(option.last + 1, buckets)):
-                add(option.pool, 1.0)
-                add(len(pools) + machine * buckets + bucket, seconds)
-                gain.append(-option.gain)
+            if np.isfinite(seconds) and spans.size:
+                # Each column has two entries: its pool's, and its machine's in its bucket.
+                rows += [pool, len(pools) + machine * buckets + spans]
+                values += [np.ones(spans.size), np.full(spans.size, seconds)]
+                gain.append(np.full(spans.size, -option.gain))
     if not gain:
         return 0.0
     limits = [*pools, *(m.count * width for m in kinds for width in widths)]
-    matrix = coo_array((entries[2], (entries[0], entries[1])), shape=(len(limits), len(gain)))
-    solved = linprog(np.array(gain), A_ub=matrix.tocsr(), b_ub=np.array(limits), method="highs")
+    goal = np.concatenate(gain)
+    numbers = np.split(np.arange(goal.size), np.cumsum([len(part) for part in gain])[:-1])
+    columns = np.concatenate([part for own in numbers for part in (own, own)])
+    entries = (np.concatenate(values), (np.concatenate(rows), columns))
+    matrix = coo_array(entries, shape=(len(limits), goal.size))
+    solved = linprog(goal, A_ub=matrix.tocsr(), b_ub=np.array(limits), method="highs")
     return float(-solved.fun)
