@@ -157,7 +157,7 @@ class LengthBook:
         usual = self._usual()
         new: dict[str, tuple[list[int], list[int]]] = {}
         brought: dict[int, list[int]] = {}
-        for tenant, length, prompt_tokens in outputs:
+        for tenant, length, prompt_tokens, _ in outputs:
             prompt = prompt_bucket(prompt_tokens)
             brought.setdefault(prompt, []).append(length)
             lengths.append(length)

@@ -58,7 +58,7 @@ def test_in_a_steady_state_running_requests_do_not_inflate_the_mean() -> None:
     for _ in range(600):
         left -= 1
         done = left == 0
-        book = book.seen(("t", int(n), 9) for n in total[done])
+        book = book.seen(Output("t", int(n), 9) for n in total[done])
         fresh = rng.geometric(1 / 100, int(done.sum()))
         left[done], total[done] = fresh, fresh
     ages = (total - left).tolist()
@@ -88,7 +88,7 @@ def test_the_largest_of_many_tends_to_the_maximum() -> None:
 
 
 def test_a_tenant_of_its_own_kind_is_told_apart_from_the_rest() -> None:
-    outputs = [("short", 10, 9), ("long", 1000, 9)] * 100
+    outputs = [Output("short", 10, 9), Output("long", 1000, 9)] * 100
     book = LengthBook().seen(outputs)
     assert book.distribution(GENERATE, "short").mean < 200
     assert book.distribution(GENERATE, "long").mean > 800
@@ -103,14 +103,14 @@ def test_nothing_seen_means_the_prior() -> None:
 
 
 def test_the_recent_outweighs_the_past() -> None:
-    book = LengthBook().seen([("t", 1000, 9)] * 200 + [("t", 100, 9)] * 200)
+    book = LengthBook().seen([Output("t", 1000, 9)] * 200 + [Output("t", 100, 9)] * 200)
     assert book.distribution(GENERATE, "t").mean < 300
 
 
 def drawn(mean: float, count: int, rng: np.random.Generator) -> list[Output]:
     """Requests of one tenant whose lengths have this mean, and whose prompts say nothing."""
     lengths = rng.geometric(1.0 / mean, count).tolist()
-    return [("t", n, int(rng.integers(10, 4000))) for n in lengths]
+    return [Output("t", n, int(rng.integers(10, 4000))) for n in lengths]
 
 
 def test_steady_lengths_are_remembered_for_long() -> None:
@@ -144,7 +144,14 @@ def test_a_mean_length_is_known_the_closer_the_more_is_remembered() -> None:
 
 @given(
     st.lists(
-        st.tuples(st.text(max_size=3), st.integers(0, 10**5), st.integers(0, 10**5)), max_size=400
+        st.builds(
+            Output,
+            st.text(max_size=3),
+            st.integers(0, 10**5),
+            st.integers(0, 10**5),
+            st.booleans(),
+        ),
+        max_size=400,
     )
 )
 def test_a_book_is_bounded_and_survives_storage(outputs: list[Output]) -> None:
@@ -160,7 +167,9 @@ def test_a_book_is_bounded_and_survives_storage(outputs: list[Output]) -> None:
 )
 def test_an_estimate_is_a_distribution(lengths: list[int], ages: list[int]) -> None:
     found = (
-        LengthBook().seen(("t", n, 9) for n in lengths).distribution(GENERATE, "t", Ages.of(ages))
+        LengthBook()
+        .seen(Output("t", n, 9) for n in lengths)
+        .distribution(GENERATE, "t", Ages.of(ages))
     )
     assert found.probabilities.sum() == pytest.approx(1.0)
     assert (found.probabilities >= -1e-12).all()
@@ -168,7 +177,7 @@ def test_an_estimate_is_a_distribution(lengths: list[int], ages: list[int]) -> N
 
 
 def test_prompts_tell_apart_what_is_made_from_different_templates() -> None:
-    book = LengthBook().seen([("t", 40, 100), ("t", 400, 2000)] * 200)
+    book = LengthBook().seen([Output("t", 40, 100), Output("t", 400, 2000)] * 200)
     answers, usual = book.answers("t"), book.distribution(GENERATE, "t").mean
     assert usual * answers.factor(prompt_mix([100])) == pytest.approx(40, rel=0.3)
     assert usual * answers.factor(prompt_mix([2000])) == pytest.approx(400, rel=0.15)
@@ -177,7 +186,7 @@ def test_prompts_tell_apart_what_is_made_from_different_templates() -> None:
 
 
 def test_a_tenants_own_prompts_are_not_counted_twice() -> None:
-    book = LengthBook().seen([("short", 40, 100), ("long", 400, 2000)] * 200)
+    book = LengthBook().seen([Output("short", 40, 100), Output("long", 400, 2000)] * 200)
     usual = book.distribution(GENERATE, "long").mean
     assert usual * book.answers("long").factor(prompt_mix([2000])) == pytest.approx(400, rel=0.15)
 
@@ -185,13 +194,15 @@ def test_a_tenants_own_prompts_are_not_counted_twice() -> None:
 def test_prompts_that_say_nothing_change_little() -> None:
     rng = np.random.default_rng(2)
     lengths, prompts = rng.geometric(1 / 200, 3000), rng.integers(1, 4000, 3000)
-    book = LengthBook().seen(("t", int(n), int(p)) for n, p in zip(lengths, prompts, strict=True))
+    book = LengthBook().seen(
+        Output("t", int(n), int(p)) for n, p in zip(lengths, prompts, strict=True)
+    )
     asked = prompt_mix(int(p) for p in rng.integers(1, 4000, 200))
     assert book.answers().factor(asked) == pytest.approx(1.0, abs=0.12)
 
 
 def test_nothing_is_read_from_prompts_that_are_not_known() -> None:
-    book = LengthBook().seen([("t", 40, 100), ("t", 400, 2000)] * 50)
+    book = LengthBook().seen([Output("t", 40, 100), Output("t", 400, 2000)] * 50)
     assert book.answers().factor(()) == 1.0
     assert LengthBook().answers("t").factor(prompt_mix([5])) == 1.0
 
