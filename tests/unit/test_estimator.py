@@ -221,6 +221,21 @@ def test_a_batch_is_told_when_it_will_be_done() -> None:
     assert "on i" in found.reason and "model m awake" in found.reason
 
 
+def test_work_without_a_bound_is_not_promised_as_the_one_token_answers_before_it() -> None:
+    steps = ((32, 8000, 0, STEP_S),) * 50
+    before = fold((), [Observation("i", "A100", "m", 0.0, (), steps)])
+    cut = (Output("t", 1, 9, cut=True),) * 50
+    after = fold(before, [Observation("i", "A100", "m", 1.0, cut)])
+    unbounded = run_view(1, 8, requests=500, max_tokens=500 * 8000)
+    situation = snapshot(runs=[unbounded], instances=[instance("i")])
+    first, now = (
+        estimate_of(replace(situation, profiles=profiles), "batch-1")
+        for profiles in (before, after)
+    )
+    assert now.p50 == pytest.approx(first.p50, rel=0.05)
+    assert now.p95 >= 0.95 * first.p95
+
+
 def test_a_batch_that_cannot_be_on_time_is_told_so() -> None:
     situation = planned(snapshot(runs=[run_view(1, 100, deadline=5.0)], instances=[instance("i")]))
     found = estimate_of(situation, "batch-1")
