@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from benchmarks.live_estimates import live_coverage
 from qlm_batch.domain.buckets import prompt_mix
 from qlm_batch.domain.jobs import EngineKind
+from qlm_batch.domain.snapshot import Output
 from qlm_batch.scheduling import calibration
 from qlm_batch.scheduling.calibration import LEVEL, Conformal
 from qlm_batch.scheduling.lengthbook import LengthBook
@@ -83,7 +84,7 @@ class Expected:
         """
         new = slice(self._told, start)
         self._book = self._book.seen(
-            ("", output, prompt)
+            Output("", output, prompt)
             for output, prompt in zip(self._outputs[new], self._prompts[new], strict=True)
         )
         self._told = start

@@ -30,6 +30,7 @@ from qlm_batch.domain.snapshot import (
     InstanceView,
     ModelView,
     Observation,
+    Output,
     Profile,
     RequestGroup,
     Residency,
@@ -140,7 +141,9 @@ def _learned(rng: np.random.Generator) -> tuple[Profile, ...]:
             model,
             1.0,
             tuple(
-                (f"tenant-{int(rng.integers(4))}", int(rng.lognormal(5, 1)) + 1, _prompt(rng))
+                Output(
+                    f"tenant-{int(rng.integers(4))}", int(rng.lognormal(5, 1)) + 1, _prompt(rng)
+                )
                 for _ in range(200)
             ),
             tuple((32, 12_000, 100, 0.03) for _ in range(50)),

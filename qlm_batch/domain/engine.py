@@ -55,6 +55,7 @@ class EngineAnswer:
     """An HTTP-shaped answer: any status, with the JSON text of the response or error body.
 
     `first_token_s` and `duration_s` count from the call; None where the engine does not tell.
+    `cut` where a bound on its tokens, the request's or the model's, ended one of its choices.
     """
 
     status_code: int
@@ -62,6 +63,7 @@ class EngineAnswer:
     usage: Usage = field(default_factory=Usage)
     first_token_s: float | None = None
     duration_s: float | None = None
+    cut: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 from qlm_batch.domain.buckets import PromptMix
 from qlm_batch.domain.jobs import EngineKind, Estimate, OnMiss, SloClass
@@ -191,8 +192,14 @@ class Profile:
     data: Mapping[str, object]
 
 
-Output = tuple[str, int, int]
-"""Tenant, output tokens and prompt tokens of a finished request."""
+class Output(NamedTuple):
+    """A finished request; `cut` where a bound on its tokens ended it, not the answer itself."""
+
+    tenant: str
+    tokens: int
+    prompt_tokens: int
+    cut: bool = False
+
 
 Call = tuple[float, float, str, int, int]
 """An interactive request answered: when it came (Unix time), in how many seconds its first token
@@ -203,10 +210,10 @@ was due then, tenant, output tokens and prompt tokens."""
 class Observation:
     """What an instance saw since it last reported; folded into profiles by the leader.
 
-    `outputs` are (tenant, output tokens, prompt tokens as intake counted them) of finished
-    requests of `model`, batch work all; `calls` are interactive ones, which nothing is learned
-    from. `steps` are rows (sequences, kv tokens, prefill tokens, seconds) of engine steps. `tokens`
-    generated in `seconds` while busy give the measured throughput.
+    `outputs` are finished requests of `model`, batch work all, their prompts as intake counted
+    them; `calls` are interactive ones, which nothing is learned from. `steps` are rows (sequences,
+    kv tokens, prefill tokens, seconds) of engine steps. `tokens` generated in `seconds` while busy
+    give the measured throughput.
     """
 
     instance: str

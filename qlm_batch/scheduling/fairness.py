@@ -46,8 +46,8 @@ class Served:
                 kept = 0.5 ** ((seen.at - at) / HALF_LIFE_S) if at > 0.0 else 1.0
                 tokens = {name: n * kept for name, n in tokens.items() if n * kept > _FORGOTTEN}
                 at = seen.at
-            for tenant, length, _ in seen.outputs:
-                tokens[tenant] = tokens.get(tenant, 0.0) + max(1, length)
+            for ended in seen.outputs:
+                tokens[ended.tenant] = tokens.get(ended.tenant, 0.0) + max(1, ended.tokens)
         return Served({name: round(n, 3) for name, n in sorted(tokens.items())}, at)
 
     def share(self, tenant: str, among: Iterable[str]) -> float:

@@ -4,6 +4,9 @@ Kaplan–Meier over a forgotten history. A tenant's history leans on its model's
 prior, in proportion to how much each has seen. How fast to forget is learned too: lengths that
 jump want a short memory, steady ones a long one.
 
+An answer that a bound on its tokens cut tells only that it would have been longer. Where a mean of
+lengths is asked for, it counts as what was to be expected of it then (Buckley and James 1979).
+
 Prompts say what they can: requests made from one template have prompts of about one length, and
 their answers are alike. So the mean answer to prompts of each length is kept, and work whose
 prompts differ from those of the history is expected to differ in proportion.
@@ -11,9 +14,9 @@ prompts differ from those of the history is expected to differ in proportion.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,7 +60,7 @@ _EVEN = (1.0 / len(DECAYS),) * len(DECAYS)
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """Lengths of finished requests, newest last, and the bucket of each one's prompt.
+    """Lengths of finished requests, newest last, buckets of their prompts, and which were cut.
 
     `trust` is the share of each memory in what is expected.
     """
@@ -65,31 +68,36 @@ class History:
     lengths: tuple[int, ...] = ()
     prompts: tuple[int, ...] = ()
     trust: tuple[float, ...] = _EVEN
+    cut: tuple[bool, ...] = ()
 
     def after(
-        self, lengths: Sequence[int], prompts: Sequence[int], most: int, relative: Floats
+        self,
+        outputs: Sequence[Output],
+        most: int,
+        relative: Floats,
+        uncut: Callable[[Sequence[int], Sequence[bool]], Floats],
     ) -> History:
-        """With newer ones, at most so many in all; `relative` is what prompts were known to bring.
+        """With newer ones, at most so many in all.
 
-        A memory is trusted as its expectations came true: the posterior of a mixture with normal
-        errors, in which shares are redistributed at the pace of REGIME (Herbster and Warmuth 1998).
+        `relative` is what prompts were known to bring, `uncut` says how long answers would have
+        been. A memory is trusted as its expectations came true: the posterior of a mixture with
+        normal errors, in which shares are redistributed at the pace of REGIME (Herbster and Warmuth
+        1998).
         """
-        every, asked = (*self.lengths, *lengths), (*self.prompts, *prompts)
-        answers, brought = (
-            np.array(every, dtype=np.float64),
-            relative[np.array(asked, dtype=np.int64)],
-        )
+        every = (*self.lengths, *(ended.tokens for ended in outputs))
+        asked = (*self.prompts, *(prompt_bucket(ended.prompt_tokens) for ended in outputs))
+        cut = (*self.cut, *(ended.cut for ended in outputs))
         trust = loops().trusted(
             np.array(self.trust),
-            answers,
-            brought,
+            uncut(every, cut),
+            relative[np.array(asked, dtype=np.int64)],
             len(self.lengths),
             _memories(most),
             CHUNK,
             SURPRISE,
             REGIME,
         )
-        return History(every[-most:], asked[-most:], tuple(trust.tolist()))
+        return History(every[-most:], asked[-most:], tuple(trust.tolist()), cut[-most:])
 
     @property
     def weights(self) -> Floats:
@@ -99,17 +107,22 @@ class History:
 
     def to_data(self) -> list[list[int] | list[float]]:
         """As plain JSON values."""
-        return [list(self.lengths), list(self.prompts), list(self.trust)]
+        cut = [int(each) for each in self.cut]
+        return [list(self.lengths), list(self.prompts), list(self.trust), cut]
 
     @staticmethod
     def from_data(data: object, most: int) -> History:
-        """What `to_data` wrote; an empty one from anything else."""
-        if not isinstance(data, list | tuple) or len(data) != 3:
+        """What `to_data` wrote; an empty one from anything else.
+
+        The release before did not tell what was cut.
+        """
+        if not isinstance(data, list | tuple) or len(data) not in (3, 4):
             return History()
         lengths, prompts = (tuple(int(n) for n in column)[-most:] for column in data[:2])
         trust = tuple(float(share) for share in data[2])
-        whole = len(lengths) == len(prompts) and len(trust) == len(DECAYS)
-        return History(lengths, prompts, trust) if whole else History()
+        cut = tuple(bool(n) for n in data[3])[-most:] if len(data) == 4 else (False,) * len(lengths)
+        whole = len(lengths) == len(prompts) == len(cut) and len(trust) == len(DECAYS)
+        return History(lengths, prompts, trust, cut) if whole else History()
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +132,7 @@ class Seen:
     weight: float = 0.0
     tokens: float = 0.0
 
-    def after(self, lengths: Iterable[int]) -> Seen:
+    def after(self, lengths: Iterable[float]) -> Seen:
         """With these, in their order."""
         weight, tokens = self.weight, self.tokens
         for length in lengths:
@@ -127,7 +140,7 @@ class Seen:
         return Seen(weight, tokens)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LengthBook:
     """What one model's requests finished with, overall, by tenant and by length of prompt."""
 
@@ -138,7 +151,16 @@ class LengthBook:
     @property
     def unknown(self) -> float:
         """The prior's share in what `distribution` expects of the model, in (0, 1]."""
-        return LEAN_ON_PRIOR / (LEAN_ON_PRIOR + len(self.overall.lengths))
+        return LEAN_ON_PRIOR / (LEAN_ON_PRIOR + self._telling)
+
+    @cached_property
+    def _telling(self) -> float:
+        """Answers seen; a cut one counts by how likely it would have been seen to end."""
+        if not any(self.overall.cut):
+            return len(self.overall.lengths)
+        usual = prior(EngineKind.GENERATE)
+        up_to = np.array(self.overall.lengths)[:, None] >= usual.values
+        return float(np.where(self.overall.cut, up_to @ usual.probabilities, 1.0).sum())
 
     @property
     def mean_error(self) -> float:
@@ -146,37 +168,32 @@ class LengthBook:
         if len(self.overall.lengths) < 2:
             return 0.0
         weights = self.overall.weights / self.overall.weights.sum()
-        lengths = np.array(self.overall.lengths, dtype=np.float64)
+        lengths = self._lengths
         mean = max(1.0, float(weights @ lengths))
         return float(np.sqrt((weights @ (lengths - mean) ** 2) * (weights @ weights))) / mean
 
     def seen(self, outputs: Iterable[Output]) -> LengthBook:
         """The book after these requests, in the order they finished."""
-        lengths: list[int] = []
-        prompts: list[int] = []
-        usual = self._usual()
-        new: dict[str, tuple[list[int], list[int]]] = {}
-        brought: dict[int, list[int]] = {}
-        for tenant, length, prompt_tokens in outputs:
-            prompt = prompt_bucket(prompt_tokens)
-            brought.setdefault(prompt, []).append(length)
-            lengths.append(length)
-            prompts.append(prompt)
+        every = tuple(outputs)
+        new: dict[str, list[Output]] = {}
+        brought: dict[int, list[float]] = {}
+        lengths = self._uncut([ended.tokens for ended in every], [ended.cut for ended in every])
+        for ended, length in zip(every, lengths.tolist(), strict=True):
+            brought.setdefault(prompt_bucket(ended.prompt_tokens), []).append(length)
             # Taken out and put back: a dict keeps order, so the least recent tenant stands first.
-            own = new.pop(tenant, None) or ([], [])
-            own[0].append(length)
-            own[1].append(prompt)
-            new[tenant] = own
+            own = new.pop(ended.tenant, None) or []
+            own.append(ended)
+            new[ended.tenant] = own
         by_prompt = dict(self.by_prompt)
         for prompt, own_lengths in brought.items():
             by_prompt[prompt] = by_prompt.get(prompt, _NONE).after(own_lengths)
-        relative = self._relative(usual, most=max(by_prompt, default=0))
+        relative = self._relative(self._usual, most=max(by_prompt, default=0))
         tenants = {name: own for name, own in self.tenants.items() if name not in new}
-        for name, columns in new.items():
+        for name, own in new.items():
             before = self.tenants.get(name) or History()
-            tenants[name] = before.after(*columns, TENANT_HISTORY, relative)
+            tenants[name] = before.after(own, TENANT_HISTORY, relative, self._uncut)
         recent = dict(list(tenants.items())[-TENANTS:])
-        overall = self.overall.after(lengths, prompts, HISTORY, relative)
+        overall = self.overall.after(every, HISTORY, relative, self._uncut)
         return LengthBook(overall, recent, by_prompt)
 
     def distribution(
@@ -195,18 +212,17 @@ class LengthBook:
         if of_model is None:
             of_model = prior(kind)
             if count:
-                own = _estimate(self.overall, ages, 1.0)
-                of_model = own.mixed(count, of_model, LEAN_ON_PRIOR)
+                of_model = _estimate(self.overall, ages, 1.0, of_model, LEAN_ON_PRIOR)
         history = self.tenants.get(tenant or "")
         if history is None or not history.lengths:
             return of_model
         many = len(history.lengths)
-        own = _estimate(history, ages, min(1.0, many / count) if count else 1.0)
-        return own.mixed(many, of_model, LEAN_ON_MODEL)
+        share = min(1.0, many / count) if count else 1.0
+        return _estimate(history, ages, share, of_model, LEAN_ON_MODEL)
 
     def answers(self, tenant: str | None = None) -> Answers:
         """How a tenant's work with given prompts differs from what `distribution` expects."""
-        usual = self._usual()
+        usual = self._usual
         if usual is None:
             return Answers(np.ones(0), 1.0)
         relative = self._relative(usual, most=max(self.by_prompt, default=0))
@@ -218,13 +234,31 @@ class LengthBook:
             typical = (weight * own_typical + LEAN_ON_MODEL * typical) / (weight + LEAN_ON_MODEL)
         return Answers(relative, typical)
 
+    @cached_property
+    def _known(self) -> LengthDistribution:
+        """The lengths of the model's answers; embeddings have none that could be cut."""
+        return self.distribution(EngineKind.GENERATE)
+
+    def _uncut(self, lengths: Sequence[int], cut: Sequence[bool]) -> Floats:
+        """These lengths, the cut ones with what is to be expected beyond."""
+        found = np.array(lengths, dtype=np.float64)
+        if any(cut):
+            beyond, _ = self._known.residuals(found)
+            found += np.where(cut, beyond, 0.0)
+        return found
+
+    @cached_property
+    def _lengths(self) -> Floats:
+        """The model's lengths, as they would have been."""
+        return self._uncut(self.overall.lengths, self.overall.cut)
+
+    @cached_property
     def _usual(self) -> float | None:
         """The mean length; None while nothing was seen."""
         if not self.overall.lengths:
             return None
         weights = self.overall.weights
-        lengths = np.array(self.overall.lengths, dtype=np.float64)
-        return max(1e-9, float(weights @ lengths) / float(weights.sum()))
+        return max(1e-9, float(weights @ self._lengths) / float(weights.sum()))
 
     def _relative(self, usual: float | None, *, most: int) -> Floats:
         """What prompts of each bucket up to `most` bring, relative to all; 1 where unknown."""
@@ -301,12 +335,23 @@ def _memories(count: int) -> Floats:
     return found
 
 
-def _estimate(history: History, ages: Ages, share: float) -> LengthDistribution:
+def _estimate(
+    history: History, ages: Ages, share: float, of_all: LengthDistribution, lean: float
+) -> LengthDistribution:
+    """What a history lets expect that leans on `of_all`; the ages' `share` is its own."""
     lengths, weights = np.array(history.lengths, dtype=np.float64), history.weights
-    total = float(weights.sum())
+    total, count = float(weights.sum()), len(history.lengths)
     mean = max(1.0, float(weights @ lengths) / total)
     # Little's law: while one request produces a token, running/mean requests finish, and each
-    # makes the history forget one part in `total`.
+    # makes the history forget one part in `total`. Cut ones do so too, at the length they have.
     fading = ages.running * share / mean / total
-    # The ages stand for the tenant's share of them.
-    return kaplan_meier(lengths, weights, ages.begun, age_weight=share * ages.weight, fading=fading)
+    age_weight = share * ages.weight
+    if any(history.cut):
+        # Where its cut answers ended, a history knows less the further one looks: what it leans on
+        # has to be at risk beside it, not mixed in afterwards.
+        return kaplan_meier(
+            lengths, weights, ages.begun, age_weight=age_weight, fading=fading,
+            cut=history.cut, assumed=of_all, lean=lean * total / count,
+        )  # fmt: skip
+    own = kaplan_meier(lengths, weights, ages.begun, age_weight=age_weight, fading=fading)
+    return own.mixed(count, of_all, lean)

@@ -1,7 +1,7 @@
 """Distributions of output lengths.
 
-Kaplan–Meier over weighted endings, with running requests as censored observations. Lengths are
-tokens.
+Kaplan–Meier over weighted endings; running requests and answers that a bound cut are censored
+observations. Lengths are tokens.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from qlm_batch.scheduling.worktable import EXCESS
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Flags = NDArray[np.bool_]
 
 _LEVELS = (np.arange(EXCESS) + 0.5) / EXCESS
 
@@ -156,22 +157,50 @@ def kaplan_meier(
     *,
     age_weight: float = 1.0,
     fading: float = 0.0,
+    cut: Sequence[bool] | Flags = (),
+    assumed: LengthDistribution | None = None,
+    lean: float = 0.0,
 ) -> LengthDistribution:
     """Product-limit estimate from finished `lengths` and running requests of these `ages`.
+
+    Those marked as `cut` would have been longer, nobody knows by how much. What is `assumed` counts
+    as endings of weight `lean` in all (Susarla and Van Ryzin 1976): where nothing seen came as far
+    as some length, it alone says what is beyond.
 
     `fading` discounts time at risk by exp(-fading · tokens generated since): a forgetting history
     holds only recent endings, so the risk it is divided by must be forgotten alike; else, in a
     steady state, running requests would count as survivors of a past that was dropped. What is
-    left when the largest observation is a running one is put there (Efron 1967).
+    left when the largest observation is a running one is put there (Efron 1967); when it is a cut
+    one, at twice its length, the median guess for what is known only to go beyond.
     ValueError without any observation.
     """
-    finished = np.asarray(lengths, dtype=np.float64)
+    ended, mass = np.asarray(lengths, dtype=np.float64), np.asarray(weights, dtype=np.float64)
     running = np.sort(np.asarray(ages, dtype=np.float64))
-    if not finished.size and not running.size:
+    if not ended.size and not running.size:
         raise ValueError("Kaplan–Meier needs at least one observation")
-    order = np.argsort(finished)
-    mass = np.asarray(weights, dtype=np.float64)[order]
-    return LengthDistribution(*loops().survival(finished[order], mass, running, age_weight, fading))
+    outlived, outlived_mass = running, np.full(running.size, age_weight)
+    furthest = float(max(ended.max(initial=0.0), running.max(initial=0.0)))
+    leaned = np.zeros(ended.size)
+    if len(cut):
+        bounded = np.asarray(cut, dtype=np.bool_)
+        outlived = np.concatenate((running, ended[bounded]))
+        outlived_mass = np.concatenate((outlived_mass, mass[bounded]))
+        order = np.argsort(outlived, kind="stable")
+        outlived, outlived_mass = outlived[order], outlived_mass[order]
+        if ended[bounded].max(initial=-1.0) >= furthest:
+            furthest *= 2.0
+        ended, mass, leaned = ended[~bounded], mass[~bounded], leaned[~bounded]
+    if assumed is not None:
+        ended = np.concatenate((ended, assumed.values))
+        mass = np.concatenate((mass, np.zeros(assumed.values.size)))
+        leaned = np.concatenate((leaned, lean * assumed.probabilities))
+        furthest = max(furthest, float(assumed.values[-1]))
+    order = np.argsort(ended)
+    return LengthDistribution(
+        *loops().survival(
+            ended[order], mass[order], leaned[order], outlived, outlived_mass, fading, furthest
+        )
+    )
 
 
 @lru_cache

@@ -41,7 +41,9 @@ class Loops(NamedTuple):
     ]
     by_insertion: Callable[[Columns, Ints, Ints, Ints, float, float], Ints]
     search: Callable[[Columns, Floats, Ints, Ints, Ints, int, int, int, float, float], int]
-    survival: Callable[[Floats, Floats, Floats, float, float], tuple[Floats, Floats]]
+    survival: Callable[
+        [Floats, Floats, Floats, Floats, Floats, float, float], tuple[Floats, Floats]
+    ]
     largest: Callable[[Floats, Floats, Ints, Ints, Floats], tuple[Floats, Floats]]
     trusted: Callable[[Floats, Floats, Floats, int, Floats, int, float, float], Floats]
     cut: Callable[[Ints, Ints, Floats, Ints], tuple[Ints, Ints]]
@@ -106,7 +108,7 @@ def compile_all() -> None:
         columns, one.copy(), one, np.zeros((1, 1, 8)), none, one, place, size, none, 0.5, 0.5, 1
     )
     COMPILED.search(columns, one, place, size, none.copy(), 0, 1, 0, 0.5, 0.5)
-    COMPILED.survival(one, one, one, 1.0, 0.5)
+    COMPILED.survival(one, one, one, one, one, 0.5, 1.0)
     COMPILED.largest(one, one[:0], size + 1, size, one)
     memories = np.ones((1, 1))
     memories.setflags(write=False)

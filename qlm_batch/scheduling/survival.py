@@ -17,39 +17,47 @@ _NOTHING = 1e-12
 
 @compiled
 def survival(
-    finished: Floats, mass: Floats, running: Floats, age_weight: float, fading: float
+    ended: Floats,
+    mass: Floats,
+    assumed: Floats,
+    outlived: Floats,
+    weights: Floats,
+    fading: float,
+    rest_at: float,
 ) -> tuple[Floats, Floats]:
-    """Values and their probabilities, from what ended and what still runs, both ascending.
+    """Values and their probabilities, from what ended and what `outlived` a value, both ascending.
 
-    Mass at risk is faded by exp(-fading) for each token between it and what it is at risk of. What
-    is left when the largest observation is a running one is put there.
+    Of what ended, `mass` was seen and `assumed` is assumed. Mass at risk, but for the assumed, is
+    faded by exp(-fading) for each token between it and what it is at risk of. What is left beyond
+    all values is put at `rest_at`.
     """
-    values = np.empty(finished.size + 1)
-    chances = np.zeros(finished.size + 1)
+    values = np.empty(ended.size + 1)
+    chances, sure = np.zeros(ended.size + 1), np.zeros(ended.size + 1)
     count = 0
-    for n in range(finished.size):
-        if count == 0 or finished[n] != values[count - 1]:
-            values[count] = finished[n]
+    for n in range(ended.size):
+        if count == 0 or ended[n] != values[count - 1]:
+            values[count] = ended[n]
             count += 1
         chances[count - 1] += mass[n]
+        sure[count - 1] += assumed[n]
     at_risk = np.empty(count + 1)
-    risk, age = 0.0, running.size - 1
+    risk, held, last = 0.0, 0.0, outlived.size - 1
     for n in range(count - 1, -1, -1):
         if n < count - 1:
             risk *= math.exp(-fading * (values[n + 1] - values[n]))
-        while age >= 0 and running[age] >= values[n]:
-            risk += age_weight * math.exp(-fading * (running[age] - values[n]))
-            age -= 1
+        while last >= 0 and outlived[last] >= values[n]:
+            risk += weights[last] * math.exp(-fading * (outlived[last] - values[n]))
+            last -= 1
         risk += chances[n]
-        at_risk[n] = risk
+        held += sure[n]
+        at_risk[n] = risk + held
     alive = 1.0
     for n in range(count):
-        ended = min(1.0, chances[n] / max(at_risk[n], 1e-300))
-        chances[n] = alive * ended
-        alive *= 1.0 - ended
+        share = min(1.0, (chances[n] + sure[n]) / max(at_risk[n], 1e-300))
+        chances[n] = alive * share
+        alive *= 1.0 - share
     if alive > _NOTHING:
-        last = values[count - 1] if count > 0 else 0.0
-        values[count] = max(last, running[-1]) if running.size > 0 else last
+        values[count] = rest_at
         chances[count] = alive
         count += 1
     # One by one: an array's own sum adds in another order where it is not compiled.

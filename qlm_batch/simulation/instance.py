@@ -212,7 +212,7 @@ class SimulatedInstance:
             lease.left.discard(key)
             slice_, came = lease.slice, columns.arrival[key]
             prompt, output = columns.prompt[key], columns.output[key]
-            self._finished.append((slice_.tenant, output, prompt))
+            self._finished.append(Output(slice_.tenant, output, prompt))
             share = FORGETS if self._typical else 1.0
             self._typical += share * (output - self._typical)
             # By position, where names would take a fifth of the time.

@@ -64,7 +64,7 @@ def replay(path: Path) -> Replay:
                 # A new leader sees for the first time what an old one wrote down already.
                 runs.setdefault((run.run_id, run.generation), run)
             case LengthsEntry(_, model, outputs):
-                for tenant, tokens, prompt in outputs:
+                for tenant, tokens, prompt, _ in outputs:
                     lengths[model, tenant].append((max(1, prompt), max(1, tokens)))
             case CallsEntry(model, answered):
                 calls += [(model, call) for call in answered]

@@ -16,6 +16,7 @@ from qlm_batch.domain.snapshot import (
     Assignment,
     Decision,
     Observation,
+    Output,
     Plan,
     Profile,
     QueueEntry,
@@ -243,7 +244,11 @@ def _to_observation(data: dict[str, Any]) -> Observation:
     return Observation(
         **{
             **data,
-            "outputs": tuple((str(t), int(out), int(prompt)) for t, out, prompt in data["outputs"]),
+            # A worker of the release before does not tell whether an answer was cut.
+            "outputs": tuple(
+                Output(str(t), int(out), int(prompt), *map(bool, cut))
+                for t, out, prompt, *cut in data["outputs"]
+            ),
             "steps": tuple((int(a), int(b), int(c), float(d)) for a, b, c, d in data["steps"]),
             # A worker of the release before tells of none.
             "calls": tuple(

@@ -178,6 +178,22 @@ async def test_a_chat_is_answered_with_its_usage(rig: Rig) -> None:
     assert answer.first_token_s is None or 0 <= answer.first_token_s <= answer.duration_s
 
 
+async def test_an_answer_tells_whether_a_bound_cut_it(rig: Rig) -> None:
+    ended = rig.chat(max_tokens=300, temperature=0)
+    cut = rig.chat(n=2, max_tokens=3, ignore_eos=True)
+    said = await asyncio.gather(rig.engine.answer(ended), rig.engine.answer(cut))
+    endings = [
+        {choice["finish_reason"] for choice in json.loads(answer.body)["choices"]}
+        for answer in said
+    ]
+    assert endings == [{"stop"}, {"length"}]
+    assert [answer.cut for answer in said] == [False, True]
+
+
+async def test_an_embedding_is_never_cut(embedder: Rig) -> None:
+    assert not (await embedder.engine.answer(embedder.request(EMBEDDINGS, {"input": "a"}))).cut
+
+
 async def test_a_completion_is_answered_with_its_usage(rig: Rig) -> None:
     body = {"prompt": "3 + 4 =", "max_tokens": 7, "ignore_eos": True}
     answer = await rig.engine.answer(rig.request(COMPLETIONS, body))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ from qlm_batch.domain.snapshot import (
     GroupPart,
     InstanceState,
     Observation,
+    Output,
     Plan,
     PlannedGroup,
     Profile,
@@ -144,7 +146,8 @@ def test_observations_are_drained_once_and_in_order(bench: Bench) -> None:
     calls = ((1.5, 0.5, TENANT, 7, 5), (2.5, 20.0, TENANT, 8, 6))
     seen = tuple(
         Observation(
-            *("gpu-0", "cpu", MODEL, float(n), ((TENANT, n, 9),), ((1, 2, 3, 0.5),)),
+            *("gpu-0", "cpu", MODEL, float(n)),
+            *((Output(TENANT, n, 9, cut=n == 1),), ((1, 2, 3, 0.5),)),
             calls=calls[:n],
         )
         for n in range(3)
@@ -154,6 +157,13 @@ def test_observations_are_drained_once_and_in_order(bench: Bench) -> None:
     assert tuple(bench.store.take_observations(epoch, limit=2)) == seen[:2]
     assert tuple(bench.store.take_observations(epoch)) == seen[2:]
     assert tuple(bench.store.take_observations(epoch)) == ()
+
+
+def test_a_report_of_a_worker_that_does_not_tell_what_was_cut_is_taken(bench: Bench) -> None:
+    ended: Any = (TENANT, 7, 9)
+    bench.beat(observations=(Observation("gpu-0", "cpu", MODEL, 1.0, (ended,)),))
+    (seen,) = bench.store.take_observations(bench.lead())
+    assert [Output(*told) for told in seen.outputs] == [Output(TENANT, 7, 9, cut=False)]
 
 
 def test_profiles_are_remembered(bench: Bench) -> None:

@@ -30,6 +30,7 @@ from qlm_batch.domain.snapshot import (
     InstanceState,
     ModelView,
     Observation,
+    Output,
     Plan,
     RequestGroup,
     Residency,
@@ -299,7 +300,9 @@ def test_a_lost_hint_costs_nothing_but_time(stage: Stage) -> None:
 
 
 def test_reports_change_what_is_known(stage: Stage) -> None:
-    seen = Observation("gpu-0", "A100", "m", 1.0, ((TENANT, 42, 9),) * 50, ((8, 800, 0, 0.1),) * 50)
+    seen = Observation(
+        "gpu-0", "A100", "m", 1.0, (Output(TENANT, 42, 9),) * 50, ((8, 800, 0, 0.1),) * 50
+    )
     stage.beat(observations=(seen,))
     stage.loop.tick()
     profiles = {(p.model, p.device) for p in stage.store.snapshot().profiles}

@@ -14,7 +14,7 @@ from qlm_batch.control.leadership import Leadership
 from qlm_batch.control.recording import Recorder
 from qlm_batch.control.scheduler_loop import SchedulerConfig, SchedulerLoop
 from qlm_batch.domain.ports import Store
-from qlm_batch.domain.snapshot import Observation, Snapshot
+from qlm_batch.domain.snapshot import Observation, Output, Snapshot
 from qlm_batch.scheduling.policies import policy
 from qlm_batch.simulation.replay import replay
 from qlm_batch.store.memory import MemoryStore
@@ -72,7 +72,7 @@ def stages(postgres_url: str) -> Iterator[tuple[Stage, Stage]]:
 def story(stage: Stage) -> list[Any]:
     """Two passes over a mixed queue: what was planned, assigned, promised and decided."""
     seen = Observation(
-        "gpu-0", "A100", "m", 1.0, ((TENANT, 300, 9),) * 60, ((16, 4000, 0, 0.02),) * 60
+        "gpu-0", "A100", "m", 1.0, (Output(TENANT, 300, 9),) * 60, ((16, 4000, 0, 0.02),) * 60
     )
     stage.beat(observations=(seen,))
     stage.beat("gpu-1", ["n", "m"])

@@ -40,6 +40,22 @@ def test_a_logs_plans_come_back_byte_for_byte(tmp_path: Path, name: str) -> None
     assert told.different is None and told.skipped == 0
 
 
+def test_a_log_that_does_not_tell_what_was_cut_says_the_same(tmp_path: Path) -> None:
+    path, older = _log(tmp_path / "log.jsonl"), tmp_path / "older" / "log.jsonl"
+    older.parent.mkdir()
+    lines = path.read_text().splitlines(keepends=True)
+    older.write_text(
+        "".join(
+            line.replace(",false]", "]") if '"type":"lengths"' in line else line for line in lines
+        )
+    )
+    assert older.stat().st_size < path.stat().st_size
+    told, now = replay(older), replay(path)
+    assert told.plans == told.same == now.same > 3
+    for one, other in zip(told.history.arrivals, now.history.arrivals, strict=True):
+        assert one.outputs.tolist() == other.outputs.tolist()
+
+
 def test_a_changed_plan_is_noticed(tmp_path: Path) -> None:
     path = _log(tmp_path / "log.jsonl")
     text = path.read_text()

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from qlm_batch.domain.jobs import Usage
-from qlm_workers.answers import MOST_TOKENS, usage_of
+from qlm_workers.answers import MOST_TOKENS, cut_in, usage_of
 
 
 def test_counts_are_read_with_their_details() -> None:
@@ -44,3 +44,17 @@ def test_a_count_is_always_one_that_can_be_stored(told: object, tokens: int) -> 
 def test_what_is_no_object_tells_nothing(odd: object) -> None:
     assert usage_of(odd) == Usage()
     assert usage_of({"prompt_tokens_details": odd, "completion_tokens_details": odd}) == Usage()
+
+
+@pytest.mark.parametrize(
+    ("choices", "cut"),
+    [
+        ([{"finish_reason": "stop"}, {"finish_reason": "length"}], True),
+        ([{"finish_reason": "stop"}, {"finish_reason": None}, {}], False),
+        ([None, "length"], False),
+        ("length", False),
+        (None, False),
+    ],
+)
+def test_one_choice_at_its_bound_makes_an_answer_cut(choices: object, cut: bool) -> None:
+    assert cut_in({"choices": choices}) is cut

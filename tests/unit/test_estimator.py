@@ -15,6 +15,7 @@ from qlm_batch.domain.jobs import EngineKind
 from qlm_batch.domain.snapshot import (
     InstanceState,
     Observation,
+    Output,
     Profile,
     Residency,
     Snapshot,
@@ -36,7 +37,12 @@ def learned(length: int = 100) -> tuple[Profile, ...]:
         (),
         [
             Observation(
-                "i", "A100", "m", 0.0, (("t", length, 9),) * 2000, ((32, 8000, 0, STEP_S),) * 2000
+                "i",
+                "A100",
+                "m",
+                0.0,
+                (Output("t", length, 9),) * 2000,
+                ((32, 8000, 0, STEP_S),) * 2000,
             )
         ],
     )
@@ -67,7 +73,7 @@ def test_a_limit_on_output_tokens_makes_requests_short() -> None:
 
 
 def test_measured_throughput_stands_in_for_steps() -> None:
-    seen = Observation("i", "A100", "m", 0.0, (("t", 100, 9),) * 2000, (), 64_000, 640, 100.0)
+    seen = Observation("i", "A100", "m", 0.0, (Output("t", 100, 9),) * 2000, (), 64_000, 640, 100.0)
     situation = replace(snapshot(instances=[instance("i")]), profiles=fold((), [seen]))
     assert flow(Estimator(situation)).tokens_per_s == pytest.approx(640, rel=0.01)
 
@@ -113,7 +119,8 @@ def test_many_groups_at_once_take_what_each_takes_by_itself(
     asked: list[tuple[str, str, int, int, int]],
 ) -> None:
     seen = [
-        Observation("i", "A100", model, 0.0, (("t", 90, 9), ("u", 700, 9)) * 50) for model in "mn"
+        Observation("i", "A100", model, 0.0, (Output("t", 90, 9), Output("u", 700, 9)) * 50)
+        for model in "mn"
     ]
     fleet = [
         instance("i", ("m", "n")),
@@ -214,6 +221,21 @@ def test_a_batch_is_told_when_it_will_be_done() -> None:
     assert "on i" in found.reason and "model m awake" in found.reason
 
 
+def test_work_without_a_bound_is_not_promised_as_the_one_token_answers_before_it() -> None:
+    steps = ((32, 8000, 0, STEP_S),) * 50
+    before = fold((), [Observation("i", "A100", "m", 0.0, (), steps)])
+    cut = (Output("t", 1, 9, cut=True),) * 50
+    after = fold(before, [Observation("i", "A100", "m", 1.0, cut)])
+    unbounded = run_view(1, 8, requests=500, max_tokens=500 * 8000)
+    situation = snapshot(runs=[unbounded], instances=[instance("i")])
+    first, now = (
+        estimate_of(replace(situation, profiles=profiles), "batch-1")
+        for profiles in (before, after)
+    )
+    assert now.p50 == pytest.approx(first.p50, rel=0.05)
+    assert now.p95 >= 0.95 * first.p95
+
+
 def test_a_batch_that_cannot_be_on_time_is_told_so() -> None:
     situation = planned(snapshot(runs=[run_view(1, 100, deadline=5.0)], instances=[instance("i")]))
     found = estimate_of(situation, "batch-1")
@@ -256,7 +278,7 @@ def test_waiting_behind_others_takes_longer() -> None:
 
 
 def test_work_whose_prompts_brought_long_answers_takes_longer() -> None:
-    seen = Observation("i", "A100", "m", 0.0, (("t", 40, 100), ("t", 400, 2000)) * 200)
+    seen = Observation("i", "A100", "m", 0.0, (Output("t", 40, 100), Output("t", 400, 2000)) * 200)
     situation = replace(snapshot(instances=[instance("i")]), profiles=fold((), [seen]))
     estimator = Estimator(situation)
     asked = replace(group("g", deadline=1e6, requests=100), max_tokens=100 * 4096)
@@ -270,7 +292,7 @@ def test_work_whose_prompts_brought_long_answers_takes_longer() -> None:
 
 
 def test_prompts_never_lift_an_expectation_above_the_limit() -> None:
-    seen = Observation("i", "A100", "m", 0.0, (("t", 10, 100), ("t", 400, 2000)) * 200)
+    seen = Observation("i", "A100", "m", 0.0, (Output("t", 10, 100), Output("t", 400, 2000)) * 200)
     situation = replace(snapshot(instances=[instance("i")]), profiles=fold((), [seen]))
     asked = replace(group("g", deadline=1e6, requests=10), prompts=prompt_mix([2000]))
     limited = replace(asked, max_tokens=10 * 100)
@@ -297,7 +319,7 @@ def test_batches_of_one_group_end_one_after_the_other() -> None:
 
 def test_where_all_runs_at_once_steps_are_shorter_than_those_of_a_full_instance() -> None:
     steps = tuple((n, 300 * n, 0, 0.01 + 0.001 * n) for n in range(1, 65)) * 30
-    seen = Observation("i", "A100", "m", 0.0, (("t", 100, 9),) * 2000, steps)
+    seen = Observation("i", "A100", "m", 0.0, (Output("t", 100, 9),) * 2000, steps)
     fleet = [instance("i", slots=64)]
     few, many = (
         replace(
@@ -323,7 +345,7 @@ def test_what_was_worked_out_is_taken_over_until_something_is_learned_or_reporte
     assert Estimator(later, knowledge=told, before=first).basis is first.basis
     aged = replace(seen, instances=(instance("i", generated=(50, 90)),))
     assert Estimator(aged, knowledge=told, before=first).basis is not first.basis
-    more = told.observed([Observation("i", "A100", "m", 2.0, (("t", 42, 9),))])
+    more = told.observed([Observation("i", "A100", "m", 2.0, (Output("t", 42, 9),))])
     assert Estimator(seen, knowledge=more, before=first).basis is not first.basis
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlm_batch.domain.jobs import OnMiss, SloClass
-from qlm_batch.domain.snapshot import Observation, RequestGroup
+from qlm_batch.domain.snapshot import Observation, Output, RequestGroup
 from qlm_batch.scheduling.fairness import HALF_LIFE_S, Served, aged, entitled
 from qlm_batch.scheduling.policies import policy
 from qlm_batch.scheduling.profile import Knowledge, fold
@@ -19,7 +19,7 @@ FLEET = snapshot(instances=[instance("i")])
 
 
 def seen(tenant: str, tokens: int, at: float = 1.0) -> Observation:
-    return Observation("i", "A100", "m", at, ((tenant, tokens, 9),))
+    return Observation("i", "A100", "m", at, (Output(tenant, tokens, 9),))
 
 
 def on_time(*groups: RequestGroup, served: Served | None = None) -> list[str]:

@@ -10,13 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qlm_batch.domain.jobs import EngineKind
 from qlm_batch.domain.snapshot import RunView
 from qlm_batch.scheduling import loops
 from qlm_batch.scheduling.compiled import AVAILABLE
 from qlm_batch.scheduling.estimator import Estimator
 from qlm_batch.scheduling.grouping import form_groups
 from qlm_batch.scheduling.lengthbook import DECAYS
-from qlm_batch.scheduling.lengths import kaplan_meier
+from qlm_batch.scheduling.lengths import LengthDistribution, kaplan_meier, prior
 from qlm_batch.scheduling.policies import policy
 from qlm_batch.scheduling.policies.base import standing, to_plan
 from tests.unit.planning_cases import instance, run_view, snapshot
@@ -138,16 +139,24 @@ def test_trust_is_judged_alike_compiled_and_as_written(lengths: list[int], first
 
 
 @given(
-    st.lists(st.integers(0, 2000), min_size=1, max_size=300),
+    st.lists(st.tuples(st.integers(0, 2000), st.booleans()), min_size=1, max_size=300),
     st.lists(st.integers(1, 2000), max_size=30),
+    st.sampled_from([0.0, 8.0]),
 )
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=50)
 def test_lengths_are_distributed_alike_compiled_and_as_written(
-    lengths: list[int], ages: list[int]
+    answers: list[tuple[int, bool]], ages: list[int], lean: float
 ) -> None:
-    finished, running = (np.sort(np.array(n, dtype=np.float64)) for n in (lengths, ages))
-    asked = (finished, 0.98 ** np.arange(finished.size), running, 1.0, 0.001)
-    for fast, written in zip(
-        loops.COMPILED.survival(*asked), loops.WRITTEN.survival(*asked), strict=True
-    ):
-        assert fast.tolist() == written.tolist()
+    lengths, cut = zip(*answers, strict=True)
+
+    def found() -> LengthDistribution:
+        return kaplan_meier(
+            lengths, 0.98 ** np.arange(len(lengths)), ages, age_weight=0.7, fading=0.001,
+            cut=cut, assumed=prior(EngineKind.GENERATE) if lean else None, lean=lean,
+        )  # fmt: skip
+
+    fast = found()
+    with as_written():
+        written = found()
+    assert fast.values.tolist() == written.values.tolist()
+    assert fast.probabilities.tolist() == written.probabilities.tolist()

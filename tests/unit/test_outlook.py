@@ -11,6 +11,7 @@ from qlm_batch.domain.snapshot import (
     GroupPart,
     InstanceState,
     Observation,
+    Output,
     Plan,
     PlannedGroup,
     RequestGroup,
@@ -26,7 +27,7 @@ from tests.unit.planning_cases import assigned, group, instance, run_view, snaps
 BUSY = instance("i", slots=256, assigned=(assigned(9, 100),))
 SEEN = snapshot(runs=[run_view(1, 20)], instances=[BUSY])
 KNOWN = Knowledge()
-OUTPUTS = Observation("i", "A100", "m", 1.0, (("t", 42, 9),))
+OUTPUTS = Observation("i", "A100", "m", 1.0, (Output("t", 42, 9),))
 
 
 def group_of(run_id: int, slices: int, key: str) -> RequestGroup:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from qlm_batch.domain.snapshot import Observation, Profile
+from qlm_batch.domain.snapshot import Observation, Output, Profile
 from qlm_batch.scheduling.profile import ANY_MODEL, Knowledge, fold
 from qlm_batch.scheduling.speed import Speed, StepTime, prior_step_time
 
@@ -122,14 +122,14 @@ def test_what_an_engine_loses_is_known_after_a_few_seconds() -> None:
 
 
 def test_folding_keeps_what_it_does_not_touch() -> None:
-    first = fold((), [Observation("i", "A100", "m", 1.0, (("t", 50, 9),), tuple(steps(5)))])
-    second = fold(first, [Observation("j", "A100", "n", 2.0, (("t", 60, 9),))])
+    first = fold((), [Observation("i", "A100", "m", 1.0, (Output("t", 50, 9),), tuple(steps(5)))])
+    second = fold(first, [Observation("j", "A100", "n", 2.0, (Output("t", 60, 9),))])
     assert all(profile in second for profile in first if profile.model != ANY_MODEL)
     assert fold(second, ()) == second
 
 
 def test_what_was_learned_survives_storage() -> None:
-    seen = Observation("i", "A100", "m", 1.0, (("t", 50, 9),), tuple(steps(50)), 500, 10, 3.0)
+    seen = Observation("i", "A100", "m", 1.0, (Output("t", 50, 9),), tuple(steps(50)), 500, 10, 3.0)
     profiles = fold((), [seen])
     stored = [Profile(p.model, p.device, json.loads(json.dumps(dict(p.data)))) for p in profiles]
     assert Knowledge.of(stored) == Knowledge.of(profiles)
@@ -137,19 +137,21 @@ def test_what_was_learned_survives_storage() -> None:
 
 
 def test_what_is_read_already_is_not_read_again() -> None:
-    profiles = fold((), [Observation("i", "A100", "m", 1.0, (("t", 50, 9),), tuple(steps(50)))])
+    profiles = fold(
+        (), [Observation("i", "A100", "m", 1.0, (Output("t", 50, 9),), tuple(steps(50)))]
+    )
     first = Knowledge.of(profiles)
     again = Knowledge.of([replace(profile) for profile in profiles], first)
     assert again == first
     assert again.book("m") is first.book("m")
     assert again.speed("m", "A100") is first.speed("m", "A100")
-    after = first.observed([Observation("i", "A100", "m", 2.0, (("t", 60, 9),))])
+    after = first.observed([Observation("i", "A100", "m", 2.0, (Output("t", 60, 9),))])
     assert Knowledge.of(after.profiles(), first) == Knowledge.of(after.profiles())
 
 
 def test_lengths_are_shared_by_devices_and_speeds_are_not() -> None:
     known = Knowledge.of(
-        fold((), [Observation("i", "A100", "m", 1.0, (("t", 50, 9),), tuple(steps(50)))])
+        fold((), [Observation("i", "A100", "m", 1.0, (Output("t", 50, 9),), tuple(steps(50)))])
     )
     assert known.book("m").overall.lengths == (50,)
     assert not known.speed("m", "H100").fitted

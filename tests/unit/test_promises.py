@@ -15,6 +15,7 @@ from qlm_batch.domain.snapshot import (
     AssignedView,
     InstanceState,
     Observation,
+    Output,
     Plan,
     PlannedGroup,
     RequestGroup,
@@ -36,9 +37,9 @@ MODELS = ("m", "n", "x")
 HOSTED = (("m",), ("m", "n"), {"n": Residency.AWAKE, "m": Residency.COLD})
 STEPS = tuple((n, 300 * n, 0, 0.01 + 0.001 * n) for n in range(1, 33)) * 10
 SEEN = (
-    Observation("i", "A100", "m", 0.0, (("t", 90, 9), ("u", 700, 900)) * 50, STEPS),
-    Observation("j", "A10", "m", 0.0, (("t", 90, 9),) * 50, (), 64_000, 640, 100.0),
-    Observation("i", "A100", "n", 0.0, (("t", 200, 9),) * 9),
+    Observation("i", "A100", "m", 0.0, (Output("t", 90, 9), Output("u", 700, 900)) * 50, STEPS),
+    Observation("j", "A10", "m", 0.0, (Output("t", 90, 9),) * 50, (), 64_000, 640, 100.0),
+    Observation("i", "A100", "n", 0.0, (Output("t", 200, 9),) * 9),
 )
 Part = tuple[str, str, str, Foreseen, float]
 """A batch, the model and the reason of a part of it, when that ends, and the time it has."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 from qlm_batch.domain.engine import EngineStats
 from qlm_batch.domain.errors import ConfigurationError, Unavailable
 from qlm_batch.domain.ledger import ReleaseReason
 from qlm_batch.domain.ports import Heartbeat
-from qlm_batch.domain.snapshot import InstanceState, Residency
+from qlm_batch.domain.snapshot import InstanceState, Output, Residency
 from qlm_workers.exits import Exit
 from tests.unit.runner_rig import (
     Rig,
@@ -165,8 +166,17 @@ async def test_observations_arrive_once_also_after_failed_heartbeats() -> None:
         await heartbeats(store, 5)
     seen = [o for beat in store.beats for o in beat.observations]
     assert sum(o.requests for o in seen) == 20
-    assert [pair for o in seen for pair in o.outputs] == [("t", 3, 8)] * 20
+    assert [pair for o in seen for pair in o.outputs] == [Output("t", 3, 8)] * 20
     assert sum(o.tokens for o in seen) == 60
+
+
+async def test_what_is_told_of_an_answer_says_whether_a_bound_cut_it() -> None:
+    store = FakeStore(make_slice(1, 3))
+    async with working(store, FakeEngine(lambda _: replace(good(), cut=True))):
+        await until(lambda: len(store.rows) == 3)
+        await heartbeats(store, 5)
+    told = [output for beat in store.beats for o in beat.observations for output in o.outputs]
+    assert told == [Output("t", 3, 8, cut=True)] * 3
 
 
 async def test_a_model_that_cannot_run_ends_the_worker_for_good() -> None:

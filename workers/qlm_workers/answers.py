@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ from qlm_batch.domain.jobs import EMBEDDINGS, EngineKind, Usage
 
 MOST_TOKENS = 2**31 - 1
 """A larger count of one answer is a fault of its server, and no sum of them could be stored."""
+CUT = "length"
+"""The `finish_reason` of a choice that a bound on its tokens ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,14 @@ def usage_of(usage: object) -> Usage:
         reasoning_tokens=_count(
             _object(told.get("completion_tokens_details")).get("reasoning_tokens")
         ),
+    )
+
+
+def cut_in(response: Mapping[str, object]) -> bool:
+    """Whether a bound ended one of the choices of an OpenAI response."""
+    choices = response.get("choices")
+    return isinstance(choices, list) and any(
+        _object(choice).get("finish_reason") == CUT for choice in choices
     )
 
 

@@ -13,6 +13,7 @@ import structlog
 from qlm_batch.domain.engine import EngineAnswer, EngineRequest
 from qlm_batch.domain.errors import EngineDead
 from qlm_batch.domain.jobs import ClaimedRequest, ResultRow, SloClass
+from qlm_batch.domain.snapshot import Output
 from qlm_batch.ids import id_series
 from qlm_batch.scheduling import agent
 from qlm_workers import rows
@@ -109,7 +110,10 @@ class Feeder:
             )
         if 200 <= answer.status_code < 300:
             output_tokens = answer.usage.output_tokens
-            host.finished(claimed.model, claimed.tenant, output_tokens, request.prompt_tokens)
+            host.finished(
+                claimed.model,
+                Output(claimed.tenant, output_tokens, request.prompt_tokens, answer.cut),
+            )
             host.timed(SloClass.BATCH, answer.first_token_s, answer.duration_s, output_tokens)
         duration_s = time.monotonic() - began
         return rows.answered(claimed, request, request_id, answer, started_at, duration_s)

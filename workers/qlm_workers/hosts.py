@@ -11,7 +11,7 @@ from statistics import fmean
 from qlm_batch.domain.engine import Engine, EngineInfo, EngineStats
 from qlm_batch.domain.errors import Unavailable
 from qlm_batch.domain.jobs import ClaimedRequest, EngineKind, SloClass
-from qlm_batch.domain.snapshot import Call, Latency, ModelView, Residency
+from qlm_batch.domain.snapshot import Call, Latency, ModelView, Output, Residency
 from qlm_batch.scheduling import agent
 from qlm_workers.leases import Lease
 from qlm_workers.meter import Meter
@@ -170,14 +170,14 @@ class Host:
         """The model's name and those of its adapters."""
         return (self.model, *self.adapters)
 
-    def finished(self, model: str, tenant: str, output_tokens: int, prompt_tokens: int) -> None:
+    def finished(self, model: str, output: Output) -> None:
         """A request to the model or one of its adapters ended with an answer."""
         adapter = self.adapters.get(model)
         if adapter is None:
-            self.meter.finished(tenant, output_tokens, prompt_tokens)
+            self.meter.finished(output)
         else:
-            adapter.finished(tenant, output_tokens, prompt_tokens)
-            self.meter.of_adapter(output_tokens)
+            adapter.finished(output)
+            self.meter.of_adapter(output.tokens)
 
     def called(self, model: str, call: Call) -> None:
         """An interactive request to the model or one of its adapters was answered."""

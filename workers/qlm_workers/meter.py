@@ -37,12 +37,12 @@ class Meter:
         """The engine begins to serve: what went before was no time of work."""
         self._busy, self._looked_at = False, now
 
-    def finished(self, tenant: str, output_tokens: int, prompt_tokens: int) -> None:
-        """A request of `tenant` ended with an answer; its prompt is as intake counted it."""
+    def finished(self, output: Output) -> None:
+        """A request ended with an answer; its prompt is as intake counted it."""
         self._finished += 1
-        self._finished_tokens += output_tokens
-        self._outputs.append((tenant, output_tokens, prompt_tokens))
-        self._typical(output_tokens)
+        self._finished_tokens += output.tokens
+        self._outputs.append(output)
+        self._typical(output.tokens)
 
     def called(self, call: Call) -> None:
         """An interactive request was answered."""

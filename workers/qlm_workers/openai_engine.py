@@ -20,7 +20,7 @@ from qlm_batch.domain.errors import ConfigurationError, EngineDead
 from qlm_batch.domain.jobs import EngineKind
 from qlm_batch.domain.snapshot import Residency
 from qlm_batch.settings import Settings
-from qlm_workers.answers import Door, error_answer, usage_of
+from qlm_workers.answers import Door, cut_in, error_answer, usage_of
 from qlm_workers.naming import shown
 from qlm_workers.openai_probe import AWAY, ServerFacts, metric_sum, probe
 from qlm_workers.slots import PrioritySlots
@@ -387,7 +387,9 @@ class OpenAIEngine:
             )
         usage = usage_of(parsed.get("usage"))
         self._generated += usage.output_tokens
-        return EngineAnswer(response.status_code, response.text, usage, None, duration_s)
+        return EngineAnswer(
+            response.status_code, response.text, usage, None, duration_s, cut_in(parsed)
+        )
 
 
 async def _lines_of(response: httpx.Response) -> AsyncIterator[str]:

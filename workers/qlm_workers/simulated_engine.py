@@ -203,6 +203,7 @@ class SimulatedEngine:
             usage,
             first_token_s,
             time.perf_counter() - began,
+            cut=not job.stopped,
         )
 
     async def open_stream(self, request: EngineRequest) -> EngineAnswer | Stream:

@@ -105,5 +105,5 @@ class Job:
 
     @property
     def stopped(self) -> bool:
-        """Whether it ends by itself rather than by its limit."""
-        return self.output_tokens < self.limit
+        """Whether it ends by itself rather than by its limit; an embedding has none."""
+        return self.output_tokens < self.limit or not self.limit

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from qlm_batch.domain.engine import EngineAnswer
 from qlm_batch.domain.jobs import Usage
-from qlm_workers.answers import error_answer, usage_of
+from qlm_workers.answers import CUT, error_answer, usage_of
 
 
 def shape(response: Any, first_token_s: float | None, duration_s: float) -> EngineAnswer:
@@ -24,6 +24,7 @@ def shape(response: Any, first_token_s: float | None, duration_s: float) -> Engi
             _usage(getattr(response, "usage", None)),
             first_token_s,
             duration_s,
+            any(choice.finish_reason == CUT for choice in getattr(response, "choices", ())),
         )
     raw = getattr(response, "body", None)
     if raw is None:
