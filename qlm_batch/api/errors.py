@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Awaitable, Callable, Mapping
 
 import structlog
@@ -19,6 +20,8 @@ from qlm_batch.domain.errors import QlmError
 log = structlog.get_logger(__name__)
 
 RETRY_AFTER_S = 5.0
+LOGGED_EVERY_S = 5.0
+"""How often it is logged that something is away: every request would tell it."""
 _SHOWN = 100
 
 
@@ -27,12 +30,15 @@ def install(app: FastAPI, admit: Callable[[Request], Awaitable[None]]) -> None:
 
     `admit` raises for a caller who may not be told what is wrong with the request.
     """
+    quiet_until = -math.inf
 
     @app.exception_handler(QlmError)
     async def told(request: Request, error: QlmError) -> JSONResponse:
         if error.status == 500:
             raise error
-        if error.why:
+        nonlocal quiet_until
+        if error.why and time.monotonic() >= quiet_until:
+            quiet_until = time.monotonic() + LOGGED_EVERY_S
             log.warning("dependency_away", error=error.in_full)
         return render(error)
 

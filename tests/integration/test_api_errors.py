@@ -217,7 +217,8 @@ def test_an_unreachable_database_is_a_503_with_a_time_to_retry(
     monkeypatch.setattr(site.store, "list_batches", away)
     with capture_logs() as logs:
         answer = client.get("/v1/batches")
-    assert "no password for qlm" in str(logs)
+        client.get("/v1/batches")
+    assert str(logs).count("no password for qlm") == 1
     assert "no password for qlm" not in answer.text
     assert error_of(answer, 503)["code"] == "service_unavailable"
     assert int(answer.headers["retry-after"]) > 0
