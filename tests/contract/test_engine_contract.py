@@ -179,7 +179,9 @@ async def test_a_chat_is_answered_with_its_usage(rig: Rig) -> None:
 
 
 async def test_an_answer_tells_whether_a_bound_cut_it(rig: Rig) -> None:
-    ended = rig.chat(max_tokens=300, temperature=0)
+    # Always the same one: how long an answer of the simulated engine becomes goes by the question.
+    question = {"messages": [{"role": "user", "content": "What is 7 plus 4?"}]}
+    ended = rig.request(CHAT, question | {"max_tokens": 300, "temperature": 0})
     cut = rig.chat(n=2, max_tokens=3, ignore_eos=True)
     said = await asyncio.gather(rig.engine.answer(ended), rig.engine.answer(cut))
     endings = [
