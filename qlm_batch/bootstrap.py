@@ -104,7 +104,7 @@ def open_recorder(settings: Settings) -> Recorder | None:
         why = getattr(error, "strerror", None) or error
         raise ConfigurationError(
             f"record: {settings.record} cannot be written ({why}); set QLM_RECORD to a"
-            " file in a folder that exists and is writable"
+            " file of this process alone in a folder that exists and is writable"
         ) from None
 
 

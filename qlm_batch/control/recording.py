@@ -7,6 +7,8 @@ plan it gave are all there, so asking it again must give the same bytes.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import gzip
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -102,17 +104,22 @@ class Recorder:
     """Writes a log, each plan at once; a path ending in `.gz` is compressed. Use it as a context.
 
     With `append`, what an earlier process wrote stays, up to where it was killed. OSError or
-    ValueError where the file cannot be opened or carried on; a disk that is full later ends the
-    log, not the service.
+    ValueError where the file cannot be opened or carried on, or another process writes it; a disk
+    that is full later ends the log, not the service.
     """
 
     def __init__(self, path: Path, *, append: bool = False) -> None:
         self._path = path
-        if append and path.is_file() and not _whole(path):
-            _mend(path)
+        if append and path.is_file():
+            with path.open("rb") as before:
+                # What somebody writes to ends in half a line too.
+                _claim(before)
+                if not _whole(path):
+                    _mend(path)
         mode: _Writing = "ab" if append else "wb"
         # Closed by `close`: a recorder lives as long as its process.
         self._file: gzip.GzipFile | BufferedWriter = _opened(path, mode)
+        _claim(self._file)
         self._seen: set[tuple[int, int]] = set()
         self._full = False
 
@@ -253,6 +260,14 @@ def _reading(path: Path) -> gzip.GzipFile | BufferedReader:
 
 def _opened(path: Path, mode: _Writing) -> gzip.GzipFile | BufferedWriter:
     return gzip.GzipFile(path, mode) if path.suffix == ".gz" else path.open(mode)
+
+
+def _claim(file: gzip.GzipFile | BufferedReader | BufferedWriter) -> None:
+    """Hold the file until it is closed, by a kill too. OSError where another holds it."""
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OSError(errno.EBUSY, "another scheduler writes it") from None
 
 
 def _whole(path: Path) -> bool:

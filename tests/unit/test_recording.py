@@ -54,6 +54,19 @@ def test_a_log_is_carried_on_after_its_writer_was_killed(tmp_path: Path, name: s
     assert [left.name for left in tmp_path.iterdir()] == [name]
 
 
+@pytest.mark.parametrize("name", ["log.jsonl", "log.jsonl.gz"])
+def test_a_log_that_is_written_is_not_taken_for_one_of_the_dead(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    with Recorder(path) as writing:
+        writing.saw(snapshot(runs=[run_view(1, 1)]))
+        writing.flush()
+        with pytest.raises(ConfigurationError, match=rf"{name}.*another scheduler writes it"):
+            open_recorder(load_settings(record=path))
+        writing.saw(snapshot(runs=[run_view(2, 1)]))
+    entries = list(read_log(path))
+    assert [e.run.run_id for e in entries if isinstance(e, ArrivalEntry)] == [1, 2]
+
+
 def test_a_log_whose_compression_is_damaged_is_named_and_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl.gz"
     for number in (1, 2):
