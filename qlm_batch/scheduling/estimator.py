@@ -42,7 +42,7 @@ from qlm_batch.scheduling.profile import Knowledge
 from qlm_batch.scheduling.speed import Amount, Speed, StepTime
 from qlm_batch.scheduling.steady import Source, Steady, steady
 from qlm_batch.scheduling.tabulating import tabulated
-from qlm_batch.scheduling.worktable import GroupWork, WorkTable
+from qlm_batch.scheduling.worktable import WorkTable
 
 VERSION = "flow-3"
 """Names this estimator in promises."""
@@ -213,16 +213,6 @@ class Estimator:
         return capacities
 
     # Work
-
-    def work(self, group: RequestGroup) -> GroupWork:
-        """What the group would take at each instance, in the snapshot's order."""
-        table = self.table((group,))
-        count, mean = table.count[0], table.mean[0]
-        everywhere = np.arange(mean.size)
-        tail = np.where(
-            np.isfinite(mean), table.tail(np.zeros_like(everywhere), everywhere), np.inf
-        )
-        return GroupWork(mean * count, table.var[0] * count, tail)
 
     def table(self, groups: Sequence[RequestGroup]) -> WorkTable:
         """What these groups would take at each instance, in the snapshot's order."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,15 +12,6 @@ Ints = NDArray[np.int64]
 
 EXCESS = 8
 """Equally likely values that stand for how much later than the mean request one ends."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class GroupWork:
-    """A group's occupation (mean, variance) and tail at every instance; inf where not served."""
-
-    mean: Floats
-    var: Floats
-    tail: Floats
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,18 +34,6 @@ class WorkTable:
     excess: Floats
     classes: Ints
     slow: Floats
-
-    @staticmethod
-    def of(works: Sequence[GroupWork], instances: int) -> WorkTable:
-        """A table in which every group is of its own kind, and every instance of its own class."""
-        rows, each = np.arange(len(works)), np.arange(instances)
-        mean, var, tail = (
-            np.array([getattr(work, name) for work in works]).reshape(len(works), instances)
-            for name in ("mean", "var", "tail")
-        )
-        excess = np.repeat(tail[:, :, None], EXCESS, axis=2)
-        ones = np.ones(len(works)), np.ones(instances)
-        return WorkTable(rows, ones[0], mean, var, rows, tail, excess, each, ones[1])
 
     def tail(self, groups: Ints, instances: Ints) -> Floats:
         """How much later than its occupation the last request of each group ends at an instance."""

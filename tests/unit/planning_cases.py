@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 from zlib import crc32
 
 import numpy as np
@@ -19,9 +20,9 @@ from qlm_batch.domain.snapshot import (
     RunView,
     Snapshot,
 )
-from qlm_batch.scheduling.estimator import EstimatorConfig, Ready
+from qlm_batch.scheduling.estimator import Estimator, EstimatorConfig, Ready
 from qlm_batch.scheduling.fairness import Served
-from qlm_batch.scheduling.worktable import GroupWork, WorkTable
+from qlm_batch.scheduling.worktable import EXCESS, Floats, WorkTable
 
 DAY = 86_400.0
 
@@ -169,20 +170,30 @@ class KnownDurations:
         return self._served
 
     def table(self, groups: Sequence[RequestGroup]) -> WorkTable:
-        return WorkTable.of([self._takes(group) for group in groups], len(self._serving))
+        many, instances = len(groups), len(self._serving)
+        mean = np.array([self._takes(group) for group in groups]).reshape(many, instances)
+        zero = np.where(np.isfinite(mean), 0.0, np.inf)
+        rows, each = np.arange(many), np.arange(instances)
+        return WorkTable(
+            kind=rows,
+            count=np.ones(many),
+            mean=mean,
+            var=zero,
+            tail_kind=rows,
+            tails=zero,
+            excess=np.repeat(zero[:, :, None], EXCESS, axis=2),
+            classes=each,
+            slow=np.ones(instances),
+        )
 
     def expected_tokens(self, group: RequestGroup) -> float:
         return float(group.max_tokens)
 
-    def _takes(self, group: RequestGroup) -> GroupWork:
-        mean = np.array(
-            [
-                seconds if self.serves(i, group.model) else np.inf
-                for i, seconds in enumerate(self._work[group.key])
-            ]
-        )
-        zero = np.where(np.isfinite(mean), 0.0, np.inf)
-        return GroupWork(mean, zero, zero)
+    def _takes(self, group: RequestGroup) -> list[float]:
+        return [
+            seconds if self.serves(i, group.model) else np.inf
+            for i, seconds in enumerate(self._work[group.key])
+        ]
 
     def ready(self, instance: int) -> Ready:
         return Ready(self._ready[instance], 0.0, self._awake[instance])
@@ -198,3 +209,20 @@ def snapshot(
     *, runs: Sequence[RunView] = (), instances: Sequence[InstanceView] = (), now: float = 0.0
 ) -> Snapshot:
     return Snapshot(now, tuple(runs), tuple(instances))
+
+
+class GroupWork(NamedTuple):
+    """A group's occupation (mean, variance) and tail at every instance; inf where not served."""
+
+    mean: Floats
+    var: Floats
+    tail: Floats
+
+
+def work_of(estimator: Estimator, group: RequestGroup) -> GroupWork:
+    """What the group would take at each instance, in the snapshot's order."""
+    table = estimator.table((group,))
+    count, mean = table.count[0], table.mean[0]
+    everywhere = np.arange(mean.size)
+    tail = np.where(np.isfinite(mean), table.tail(np.zeros_like(everywhere), everywhere), np.inf)
+    return GroupWork(mean * count, table.var[0] * count, tail)

@@ -26,7 +26,7 @@ from qlm_batch.scheduling.grouping import form_groups
 from qlm_batch.scheduling.policies import policy
 from qlm_batch.scheduling.profile import Knowledge, fold
 from qlm_batch.scheduling.promises import ends_of, with_estimates
-from tests.unit.planning_cases import assigned, group, instance, run_view, snapshot
+from tests.unit.planning_cases import assigned, group, instance, run_view, snapshot, work_of
 
 STEP_S = 0.02
 
@@ -82,20 +82,20 @@ def test_interactive_work_served_first_slows_batch_work() -> None:
     alone = known(snapshot(instances=[instance("i")]))
     shared = known(snapshot(instances=[replace(instance("i"), interactive_share=0.5)]))
     asked = group("g", deadline=100.0, requests=100)
-    assert shared.work(asked).mean[0] == pytest.approx(2 * alone.work(asked).mean[0])
+    assert work_of(shared, asked).mean[0] == pytest.approx(2 * work_of(alone, asked).mean[0])
 
 
 def test_twice_the_requests_take_twice_the_time_and_less_than_twice_the_spread() -> None:
     estimator = Estimator(snapshot(instances=[instance("i")]))
-    one = estimator.work(group("g", deadline=100.0, requests=100))
-    two = estimator.work(group("h", deadline=100.0, requests=200))
+    one = work_of(estimator, group("g", deadline=100.0, requests=100))
+    two = work_of(estimator, group("h", deadline=100.0, requests=200))
     assert two.mean[0] == pytest.approx(2 * one.mean[0])
     assert two.var[0] ** 0.5 == pytest.approx(2**0.5 * one.var[0] ** 0.5)
 
 
 def test_a_lone_request_takes_its_whole_length() -> None:
     estimator = known(snapshot(instances=[instance("i")]))
-    work = estimator.work(replace(group("g", deadline=100.0), max_tokens=4000))
+    work = work_of(estimator, replace(group("g", deadline=100.0), max_tokens=4000))
     length = flow(estimator, cap=4000).lengths.mean
     assert work.mean[0] + work.tail[0] == pytest.approx(
         length * flow(estimator, cap=4000).step_s, rel=0.05
@@ -152,7 +152,7 @@ def test_many_groups_at_once_take_what_each_takes_by_itself(
 
 def test_an_instance_that_does_not_host_a_model_would_take_for_ever() -> None:
     fleet = [instance("i", ["other"]), instance("j")]
-    work = Estimator(snapshot(instances=fleet)).work(group("g", deadline=100.0))
+    work = work_of(Estimator(snapshot(instances=fleet)), group("g", deadline=100.0))
     assert work.mean[0] == float("inf")
     assert work.mean[1] < float("inf")
 
@@ -283,11 +283,11 @@ def test_work_whose_prompts_brought_long_answers_takes_longer() -> None:
     estimator = Estimator(situation)
     asked = replace(group("g", deadline=1e6, requests=100), max_tokens=100 * 4096)
     short, long = (
-        estimator.work(replace(asked, prompts=prompt_mix([tokens]))).mean[0]
+        work_of(estimator, replace(asked, prompts=prompt_mix([tokens]))).mean[0]
         for tokens in (100, 2000)
     )
     assert long > 5 * short
-    usual = estimator.work(asked).mean[0]
+    usual = work_of(estimator, asked).mean[0]
     assert usual == pytest.approx((short + long) / 2, rel=0.1)
 
 
@@ -353,10 +353,10 @@ def test_an_estimator_says_the_same_with_and_without_one_before_it() -> None:
     told, asked = Knowledge.of(learned()), group("g", deadline=1e6, requests=640)
     seen = snapshot(instances=[instance("i", generated=(5, 9)), instance("j")])
     before = Estimator(seen, knowledge=told)
-    before.work(asked)
+    work_of(before, asked)
     later = replace(seen, now=seen.now + 1.0)
-    fresh = Estimator(later, knowledge=told).work(asked)
-    carried = Estimator(later, knowledge=told, before=before).work(asked)
+    fresh = work_of(Estimator(later, knowledge=told), asked)
+    carried = work_of(Estimator(later, knowledge=told, before=before), asked)
     assert (fresh.mean == carried.mean).all() and (fresh.tail == carried.tail).all()
 
 

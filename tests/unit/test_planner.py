@@ -20,7 +20,7 @@ from qlm_batch.scheduling.policies import POLICIES, policy
 from qlm_batch.scheduling.policies.listing import by_deadline, list_schedule
 from qlm_batch.scheduling.policies.qlm import QLM, insert_all
 from qlm_batch.scheduling.problem import Problem, Queues
-from tests.unit.planning_cases import KnownDurations, group, instance, snapshot
+from tests.unit.planning_cases import KnownDurations, group, instance, snapshot, work_of
 
 
 @dataclass(frozen=True)
@@ -340,7 +340,7 @@ def test_a_plan_of_real_estimates_keeps_a_margin_for_their_spread() -> None:
     fleet = snapshot(instances=[instance("i")])
     estimator = Estimator(fleet)
     asked = group("g", deadline=1e9, requests=1000)
-    takes_s = float(estimator.work(asked).mean[0])
+    takes_s = float(work_of(estimator, asked).mean[0])
     tight = replace(asked, deadline=takes_s)
     loose = replace(asked, deadline=takes_s * 1.5)
     shares = [
