@@ -48,7 +48,7 @@ class Client:
     def find(cls, url: str | None, key: str | None, data_dir: Path) -> Client:
         """The service at `url`, or the one `qlm up` runs in `data_dir`."""
         if not url:
-            state = written(data_dir / "service.json")
+            state = private_text(data_dir / "service.json")
             if state is None:
                 raise Unavailable(
                     f"no service found in {data_dir}: start one with `qlm up`, or name one with "
@@ -56,7 +56,7 @@ class Client:
                 )
             url = str(json.loads(state)["url"])
         if not key:
-            key = written(data_dir / "api.key")
+            key = private_text(data_dir / "api.key")
             if key is None:
                 raise Unauthenticated("no API key: set QLM_API_KEY or pass --key")
         return cls(url, key.strip())
@@ -122,7 +122,7 @@ class Client:
         return answer
 
 
-def written(file: Path) -> str | None:
+def private_text(file: Path) -> str | None:
     """What a private file of the service holds; None where there is none."""
     try:
         return file.read_text()

@@ -14,7 +14,7 @@ from qlm_batch.domain.jobs import ApiKey
 from qlm_batch.ids import KEY, new_id, new_secret
 from qlm_batch.settings import load_settings
 from qlm_batch.store.postgres import PostgresStore
-from qlm_cli.client import written
+from qlm_cli.client import private_text
 from qlm_cli.context import data_dir_option, json_option
 from qlm_cli.output import Output, clock
 
@@ -88,7 +88,7 @@ def _store(data_dir: Path) -> PostgresStore:
     """The store of DATABASE_URL, or of the service running in `data_dir`."""
     settings = load_settings(data_dir=data_dir)
     if not settings.database_url:
-        state = written(data_dir / "service.json")
+        state = private_text(data_dir / "service.json")
         if state is None:
             raise ConfigurationError(
                 f"no database: set DATABASE_URL, or start a service with `qlm up` ({data_dir})"

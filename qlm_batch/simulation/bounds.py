@@ -265,9 +265,10 @@ def _solve(
     options: Sequence[_Option], pools: Sequence[float], widths: Floats, kinds: Sequence[Machines]
 ) -> float:
     """Most weight on time: requests of each option on each kind of machine in each bucket."""
-    buckets = len(widths)
+    buckets, size = len(widths), 0
     gain: list[Floats] = []
     rows: list[Ints] = []
+    columns: list[Ints] = []
     values: list[Floats] = []
     for option in options:
         spans = np.arange(option.first, min(option.last + 1, buckets))
@@ -275,16 +276,18 @@ def _solve(
         for machine, seconds in enumerate(option.cost):
             if np.isfinite(seconds) and spans.size:
                 # Each column has two entries: its pool's, and its machine's in its bucket.
+                own = size + np.arange(spans.size)
                 rows += [pool, len(pools) + machine * buckets + spans]
+                columns += [own, own]
                 values += [np.ones(spans.size), np.full(spans.size, seconds)]
                 gain.append(np.full(spans.size, -option.gain))
+                size += spans.size
     if not gain:
         return 0.0
     limits = [*pools, *(m.count * width for m in kinds for width in widths)]
-    goal = np.concatenate(gain)
-    numbers = np.split(np.arange(goal.size), np.cumsum([len(part) for part in gain])[:-1])
-    columns = np.concatenate([part for own in numbers for part in (own, own)])
-    entries = (np.concatenate(values), (np.concatenate(rows), columns))
-    matrix = coo_array(entries, shape=(len(limits), goal.size))
-    solved = linprog(goal, A_ub=matrix.tocsr(), b_ub=np.array(limits), method="highs")
+    entries = (np.concatenate(values), (np.concatenate(rows), np.concatenate(columns)))
+    matrix = coo_array(entries, shape=(len(limits), size))
+    solved = linprog(
+        np.concatenate(gain), A_ub=matrix.tocsr(), b_ub=np.array(limits), method="highs"
+    )
     return float(-solved.fun)
