@@ -7,7 +7,8 @@ seconds.
 
 `step_p50` is slots over the median batch-only rate. `--kv` makes keys and values scarce instead of
 places. `--instances 2` halves the slots over two engines and kills one in the middle of the load.
-`--device cuda` takes a model, slots and a load of a GPU's size.
+`--load .3` spreads the interactive requests, so that a slow machine takes as many steps between them
+as a fast one. `--device cuda` takes a model, slots and a load of a GPU's size.
 """
 
 from __future__ import annotations
@@ -102,6 +103,8 @@ class Plan:
     dtype: str
     kv_blocks: int | None
     model: Path
+    load: float
+    """The share of the machine's interactive load that is asked for."""
 
     @property
     def arm_s(self) -> float:
@@ -122,8 +125,8 @@ class Plan:
 
     def loads(self) -> list[list[Arrival]]:
         """The interactive load of each window: the same in every arm, so that medians compare."""
-        every_s = min(BURST_EVERY_S, self.window_s)
-        rate, burst = self.machine.rate, self.machine.burst
+        every_s = min(BURST_EVERY_S / self.load, self.window_s)
+        rate, burst = self.machine.rate * self.load, self.machine.burst
         seeds = range(1, self.rounds + 1)
         return [arrivals(self.window_s, rate, every_s, seed, burst) for seed in seeds]
 
@@ -138,12 +141,14 @@ def main() -> None:
     parser.add_argument("--device", choices=tuple(MACHINES), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="bfloat16 on a GPU")
     parser.add_argument("--window", type=float, metavar="SECONDS", help="of each load")
+    parser.add_argument("--load", type=float, default=1.0, metavar="SHARE", help="of the load")
     options = parser.parse_args()
     machine = MACHINES[options.device]
+    window_s = options.window or (7.0 if options.quick else 20.0) / options.load
     with tempfile.TemporaryDirectory(prefix="qlm-cohost-") as folder:
         plan = Plan(
             machine=machine,
-            window_s=options.window or (7.0 if options.quick else 20.0),
+            window_s=window_s,
             rounds=1 if options.quick else 3,
             bodies=32 if options.quick else 96,
             slots=machine.slots // options.instances,
@@ -151,6 +156,7 @@ def main() -> None:
             dtype=options.dtype or ("float32" if options.device == "cpu" else "bfloat16"),
             kv_blocks=options.kv,
             model=_make_model(Path(folder), machine.shape),
+            load=options.load,
         )
         finish(asyncio.run(_run(plan, options.arms, Path(folder))))
 
