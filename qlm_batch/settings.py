@@ -53,6 +53,9 @@ class Settings(BaseSettings):
     max_lines: Count = 5_000_000
     max_json_depth: Count = 64
     max_n: Count = 16
+    batch_rows_s: Annotated[float, Field(gt=0)] = 30 * 86_400.0
+    """How long a batch is kept after its end, with its lines, results, decisions and deliveries.
+    Files stay until they expire or are deleted. `inf` keeps everything."""
 
     slice_requests: Count = 64
     lease_s: Seconds = 30.0

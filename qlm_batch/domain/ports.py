@@ -488,6 +488,26 @@ class OutboxStore(Protocol):
         ...
 
 
+class RetentionStore(Protocol):
+    """Forgetting what is past its time, a bounded part at a time; all tell how much went."""
+
+    def forget_batches(self, rows_s: float, limit: int = 10) -> int:
+        """Drop batches that ended over `rows_s` ago, unless a delivery is still under way.
+
+        To their owners they are gone at once, with their lines, story and deliveries, and their
+        idempotency keys are free; their files stay.
+        """
+        ...
+
+    def forget_lines(self, limit: int = 5000) -> int:
+        """Drop what forgotten batches leave to be dropped bit by bit: lines and their results."""
+        ...
+
+    def forget_instances(self, silent_s: float) -> int:
+        """Drop instances that were not heard of for `silent_s` and hold nothing."""
+        ...
+
+
 class KeyStore(Protocol):
     """Tenants and their API keys."""
 
@@ -518,6 +538,7 @@ class Store(
     InstanceStore,
     InteractiveStore,
     OutboxStore,
+    RetentionStore,
     KeyStore,
     Protocol,
 ):

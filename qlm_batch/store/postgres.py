@@ -58,6 +58,7 @@ from qlm_batch.store import (
     outbox,
     planning,
     reaping,
+    retention,
     snapshots,
     stories,
 )
@@ -337,6 +338,17 @@ class PostgresStore:
 
     def rotate_webhook_secret(self, tenant: str) -> str:
         return self._run(outbox.rotate_webhook_secret, tenant, self._box)
+
+    # Retention
+
+    def forget_batches(self, rows_s: float, limit: int = 10) -> int:
+        return self._run(retention.forget_batches, rows_s, limit)
+
+    def forget_lines(self, limit: int = 5000) -> int:
+        return self._run(retention.forget_lines, limit)
+
+    def forget_instances(self, silent_s: float) -> int:
+        return self._run(retention.forget_instances, silent_s)
 
     # Keys
 

@@ -122,6 +122,12 @@ sa.Index(
     batch.c.seq,
     postgresql_where=sa.text("state IN ('validating', 'in_progress', 'finalizing', 'cancelling')"),
 )
+sa.Index(
+    "ix_batch_ended",
+    sa.func.coalesce(
+        batch.c.completed_at, batch.c.failed_at, batch.c.expired_at, batch.c.cancelled_at
+    ),
+)
 
 run = sa.Table(
     "run",
@@ -156,6 +162,14 @@ request = sa.Table(
     text("body"),
     sa.Column("prompt_tokens", sa.Integer, nullable=False),
     sa.Column("max_tokens", sa.Integer),
+)
+
+# Of forgotten batches: the lines at positions below `requests` are still to go.
+forgotten_run = sa.Table(
+    "forgotten_run",
+    METADATA,
+    sa.Column("run_id", sa.BigInteger, primary_key=True, autoincrement=False),
+    count("requests"),
 )
 
 slice_ = sa.Table(

@@ -367,6 +367,20 @@ def test_expired_files_lose_their_bytes(house: House) -> None:
     assert not service.run_once()
 
 
+def test_a_batch_past_its_time_goes_and_its_files_stay(house: House) -> None:
+    batch = house.submit(lines(5))
+    house.intake().run_once()
+    house.answer(succeed)
+    house.export().run_once()
+    ended = house.batch(batch)
+    kept = RetentionService(house.store, house.blobs, RetentionConfig())
+    assert not kept.run_once()
+    assert RetentionService(house.store, house.blobs, RetentionConfig(rows_s=0.0)).run_once()
+    with pytest.raises(NotFound):
+        house.batch(batch)
+    assert len(house.lines_of(ended.output_file_id)) == 5
+
+
 def test_what_crashes_left_half_written_is_swept_and_nothing_else(tmp_path: Path) -> None:
     left, folder = tmp_path / "left", tmp_path / "folder"
     left.touch()
