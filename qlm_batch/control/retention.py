@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
@@ -16,6 +17,10 @@ log = structlog.get_logger(__name__)
 
 _INSTANCES_S = 7 * 86_400.0
 """How long an instance must be silent to be forgotten: its boots of before could come back then."""
+
+
+_UNOWNED_S = 86_400.0
+"""How long a blob may wait for its file to be recorded; it takes seconds unless a process died."""
 
 
 class Kept(FileStore, RetentionStore, Protocol):
@@ -44,16 +49,17 @@ class RetentionConfig:
 
 @dataclass(frozen=True, slots=True)
 class RetentionResult:
-    """One pass: how many batches, lines of them, instances, files and leftovers were removed."""
+    """How much a pass removed; `strays` are blobs no file owned, `leftovers` half-written files."""
 
     batches: int = 0
     lines: int = 0
     instances: int = 0
     files: int = 0
+    strays: int = 0
     leftovers: int = 0
 
     def __bool__(self) -> bool:
-        return bool(self.batches or self.lines or self.files)
+        return bool(self.batches or self.lines or self.files or self.strays)
 
 
 class RetentionService:
@@ -76,10 +82,19 @@ class RetentionService:
         instances = store.forget_instances(_INSTANCES_S)
         expired = store.expired_files(config.limit)
         for record in expired:
-            self._blobs.delete(record.blob_key)
             log.info("file_expired", file=record.id)
+        strays = store.unowned_blobs(_UNOWNED_S, config.limit)
+        if strays:
+            log.info("unowned_blobs_removed", keys=strays)
+        self._remove([*(record.blob_key for record in expired), *strays])
         leftovers = sum(sweep_scratch(folder) for folder in config.scratch)
-        return RetentionResult(batches, lines, instances, len(expired), leftovers)
+        return RetentionResult(batches, lines, instances, len(expired), len(strays), leftovers)
+
+    def _remove(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            self._blobs.delete(key)
+        if keys:
+            self._store.blobs_removed(keys)
 
     def close(self) -> None:
         """Nothing is held between passes."""

@@ -137,6 +137,21 @@ class Heartbeat:
 class FileStore(Protocol):
     """Records of files; the bytes are in a BlobStore."""
 
+    def expect_blob(self, key: str) -> None:
+        """Note that a blob is about to be stored: no file owns it until one with this key is added.
+
+        Blobs of files that were deleted or expired are noted likewise.
+        """
+        ...
+
+    def unowned_blobs(self, noted_s: float, limit: int = 100) -> Sequence[str]:
+        """Keys that were noted over `noted_s` ago and that no file owns."""
+        ...
+
+    def blobs_removed(self, keys: Sequence[str]) -> None:
+        """Drop the notes of blobs that are gone."""
+        ...
+
     def add_file(self, record: FileRecord) -> None:
         """Record a file whose bytes are already in the blob store."""
         ...

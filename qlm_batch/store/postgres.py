@@ -119,6 +119,15 @@ class PostgresStore:
 
     # Files
 
+    def expect_blob(self, key: str) -> None:
+        self._run(files.expect_blob, key)
+
+    def unowned_blobs(self, noted_s: float, limit: int = 100) -> Sequence[str]:
+        return self._run(files.unowned_blobs, noted_s, limit)
+
+    def blobs_removed(self, keys: Sequence[str]) -> None:
+        self._run(files.blobs_removed, keys)
+
     def add_file(self, record: FileRecord) -> None:
         self._run(files.add_file, record)
 

@@ -47,6 +47,10 @@ file = sa.Table(
 sa.Index("ix_file_tenant", file.c.tenant, file.c.seq)
 sa.Index("ix_file_expiring", file.c.expires_at, postgresql_where=sa.text("expires_at IS NOT NULL"))
 
+# Blobs that may be there although no file owns them, yet or any more: what else would find them?
+unowned_blob = sa.Table("unowned_blob", METADATA, key("key"), moment("since"))
+sa.Index("ix_unowned_blob_since", unowned_blob.c.since)
+
 batch = sa.Table(
     "batch",
     METADATA,

@@ -125,6 +125,7 @@ _MOMENTS = {
     "leader": ("until",),
     "instance": ("beat_at",),
     "file": ("expires_at",),
+    "unowned_blob": ("since",),
     "batch": (
         "claim_until",
         "deadline",

@@ -148,6 +148,29 @@ def test_work_goes_on_beside_what_is_forgotten(bench: Bench) -> None:
     bench.store.reap(bench.lead())
 
 
+def test_a_blob_without_a_file_is_known_until_a_file_owns_it_or_it_is_removed(
+    bench: Bench,
+) -> None:
+    for key in ("blob-file-in", "blob-lost", "blob-late"):
+        bench.store.expect_blob(key)
+    bench.file()
+    bench.harness.advance(KEPT_S)
+    bench.store.expect_blob("blob-late")
+    assert bench.store.unowned_blobs(KEPT_S - 1) == ["blob-lost"]
+    bench.store.blobs_removed(["blob-lost"])
+    assert bench.store.unowned_blobs(KEPT_S - 1) == []
+
+
+def test_a_blob_is_without_a_file_once_that_is_deleted_or_has_expired(bench: Bench) -> None:
+    bench.file("file-old", expires_at=bench.store.now() + 60)
+    bench.store.delete_file(TENANT, bench.file().id)
+    bench.harness.advance(61)
+    bench.store.expired_files(10)
+    bench.harness.advance(1)
+    assert bench.store.unowned_blobs(0.0, limit=1) == ["blob-file-in"]
+    assert list(bench.store.unowned_blobs(0.0)) == ["blob-file-in", "blob-file-old"]
+
+
 def test_an_instance_is_forgotten_once_it_has_been_silent_and_holds_nothing(bench: Bench) -> None:
     bench.batch(on_miss=OnMiss.FINISH_LATE)
     bench.beat("idle")

@@ -367,6 +367,46 @@ def test_expired_files_lose_their_bytes(house: House) -> None:
     assert not service.run_once()
 
 
+def test_a_blob_that_no_file_owns_is_removed_after_a_day(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = house.add_file(b"kept")
+    for key in ("files/file-left", kept.blob_key):
+        house.store.expect_blob(key)
+    with house.blobs.create("files/file-left") as file:
+        file.write(b"left")
+    house.store.add_file(kept)
+    service = RetentionService(house.store, house.blobs, RetentionConfig())
+    assert not service.run_once()
+    monkeypatch.setattr("qlm_batch.control.retention._UNOWNED_S", 0.0)
+    assert service.run_once().strays == 1
+    with pytest.raises(NotFound), house.blobs.open("files/file-left"):
+        pass
+    with house.blobs.open(kept.blob_key) as file:
+        assert file.read() == b"kept"
+    assert not service.run_once()
+
+
+def test_bytes_that_could_not_be_removed_are_removed_later(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = house.add_file(b"old", house.store.now() - 1)
+
+    def away(key: str) -> None:
+        raise Unavailable("The storage is away.")
+
+    monkeypatch.setattr(house.blobs, "delete", away)
+    monkeypatch.setattr("qlm_batch.control.retention._UNOWNED_S", 0.0)
+    service = RetentionService(house.store, house.blobs, RetentionConfig())
+    with pytest.raises(Unavailable):
+        service.run_once()
+    monkeypatch.undo()
+    monkeypatch.setattr("qlm_batch.control.retention._UNOWNED_S", 0.0)
+    assert service.run_once().strays == 1
+    with pytest.raises(NotFound), house.blobs.open(old.blob_key):
+        pass
+
+
 def test_a_batch_past_its_time_goes_and_its_files_stay(house: House) -> None:
     batch = house.submit(lines(5))
     house.intake().run_once()

@@ -172,6 +172,8 @@ class State:
         self.silent_s = silent_s
         self.lock = threading.RLock()
         self.files: dict[str, FileRecord] = {}
+        self.unowned: dict[str, float] = {}
+        """Since when no file has owned these blobs, by key."""
         self.batches: dict[str, BatchData] = {}
         self.idempotent: dict[tuple[str, str], str] = {}
         self.unfinished: dict[str, BatchData] = {}
