@@ -119,7 +119,10 @@ class Settings(BaseSettings):
     """An engine with work in flight and no step for this long is taken for hung."""
 
     smtp_url: str = ""
-    """`smtp://user:password@host:port`, `smtps://…`; empty turns e-mail off."""
+    """`smtp://user:password@host:port`, `smtps://…`; empty turns e-mail off.
+
+    Read by the callbacks, which send it, and by the API, which refuses addresses without it.
+    """
     email_from: str = "qlm-batch@localhost"
     email_allow: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     """Addresses and `@domain`s each tenant may announce to, as JSON; `*` is for tenants not named,
