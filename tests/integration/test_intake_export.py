@@ -20,6 +20,7 @@ from qlm_batch.control.export_service import ExportConfig, ExportService
 from qlm_batch.control.intake_service import IntakeConfig, IntakeService
 from qlm_batch.control.keepalive import KeepAlive
 from qlm_batch.control.retention import RetentionConfig, RetentionService
+from qlm_batch.domain.engine import EngineAnswer, EngineRequest
 from qlm_batch.domain.errors import Conflict, NotFound, Unavailable
 from qlm_batch.domain.jobs import (
     COMPLETIONS,
@@ -28,6 +29,7 @@ from qlm_batch.domain.jobs import (
     BatchState,
     Callbacks,
     ClaimedRequest,
+    EngineKind,
     FilePurpose,
     FileRecord,
     RequestCounts,
@@ -40,6 +42,7 @@ from qlm_batch.intake.blobs import LocalBlobs
 from qlm_batch.intake.scratch import make_scratch
 from qlm_batch.store.memory import MemoryStore
 from qlm_batch.store.postgres import PostgresStore
+from qlm_workers.answers import Door
 
 TENANT = "acme"
 
@@ -203,6 +206,28 @@ def test_failures_of_every_kind_go_to_the_error_file(house: House) -> None:
     assert errors["c0"]["error"] is None
     assert errors["c1"]["response"] is None
     assert errors["c1"]["error"]["code"] == "request_timeout"
+
+
+def test_a_line_with_half_of_a_surrogate_pair_fails_alone(house: House) -> None:
+    halved = line(1, body={"model": "model-0", "prompt": "cut in an emoji: \ud83d"})
+    batch = house.submit(line(0) + halved + line(2))
+    house.intake().run_once()
+
+    def outcome(request: ClaimedRequest) -> dict[str, Any]:
+        asked = EngineRequest("r", COMPLETIONS, request.body, 0, TENANT)
+        read = Door("model-0", EngineKind.GENERATE).read(asked)
+        if isinstance(read, EngineAnswer):
+            return {"status_code": read.status_code, "body": read.body}
+        return succeed(request)
+
+    house.answer(outcome)
+    house.export().run_once()
+    ended = house.batch(batch)
+    assert [each["custom_id"] for each in house.lines_of(ended.output_file_id)] == ["c0", "c2"]
+    (failed,) = house.lines_of(ended.error_file_id)
+    assert failed["custom_id"] == "c1"
+    assert failed["response"]["status_code"] == 400
+    assert failed["response"]["body"]["error"]["code"] == "invalid_json"
 
 
 def test_a_batch_whose_lines_all_failed_is_complete_without_an_output_file(house: House) -> None:
