@@ -379,6 +379,17 @@ class Planning(Protocol):
         """Remove and return reports not yet folded in, oldest first. NotLeader as above."""
         ...
 
+    def keep_forecasts(self, epoch: int, forecasts: Mapping[str, Mapping[str, object]]) -> None:
+        """Keep what was foreseen of batches as they were promised, plain JSON values by batch.
+
+        Only of batches with an estimate. NotLeader as above.
+        """
+        ...
+
+    def forecasts(self) -> Mapping[str, Mapping[str, object]]:
+        """What was kept of batches that have not ended, in the generation they are in."""
+        ...
+
     def save_profiles(self, epoch: int, profiles: Sequence[Profile]) -> None:
         """Remember what was learned. NotLeader as above."""
         ...

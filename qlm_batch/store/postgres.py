@@ -274,6 +274,12 @@ class PostgresStore:
     def take_observations(self, epoch: int, limit: int = 1000) -> Sequence[Observation]:
         return self._run(planning.take_observations, epoch, limit)
 
+    def keep_forecasts(self, epoch: int, forecasts: Mapping[str, Mapping[str, object]]) -> None:
+        self._run(planning.keep_forecasts, epoch, forecasts)
+
+    def forecasts(self) -> Mapping[str, Mapping[str, object]]:
+        return self._run(planning.forecasts)
+
     def save_profiles(self, epoch: int, profiles: Sequence[Profile]) -> None:
         self._run(planning.save_profiles, epoch, profiles)
 

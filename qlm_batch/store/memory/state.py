@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import update_wrapper
 from typing import Concatenate, ParamSpec, TypeVar
@@ -112,6 +112,7 @@ class BatchData:
     failed: int = 0
     usage: Usage = field(default_factory=Usage)
     estimate: Estimate | None = None
+    forecast: Mapping[str, object] | None = None
     slice_requests: int = 0
     missed: bool = False
     claim_holder: str | None = None
