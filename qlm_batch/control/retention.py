@@ -16,8 +16,7 @@ from qlm_batch.settings import Settings
 log = structlog.get_logger(__name__)
 
 _INSTANCES_S = 7 * 86_400.0
-"""How long an instance must be silent to be forgotten: its boots of before could come back then."""
-
+"""How long an instance must be silent to be forgotten; boots it replaced are not known after."""
 
 _UNOWNED_S = 86_400.0
 """How long a blob may wait for its file to be recorded; it takes seconds unless a process died."""
