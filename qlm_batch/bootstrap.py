@@ -111,12 +111,10 @@ def open_recorder(settings: Settings) -> Recorder | None:
 def file_services(settings: Settings, stop: threading.Event) -> Sequence[Service]:
     """Intake, export and retention."""
     store, blobs, name = open_store(settings), open_blobs(settings), holder()
-    folder = settings.data_dir
-    scratch = (folder / "spool", folder / "scratch", folder / "blobs" / ".scratch")
     return (
         IntakeService(store, blobs, IntakeConfig.of(settings, name)),
         ExportService(store, blobs, ExportConfig.of(settings, name)),
-        RetentionService(store, blobs, RetentionConfig(scratch=scratch)),
+        RetentionService(store, blobs, RetentionConfig.of(settings)),
     )
 
 

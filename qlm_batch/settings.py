@@ -53,6 +53,9 @@ class Settings(BaseSettings):
     max_lines: Count = 5_000_000
     max_json_depth: Count = 64
     max_n: Count = 16
+    batch_rows_s: Annotated[float, Field(gt=0)] = 30 * 86_400.0
+    """How long a batch is kept after its end, with its lines, results, decisions and deliveries.
+    Files stay until they expire or are deleted. `inf` keeps everything."""
 
     slice_requests: Count = 64
     lease_s: Seconds = 30.0
@@ -116,7 +119,10 @@ class Settings(BaseSettings):
     """An engine with work in flight and no step for this long is taken for hung."""
 
     smtp_url: str = ""
-    """`smtp://user:password@host:port`, `smtps://…`; empty turns e-mail off."""
+    """`smtp://user:password@host:port`, `smtps://…`; empty turns e-mail off.
+
+    Read by the callbacks, which send it, and by the API, which refuses addresses without it.
+    """
     email_from: str = "qlm-batch@localhost"
     email_allow: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     """Addresses and `@domain`s each tenant may announce to, as JSON; `*` is for tenants not named,

@@ -214,8 +214,9 @@ class Site:
 
 
 def make_site(folder: Path, store: Store | None = None, **settings: Any) -> Site:
-    """A site whose data lies in `folder`, over `store` or one in memory."""
-    return Site(folder, Settings(data_dir=folder / "data", **settings), store)
+    """A site whose data lies in `folder`, over `store` or one in memory, with e-mail on."""
+    given = {"smtp_url": "smtp://localhost", **settings}
+    return Site(folder, Settings(data_dir=folder / "data", **given), store)
 
 
 def upload(client: TestClient, content: bytes, **fields: str) -> Json:

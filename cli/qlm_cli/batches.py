@@ -90,12 +90,12 @@ def submit(
         return
     batch = follow(client, batch["id"], output)
     output.result(batch, _ended(batch))
-    sys.exit(0 if batch["status"] == "completed" else EXIT_UNFINISHED)
+    _exit_as(batch)
 
 
 @click.command()
 @click.argument("batch_id", required=False)
-@click.option("--watch", is_flag=True, help="Follow until the end.")
+@click.option("--watch", is_flag=True, help="Follow until the end; exit 3 unless it completes.")
 @service_options
 def status(context: Context, batch_id: str | None, watch: bool) -> None:
     """Show a batch: how far it is and when it should be done; without an id, the newest."""
@@ -107,6 +107,8 @@ def status(context: Context, batch_id: str | None, watch: bool) -> None:
         batch_id = newest[0]["id"]
     batch = follow(client, batch_id, output) if watch else client.get(f"/v1/batches/{batch_id}")
     output.result(batch, describe(batch))
+    if watch:
+        _exit_as(batch)
 
 
 @click.command()
@@ -182,7 +184,7 @@ def retry(context: Context, batch_id: str, window: str | None, wait: bool) -> No
         batch = follow(client, batch_id, output)
     output.result(batch, _ended(batch))
     if wait:
-        sys.exit(0 if batch["status"] == "completed" else EXIT_UNFINISHED)
+        _exit_as(batch)
 
 
 @click.command()
@@ -274,6 +276,11 @@ def describe(batch: Json) -> str:
         if batch.get(kind):
             lines.append(f"{kind.replace('_file_id', ''):<10} {batch[kind]}")
     return "\n".join(lines)
+
+
+def _exit_as(batch: Json) -> None:
+    """End a command that waited for this batch."""
+    sys.exit(0 if batch["status"] == "completed" else EXIT_UNFINISHED)
 
 
 def _ended(batch: Json) -> str:

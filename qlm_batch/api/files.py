@@ -106,8 +106,9 @@ def delete_file(file_id: ObjectId, parts: Parts, key: Writer) -> FileDeleted:
     record = parts.store.delete_file(key.tenant, known_shape(file_id, "file"))
     try:
         parts.blobs.delete(record.blob_key)
+        parts.store.blobs_removed([record.blob_key])
     except QlmError as error:
-        log.warning("bytes of a deleted file remain", file=record.id, reason=error.message)
+        log.warning("bytes of a deleted file may remain", file=record.id, reason=error.message)
     return FileDeleted(id=record.id)
 
 

@@ -26,11 +26,21 @@ def checked_callbacks(asked: CallbacksIn | None, tenant: str, settings: Settings
 
 
 def check_email(address: str, tenant: str, settings: Settings) -> None:
-    """Refuse what is not one plain address, or lies outside the tenant's allow-list."""
+    """Refuse what is not one plain address, or lies outside the tenant's allow-list, or all of it.
+
+    Mail is sent by `qlm callbacks`, which runs on the same settings as the API.
+    """
     if not _well_formed(address):
         raise InvalidInput(
             f"'{_EMAIL}' must be one plain address like name@example.org.",
             code="invalid_email",
+            param=_EMAIL,
+        )
+    if not settings.smtp_url:
+        raise InvalidInput(
+            f"'{_EMAIL}': this service sends no e-mail. Use a webhook, or have QLM_SMTP_URL set "
+            "for the API and the callbacks.",
+            code="email_off",
             param=_EMAIL,
         )
     allowed = settings.email_allow.get(tenant, settings.email_allow.get("*"))

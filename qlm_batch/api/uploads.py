@@ -131,12 +131,14 @@ def _keep(services: ApiServices, tenant: str, upload: MultipartUpload, spool: Sp
         created_at=now,
         expires_at=None if expires_after_s is None else now + expires_after_s,
     )
+    services.store.expect_blob(record.blob_key)
     services.blobs.adopt(record.blob_key, str(spool.path))
     try:
         services.store.add_file(record)
     except BaseException:
         if _is_absent(services, record):
             services.blobs.delete(record.blob_key)
+            services.store.blobs_removed([record.blob_key])
         raise
     return record
 

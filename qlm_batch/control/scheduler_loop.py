@@ -1,7 +1,7 @@
 """The scheduler: one pass plans the queue on a snapshot and hands out what is due next.
 
 Everything that lasts is in the store. What is kept between passes only spares work: a new leader
-starts without it.
+starts without it, but for what was promised of batches still under way, which it reads.
 """
 
 from __future__ import annotations
@@ -132,6 +132,7 @@ class SchedulerLoop:
             return Tick()
         if self._leadership.epoch != epoch:
             self._forget()
+            self._forecasts = Forecasts.resumed(self._store.forecasts())
             self._leadership.lead(epoch)
             log.info("leading", epoch=epoch, holder=self._config.holder)
         try:
@@ -292,6 +293,9 @@ class SchedulerLoop:
         self._store.save_plan(epoch, plan, decisions)
         # Only now: had the write failed, the decisions would have to be told again.
         self._story, self._saved_at = story, snapshot.now
+        if self._forecasts.fresh:
+            self._store.keep_forecasts(epoch, self._forecasts.fresh)
+            self._forecasts = self._forecasts.kept()
 
     def _refresh_due(self, snapshot: Snapshot) -> bool:
         """Whether estimates were saved so long ago that they are saved again."""

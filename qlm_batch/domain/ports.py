@@ -137,6 +137,21 @@ class Heartbeat:
 class FileStore(Protocol):
     """Records of files; the bytes are in a BlobStore."""
 
+    def expect_blob(self, key: str) -> None:
+        """Note that a blob is about to be stored: no file owns it until one with this key is added.
+
+        Blobs of files that were deleted or expired are noted likewise.
+        """
+        ...
+
+    def unowned_blobs(self, noted_s: float, limit: int = 100) -> Sequence[str]:
+        """Keys that were noted over `noted_s` ago and that no file owns."""
+        ...
+
+    def blobs_removed(self, keys: Sequence[str]) -> None:
+        """Drop the notes of blobs that are gone."""
+        ...
+
     def add_file(self, record: FileRecord) -> None:
         """Record a file whose bytes are already in the blob store."""
         ...
@@ -364,6 +379,17 @@ class Planning(Protocol):
         """Remove and return reports not yet folded in, oldest first. NotLeader as above."""
         ...
 
+    def keep_forecasts(self, epoch: int, forecasts: Mapping[str, Mapping[str, object]]) -> None:
+        """Keep what was foreseen of batches as they were promised, plain JSON values by batch.
+
+        Only of batches with an estimate. NotLeader as above.
+        """
+        ...
+
+    def forecasts(self) -> Mapping[str, Mapping[str, object]]:
+        """What was kept of batches that have not ended, in the generation they are in."""
+        ...
+
     def save_profiles(self, epoch: int, profiles: Sequence[Profile]) -> None:
         """Remember what was learned. NotLeader as above."""
         ...
@@ -488,6 +514,26 @@ class OutboxStore(Protocol):
         ...
 
 
+class RetentionStore(Protocol):
+    """Forgetting what is past its time, a bounded part at a time; all tell how much went."""
+
+    def forget_batches(self, rows_s: float, limit: int = 10) -> int:
+        """Drop batches that ended over `rows_s` ago, unless a delivery is still under way.
+
+        To their owners they are gone at once, with their lines, story and deliveries, and their
+        idempotency keys are free; their files stay.
+        """
+        ...
+
+    def forget_lines(self, limit: int = 5000) -> int:
+        """Drop what forgotten batches leave to be dropped bit by bit: lines and their results."""
+        ...
+
+    def forget_instances(self, silent_s: float) -> int:
+        """Drop instances that were not heard of for `silent_s` and hold nothing."""
+        ...
+
+
 class KeyStore(Protocol):
     """Tenants and their API keys."""
 
@@ -518,6 +564,7 @@ class Store(
     InstanceStore,
     InteractiveStore,
     OutboxStore,
+    RetentionStore,
     KeyStore,
     Protocol,
 ):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -26,6 +28,7 @@ _DUMPABLE_DEPTH = 250
 """orjson writes at most 254 levels."""
 _LATEST_EPOCH_S = 1e11
 """Above this a number is taken for milliseconds."""
+_HALF_OF_A_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +111,13 @@ def _parse(number: int, raw: bytes | None, rules: LineRules) -> RequestLine:
             "QLM_MAX_LINE_BYTES raised by whoever runs this service."
         )
         raise _Fault("line_too_long", message)
+    halved = False
     try:
         line = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
-        raise _json_fault(raw, error) from None
+        line, halved = _with_halves(raw), True
+        if line is None:
+            raise _json_fault(raw, error) from None
     if type(line) is not dict:
         raise _Fault("invalid_json_line", "it must be a JSON object ({…}).")
     if _may_be_deeper(raw, rules.max_depth):
@@ -142,6 +148,8 @@ def _parse(number: int, raw: bytes | None, rules: LineRules) -> RequestLine:
     if len(model) > MAX_MODEL_CHARS or "\0" in model:
         message = f"'body.model' must have at most {MAX_MODEL_CHARS} characters and no NUL."
         raise _Fault("invalid_type", message, "body.model")
+    if rules.strict and halved:
+        raise _Fault("invalid_request", "'body' holds half of a surrogate pair.", "body")
     if rules.strict and (found := check_body(rules.endpoint, body, rules.max_n)):
         param, wrong = found
         raise _Fault("invalid_request", f"'body.{param}' {wrong}.", f"body.{param}")
@@ -151,7 +159,7 @@ def _parse(number: int, raw: bytes | None, rules: LineRules) -> RequestLine:
         number,
         custom_id,
         model,
-        orjson.dumps(body).decode(),
+        json.dumps(body) if halved else orjson.dumps(body).decode(),
         prompt_tokens(rules.endpoint, body),
         max_tokens(rules.endpoint, body),
         None if deadline is None else _deadline(deadline, rules),
@@ -166,6 +174,24 @@ def _missing_or_wrong(owner: dict[str, Any], param: str, value: object, expected
     if value is None or value == "":
         return _missing(param, expected)
     return _Fault("invalid_type", f"'{param}' must be {expected}.", param)
+
+
+def _with_halves(raw: bytes) -> Any:
+    """The line that orjson refuses only for halves of surrogate pairs in its body, else None.
+
+    JSON can spell them, as where a text was cut in the middle of an emoji; what to say of such a
+    body is the engine's.
+    """
+    if not _HALF_OF_A_PAIR.search(raw):
+        return None
+    try:
+        line = json.loads(raw.decode())
+        around = {**line, "body": line["body"]["model"]}
+        json.dumps(around, ensure_ascii=False).encode()
+        json.dumps(line, allow_nan=False)
+    except (ValueError, RecursionError, TypeError, KeyError):
+        return None
+    return line
 
 
 def _json_fault(raw: bytes, error: orjson.JSONDecodeError) -> _Fault:

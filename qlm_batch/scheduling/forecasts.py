@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from qlm_batch.domain.snapshot import Snapshot
 from qlm_batch.scheduling.calibration import Foreseen, score
@@ -32,27 +34,53 @@ class _Forecast:
     def score(self, now: float) -> float:
         return score(self.told.mean_s, self.told.error, now - self.made_at)
 
+    def to_data(self) -> Mapping[str, object]:
+        return {"model": self.model, "made_at": self.made_at, "told": asdict(self.told)}
+
+    @staticmethod
+    def from_data(data: Any) -> _Forecast:
+        told, made_at = Foreseen(**data["told"]), float(data["made_at"])
+        return _Forecast(str(data["model"]), made_at, told, made_at + told.p50_s)
+
 
 @dataclass(frozen=True, slots=True)
 class Forecasts:
-    """What was foreseen of batches when they were promised; outcomes not yet learned."""
+    """What was foreseen of batches when they were promised; outcomes not yet learned.
+
+    `fresh` are those not yet kept for the next leader.
+    """
 
     ends: Mapping[str, _Forecast] = field(default_factory=dict)
     outcomes: tuple[Outcome, ...] = ()
+    fresh: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+
+    @staticmethod
+    def resumed(kept: Mapping[str, Mapping[str, object]]) -> Forecasts:
+        """What earlier leaders foresaw; data of unknown shape says nothing."""
+        ends = {}
+        for batch_id, data in kept.items():
+            with suppress(KeyError, TypeError, ValueError):
+                ends[batch_id] = _Forecast.from_data(data)
+        return Forecasts(ends)
 
     def planned(self, ends: Mapping[str, End], snapshot: Snapshot) -> Forecasts:
         """After a plan that lets its batches end like this; those without a promise get one.
 
         One that rests on assumptions says nothing of the estimator, and is not remembered.
         """
-        known = dict(self.ends)
+        known, fresh = dict(self.ends), dict(self.fresh)
         for batch_id, end in ends.items():
             expected, before = snapshot.now + end.told.p50_s, known.get(batch_id)
             if before is not None:
                 known[batch_id] = _Forecast(before.model, before.made_at, before.told, expected)
             elif batch_id in snapshot.unpromised and end.told.informed and len(known) < MOST:
                 known[batch_id] = _Forecast(end.model, snapshot.now, end.told, expected)
-        return replace(self, ends=known)
+                fresh[batch_id] = known[batch_id].to_data()
+        return replace(self, ends=known, fresh=fresh)
+
+    def kept(self) -> Forecasts:
+        """After the fresh ones were kept."""
+        return replace(self, fresh={})
 
     def seen(self, snapshot: Snapshot) -> Forecasts:
         """After a look at the queue: what is neither in it nor waits for its files has ended."""

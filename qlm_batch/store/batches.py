@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -145,7 +146,7 @@ def cancel_batch(connection: Connection, tenant: str, batch_id: str) -> Batch:
     """Close every open slice and turn the batch `cancelling`. Raises Conflict when it has ended."""
     get_batch(connection, tenant, batch_id)
     slices = connection.scalars(_OPEN_SLICES, {"batch_id": batch_id}).all()
-    row = connection.execute(_LOCK, {"id": batch_id}).one()
+    row = _locked(connection, batch_id)
     state = BatchState(row.state)
     if state is BatchState.CANCELLING:
         return batch_by_id(connection, batch_id)
@@ -162,6 +163,14 @@ def cancel_batch(connection: Connection, tenant: str, batch_id: str) -> Batch:
     close_slices(connection, slices, SliceState.CANCELLED)
     connection.execute(_CANCELLING, {"id": batch_id})
     return batch_by_id(connection, batch_id)
+
+
+def _locked(connection: Connection, batch_id: str) -> Any:
+    row = connection.execute(_LOCK, {"id": batch_id}).one_or_none()
+    if row is None:
+        # It was forgotten since it was seen.
+        raise no_such_batch(batch_id)
+    return row
 
 
 _RETRY = sql(
@@ -208,7 +217,7 @@ def retry_batch(
 ) -> Batch:
     """Start the next generation. Raises Conflict unless it ended with lines without a success."""
     get_batch(connection, tenant, batch_id)
-    state = BatchState(connection.execute(_LOCK, {"id": batch_id}).one().state)
+    state = BatchState(_locked(connection, batch_id).state)
     now = batch_by_id(connection, batch_id)
     if state not in TERMINAL or state is BatchState.FAILED:
         raise Conflict(

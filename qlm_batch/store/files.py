@@ -12,7 +12,7 @@ from qlm_batch.domain.errors import InvalidInput, NotFound
 from qlm_batch.domain.jobs import FilePurpose, FileRecord
 from qlm_batch.domain.ports import Page
 from qlm_batch.store.sql import sql
-from qlm_batch.store.tables import file
+from qlm_batch.store.tables import file, unowned_blob
 
 _LIVE = sql("(expires_at IS NULL OR expires_at > {now})")
 _COLUMNS = [column for column in file.c if column.name != "seq"]
@@ -24,8 +24,39 @@ def to_record(row: Any) -> FileRecord:
     return FileRecord(**{**values, "purpose": FilePurpose(values["purpose"])})
 
 
+_NOTE = sql(
+    """
+    INSERT INTO unowned_blob (key, since) VALUES (:key, {now})
+    ON CONFLICT (key) DO UPDATE SET since = excluded.since
+    """
+)
+
+
+def expect_blob(connection: Connection, key: str) -> None:
+    """Note a blob that no file owns yet, or any more."""
+    connection.execute(_NOTE, {"key": key})
+
+
+_UNOWNED = sql(
+    """
+    SELECT key FROM unowned_blob WHERE since < {now} - :noted_s ORDER BY since LIMIT :limit
+    """
+)
+
+
+def unowned_blobs(connection: Connection, noted_s: float, limit: int) -> Sequence[str]:
+    """Keys noted over `noted_s` ago."""
+    return connection.scalars(_UNOWNED, {"noted_s": noted_s, "limit": limit}).all()
+
+
+def blobs_removed(connection: Connection, keys: Sequence[str]) -> None:
+    """Drop the notes of these keys."""
+    connection.execute(sa.delete(unowned_blob).where(unowned_blob.c.key.in_(keys)))
+
+
 def add_file(connection: Connection, record: FileRecord) -> None:
-    """Record a file; the same record twice is one."""
+    """Record a file, which owns its blob from now on; the same record twice is one."""
+    blobs_removed(connection, [record.blob_key])
     connection.execute(
         sa.dialects.postgresql.insert(file)
         .values(
@@ -106,16 +137,23 @@ def delete_file(connection: Connection, tenant: str, file_id: str) -> FileRecord
     ).one_or_none()
     if row is None:
         raise no_such_file(file_id)
+    expect_blob(connection, row.blob_key)
     return to_record(row)
 
 
 _EXPIRED = sql(
     """
-    DELETE FROM file WHERE id IN (
-        SELECT id FROM file WHERE expires_at <= {now}
-        ORDER BY expires_at LIMIT :limit FOR UPDATE SKIP LOCKED
+    WITH gone AS (
+        DELETE FROM file WHERE id IN (
+            SELECT id FROM file WHERE expires_at <= {now}
+            ORDER BY expires_at LIMIT :limit FOR UPDATE SKIP LOCKED
+        )
+        RETURNING id, tenant, purpose, filename, bytes, sha256, blob_key, created_at, expires_at
+    ), noted AS (
+        INSERT INTO unowned_blob (key, since) SELECT blob_key, {now} FROM gone
+        ON CONFLICT DO NOTHING
     )
-    RETURNING id, tenant, purpose, filename, bytes, sha256, blob_key, created_at, expires_at
+    SELECT * FROM gone
     """
 )
 

@@ -141,6 +141,7 @@ estimate = sa.Table(
     sa.Column("miss", sa.Double),
     text("reason"),
     moment("made_at"),
+    sa.Column("forecast", JSONB),
     sa.CheckConstraint("miss >= 0 AND miss <= 1", name="miss"),
     postgresql_with=HOT,
 )

@@ -123,6 +123,35 @@ def queues(connection: Connection) -> Sequence[QueueEntry]:
     return [QueueEntry(**row._mapping) for row in rows]
 
 
+_KEEP = sql(
+    """
+    UPDATE estimate e SET forecast = CAST(d.data AS jsonb)
+    FROM unnest(CAST(:ids AS text[]), CAST(:data AS text[])) AS d(id, data)
+    WHERE e.batch_id = d.id
+    """
+)
+_FORECASTS = sql(
+    """
+    SELECT b.id, e.forecast FROM batch b JOIN estimate e ON e.batch_id = b.id
+    WHERE b.state IN ('in_progress', 'finalizing') AND e.forecast IS NOT NULL
+    """
+)
+
+
+def keep_forecasts(
+    connection: Connection, epoch: int, kept: Mapping[str, Mapping[str, object]]
+) -> None:
+    """Keep what was foreseen, beside the estimates."""
+    fence(connection, epoch)
+    data = [json.dumps(dict(own)) for own in kept.values()]
+    connection.execute(_KEEP, {"ids": list(kept), "data": data})
+
+
+def forecasts(connection: Connection) -> Mapping[str, Mapping[str, object]]:
+    """What was kept of batches that have not ended."""
+    return {row.id: row.forecast for row in connection.execute(_FORECASTS)}
+
+
 _LIVE = sql(
     """
     SELECT name FROM instance

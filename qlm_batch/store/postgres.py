@@ -58,6 +58,7 @@ from qlm_batch.store import (
     outbox,
     planning,
     reaping,
+    retention,
     snapshots,
     stories,
 )
@@ -117,6 +118,15 @@ class PostgresStore:
         self._database.close()
 
     # Files
+
+    def expect_blob(self, key: str) -> None:
+        self._run(files.expect_blob, key)
+
+    def unowned_blobs(self, noted_s: float, limit: int = 100) -> Sequence[str]:
+        return self._run(files.unowned_blobs, noted_s, limit)
+
+    def blobs_removed(self, keys: Sequence[str]) -> None:
+        self._run(files.blobs_removed, keys)
 
     def add_file(self, record: FileRecord) -> None:
         self._run(files.add_file, record)
@@ -264,6 +274,12 @@ class PostgresStore:
     def take_observations(self, epoch: int, limit: int = 1000) -> Sequence[Observation]:
         return self._run(planning.take_observations, epoch, limit)
 
+    def keep_forecasts(self, epoch: int, forecasts: Mapping[str, Mapping[str, object]]) -> None:
+        self._run(planning.keep_forecasts, epoch, forecasts)
+
+    def forecasts(self) -> Mapping[str, Mapping[str, object]]:
+        return self._run(planning.forecasts)
+
     def save_profiles(self, epoch: int, profiles: Sequence[Profile]) -> None:
         self._run(planning.save_profiles, epoch, profiles)
 
@@ -337,6 +353,17 @@ class PostgresStore:
 
     def rotate_webhook_secret(self, tenant: str) -> str:
         return self._run(outbox.rotate_webhook_secret, tenant, self._box)
+
+    # Retention
+
+    def forget_batches(self, rows_s: float, limit: int = 10) -> int:
+        return self._run(retention.forget_batches, rows_s, limit)
+
+    def forget_lines(self, limit: int = 5000) -> int:
+        return self._run(retention.forget_lines, limit)
+
+    def forget_instances(self, silent_s: float) -> int:
+        return self._run(retention.forget_instances, silent_s)
 
     # Keys
 

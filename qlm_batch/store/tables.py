@@ -47,6 +47,10 @@ file = sa.Table(
 sa.Index("ix_file_tenant", file.c.tenant, file.c.seq)
 sa.Index("ix_file_expiring", file.c.expires_at, postgresql_where=sa.text("expires_at IS NOT NULL"))
 
+# Blobs that may be there although no file owns them, yet or any more: what else would find them?
+unowned_blob = sa.Table("unowned_blob", METADATA, key("key"), moment("since"))
+sa.Index("ix_unowned_blob_since", unowned_blob.c.since)
+
 batch = sa.Table(
     "batch",
     METADATA,
@@ -122,6 +126,12 @@ sa.Index(
     batch.c.seq,
     postgresql_where=sa.text("state IN ('validating', 'in_progress', 'finalizing', 'cancelling')"),
 )
+sa.Index(
+    "ix_batch_ended",
+    sa.func.coalesce(
+        batch.c.completed_at, batch.c.failed_at, batch.c.expired_at, batch.c.cancelled_at
+    ),
+)
 
 run = sa.Table(
     "run",
@@ -156,6 +166,14 @@ request = sa.Table(
     text("body"),
     sa.Column("prompt_tokens", sa.Integer, nullable=False),
     sa.Column("max_tokens", sa.Integer),
+)
+
+# Of forgotten batches: the lines at positions below `requests` are still to go.
+forgotten_run = sa.Table(
+    "forgotten_run",
+    METADATA,
+    sa.Column("run_id", sa.BigInteger, primary_key=True, autoincrement=False),
+    count("requests"),
 )
 
 slice_ = sa.Table(

@@ -29,6 +29,8 @@ class Server:
     owned_by: str = "vllm"
     key: str = ""
     next_answers: deque[tuple[int, dict[str, str]]] = field(default_factory=deque)
+    unlisted: int = 0
+    """So many times there is no list of models, as before a server that is not up yet."""
     hang_up_after: int | None = None
     """End streams without a word after this many events."""
     says: tuple[str, ...] = ()
@@ -79,6 +81,9 @@ def _app(server: Server) -> FastAPI:
         server.headers.append(dict(request.headers))
         if server.key and request.headers.get("authorization") != f"Bearer {server.key}":
             return Response(status_code=401)
+        if server.unlisted:
+            server.unlisted -= 1
+            return Response(status_code=404)
         card = {
             "id": server.model,
             "object": "model",

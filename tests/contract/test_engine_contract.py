@@ -288,7 +288,7 @@ async def test_media_elsewhere_are_not_fetched(rig: Rig) -> None:
     assert error["param"] == "messages[0].content"
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '"hi"', "", "null"])
+@pytest.mark.parametrize("text", ["{", "[]", '"hi"', "", "null", r'{"a": "\ud83d"}'])
 async def test_a_body_that_is_no_json_object_is_refused(rig: Rig, text: str) -> None:
     error_of(await rig.engine.answer(rig.request(CHAT, text)))
 

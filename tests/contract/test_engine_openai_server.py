@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 import pytest_asyncio
+from structlog.testing import capture_logs
 
 from qlm_batch.domain.engine import EngineAnswer, EngineRequest, Lso
 from qlm_batch.domain.errors import ConfigurationError, EngineDead
@@ -216,6 +217,35 @@ async def test_a_server_that_is_busy_at_the_start_is_waited_for(
         assert engine.facts is not None
         assert engine.facts.takes_priority
         await engine.stop()
+
+
+async def test_a_server_without_a_list_of_models_is_told_while_it_is_waited_for(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openai_probe, "_PAUSE_S", 0.01)
+    monkeypatch.setattr(openai_probe, "_TELL_S", 0.0)
+    server.unlisted = 3
+    with serving(server), capture_logs() as logs:
+        engine = OpenAIEngine(server.url, MODEL)
+        await engine.start()
+        await engine.stop()
+    told = [entry for entry in logs if entry["event"] == "engine_waited_for"]
+    assert {(entry["url"], entry["problem"]) for entry in told} == {
+        (server.url, "answered 404 to /v1/models")
+    }
+    assert len(told) == 3
+
+
+async def test_a_wait_that_is_short_is_not_told(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openai_probe, "_PAUSE_S", 0.01)
+    server.next_answers.extend([(503, {})] * 3)
+    with serving(server), capture_logs() as logs:
+        engine = OpenAIEngine(server.url, MODEL)
+        await engine.start()
+        await engine.stop()
+    assert "engine_waited_for" not in {entry["event"] for entry in logs}
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://127.0.0.1", "localhost"])

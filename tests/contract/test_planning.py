@@ -61,6 +61,7 @@ def test_an_old_leader_writes_nothing(bench: Bench) -> None:
         lambda: bench.store.assign(old, [Assignment("gpu-0", run.run_id, 1, 1, "g")]),
         lambda: bench.store.unassign(old, "gpu-0"),
         lambda: bench.store.take_observations(old),
+        lambda: bench.store.keep_forecasts(old, {batch.id: {"mean_s": 1.0}}),
         lambda: bench.store.save_profiles(old, [Profile(MODEL, "cpu", {})]),
         lambda: bench.store.fail_unservable(old, MODEL, "no"),
     ):
@@ -109,6 +110,24 @@ def test_a_plan_replaces_the_one_before_and_the_first_promise_stands(bench: Benc
     assert now.promise is not None
     assert (now.estimate.p50, now.promise.p50) == (7.0, 5.0)
     assert bench.store.snapshot().unpromised == frozenset()
+
+
+def test_what_was_foreseen_of_a_batch_is_kept_until_it_ends_or_is_run_again(bench: Bench) -> None:
+    batch, unplanned = bench.batch(lines=1), bench.batch(lines=1)
+    epoch = bench.lead()
+    told = {"model": MODEL, "made_at": 1.25, "told": {"mean_s": 0.1, "informed": True}}
+    assert bench.store.forecasts() == {}
+    bench.store.save_plan(epoch, _plan(batch.id), [])
+    bench.store.keep_forecasts(epoch, {batch.id: told, unplanned.id: told, "batch_gone": told})
+    bench.store.save_plan(epoch, _plan(batch.id, p50=7.0), [])
+    assert bench.store.forecasts() == {batch.id: told}
+    for part in bench.take():
+        bench.finish(part, ok=False)
+    assert bench.store.forecasts() == {batch.id: told}
+    bench.export(batch.id)
+    assert bench.store.forecasts() == {}
+    bench.store.retry_batch(TENANT, batch.id)
+    assert bench.store.forecasts() == {}
 
 
 def test_decisions_are_kept_in_order(bench: Bench) -> None:

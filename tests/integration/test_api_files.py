@@ -234,6 +234,32 @@ def test_nothing_is_left_when_the_file_cannot_be_recorded(
     assert not leftovers(site)
 
 
+def test_bytes_that_may_be_left_without_a_record_are_known_to_retention(
+    site: Site, client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*args: object) -> None:
+        raise Unavailable("The database is away.")
+
+    with monkeypatch.context() as outage:
+        outage.setattr(site.store, "add_file", away)
+        outage.setattr(site.store, "file", away)
+        error_of(post(client, PURPOSE + part("file", b"x", "a") + END), 503)
+    site.clock.at += 1
+    (key,) = site.store.unowned_blobs(0.0)
+    with site.blobs.open(key) as left:
+        assert left.read() == b"x"
+
+
+def test_what_is_uploaded_and_what_is_deleted_leave_no_blob_without_a_file(
+    site: Site, client: TestClient
+) -> None:
+    kept, gone = upload(client, b"x"), upload(client, b"y")
+    client.delete(f"/v1/files/{gone['id']}")
+    site.clock.at += 1
+    assert site.store.unowned_blobs(0.0) == []
+    assert client.get(f"/v1/files/{kept['id']}/content").content == b"x"
+
+
 def test_a_full_disk_is_a_503_and_leaves_nothing(
     site: Site, client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:

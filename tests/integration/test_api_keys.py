@@ -204,6 +204,19 @@ def test_who_has_no_key_learns_nothing_about_a_body(site: Site) -> None:
                 assert error_of(answer, 401)["code"] == "invalid_api_key"
 
 
+def test_email_is_refused_where_the_service_sends_none(tmp_path: Path) -> None:
+    with make_site(tmp_path, smtp_url="").client() as client:
+        body = {
+            "input_file_id": upload(client, input_file("a"))["id"],
+            "endpoint": CHAT,
+            "completion_window": "24h",
+            "callbacks": {"email": "me@example.org"},
+        }
+        error = error_of(client.post("/v1/batches", json=body), 400)
+        assert (error["code"], error["param"]) == ("email_off", "callbacks.email")
+        assert "QLM_SMTP_URL" in error["message"]
+
+
 def test_email_goes_only_where_the_tenant_may_send_it(tmp_path: Path) -> None:
     site = make_site(
         tmp_path, email_allow={"acme": ("@acme.example", "boss@other.example"), "*": ()}

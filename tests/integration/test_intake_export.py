@@ -20,6 +20,7 @@ from qlm_batch.control.export_service import ExportConfig, ExportService
 from qlm_batch.control.intake_service import IntakeConfig, IntakeService
 from qlm_batch.control.keepalive import KeepAlive
 from qlm_batch.control.retention import RetentionConfig, RetentionService
+from qlm_batch.domain.engine import EngineAnswer, EngineRequest
 from qlm_batch.domain.errors import Conflict, NotFound, Unavailable
 from qlm_batch.domain.jobs import (
     COMPLETIONS,
@@ -28,6 +29,7 @@ from qlm_batch.domain.jobs import (
     BatchState,
     Callbacks,
     ClaimedRequest,
+    EngineKind,
     FilePurpose,
     FileRecord,
     RequestCounts,
@@ -40,6 +42,7 @@ from qlm_batch.intake.blobs import LocalBlobs
 from qlm_batch.intake.scratch import make_scratch
 from qlm_batch.store.memory import MemoryStore
 from qlm_batch.store.postgres import PostgresStore
+from qlm_workers.answers import Door
 
 TENANT = "acme"
 
@@ -205,6 +208,28 @@ def test_failures_of_every_kind_go_to_the_error_file(house: House) -> None:
     assert errors["c1"]["error"]["code"] == "request_timeout"
 
 
+def test_a_line_with_half_of_a_surrogate_pair_fails_alone(house: House) -> None:
+    halved = line(1, body={"model": "model-0", "prompt": "cut in an emoji: \ud83d"})
+    batch = house.submit(line(0) + halved + line(2))
+    house.intake().run_once()
+
+    def outcome(request: ClaimedRequest) -> dict[str, Any]:
+        asked = EngineRequest("r", COMPLETIONS, request.body, 0, TENANT)
+        read = Door("model-0", EngineKind.GENERATE).read(asked)
+        if isinstance(read, EngineAnswer):
+            return {"status_code": read.status_code, "body": read.body}
+        return succeed(request)
+
+    house.answer(outcome)
+    house.export().run_once()
+    ended = house.batch(batch)
+    assert [each["custom_id"] for each in house.lines_of(ended.output_file_id)] == ["c0", "c2"]
+    (failed,) = house.lines_of(ended.error_file_id)
+    assert failed["custom_id"] == "c1"
+    assert failed["response"]["status_code"] == 400
+    assert failed["response"]["body"]["error"]["code"] == "invalid_json"
+
+
 def test_a_batch_whose_lines_all_failed_is_complete_without_an_output_file(house: House) -> None:
     batch = house.submit(lines(3))
     house.intake().run_once()
@@ -365,6 +390,60 @@ def test_expired_files_lose_their_bytes(house: House) -> None:
     with house.blobs.open(kept.blob_key) as file:
         assert file.read() == b"kept"
     assert not service.run_once()
+
+
+def test_a_blob_that_no_file_owns_is_removed_after_a_day(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = house.add_file(b"kept")
+    for key in ("files/file-left", kept.blob_key):
+        house.store.expect_blob(key)
+    with house.blobs.create("files/file-left") as file:
+        file.write(b"left")
+    house.store.add_file(kept)
+    service = RetentionService(house.store, house.blobs, RetentionConfig())
+    assert not service.run_once()
+    monkeypatch.setattr("qlm_batch.control.retention._UNOWNED_S", 0.0)
+    assert service.run_once().strays == 1
+    with pytest.raises(NotFound), house.blobs.open("files/file-left"):
+        pass
+    with house.blobs.open(kept.blob_key) as file:
+        assert file.read() == b"kept"
+    assert not service.run_once()
+
+
+def test_bytes_that_could_not_be_removed_are_removed_later(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = house.add_file(b"old", house.store.now() - 1)
+
+    def away(key: str) -> None:
+        raise Unavailable("The storage is away.")
+
+    monkeypatch.setattr(house.blobs, "delete", away)
+    monkeypatch.setattr("qlm_batch.control.retention._UNOWNED_S", 0.0)
+    service = RetentionService(house.store, house.blobs, RetentionConfig())
+    with pytest.raises(Unavailable):
+        service.run_once()
+    monkeypatch.undo()
+    monkeypatch.setattr("qlm_batch.control.retention._UNOWNED_S", 0.0)
+    assert service.run_once().strays == 1
+    with pytest.raises(NotFound), house.blobs.open(old.blob_key):
+        pass
+
+
+def test_a_batch_past_its_time_goes_and_its_files_stay(house: House) -> None:
+    batch = house.submit(lines(5))
+    house.intake().run_once()
+    house.answer(succeed)
+    house.export().run_once()
+    ended = house.batch(batch)
+    kept = RetentionService(house.store, house.blobs, RetentionConfig())
+    assert not kept.run_once()
+    assert RetentionService(house.store, house.blobs, RetentionConfig(rows_s=0.0)).run_once()
+    with pytest.raises(NotFound):
+        house.batch(batch)
+    assert len(house.lines_of(ended.output_file_id)) == 5
 
 
 def test_what_crashes_left_half_written_is_swept_and_nothing_else(tmp_path: Path) -> None:

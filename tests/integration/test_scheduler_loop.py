@@ -36,6 +36,7 @@ from qlm_batch.domain.snapshot import (
     Residency,
     Snapshot,
 )
+from qlm_batch.scheduling.calibration import Conformal
 from qlm_batch.scheduling.estimator import VERSION
 from qlm_batch.scheduling.policies import policy
 from qlm_batch.scheduling.policies.base import Policy
@@ -307,6 +308,32 @@ def test_reports_change_what_is_known(stage: Stage) -> None:
     stage.loop.tick()
     profiles = {(p.model, p.device) for p in stage.store.snapshot().profiles}
     assert profiles == {("*", "*"), ("m", "*"), ("m", "A100")}
+
+
+@pytest.mark.parametrize("leaders", [1, 2])
+def test_a_promise_is_remembered_whoever_leads_when_it_is_over(stage: Stage, leaders: int) -> None:
+    seen = Observation(
+        *("gpu-0", "A100", "m", 1.0),
+        outputs=(Output(TENANT, 42, 9),) * 500,
+        steps=tuple((n, 100 * n, 0, 0.05 + 0.001 * n) for n in range(1, 33)) * 20,
+        tokens=21_000,
+        requests=500,
+        seconds=60.0,
+    )
+    stage.beat(observations=(seen,))
+    stage.submit("b", 640)
+    stage.loop.tick()
+    if leaders == 2:
+        stage.loop.close()
+        stage.loop = stage.scheduler("two")
+    promise = stage.store.batch(TENANT, "b").promise
+    assert promise is not None and promise.p95 is not None
+    stage.passes(promise.p95 - stage.time, step=2.0)
+    stage.beat(observations=(seen,))
+    stage.loop.tick()
+    profiles = {(own.model, own.device): own.data for own in stage.store.snapshot().profiles}
+    (score,) = Conformal.from_data(profiles["m", "*"]["calibration"]).overdue
+    assert score > 1.0
 
 
 def test_a_model_nobody_serves_fails_its_lines_after_a_grace(stage: Stage) -> None:

@@ -142,6 +142,33 @@ def test_results_that_cannot_be_written_are_told(
     assert CliRunner().invoke(cli, ["results", "b", "-o", str(tmp_path)]).exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("ended", "followed"), [("completed", 0), ("failed", 3), ("expired", 3), ("cancelled", 3)]
+)
+def test_a_batch_that_was_followed_decides_the_exit_status_and_one_looked_at_does_not(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    ended: str,
+    followed: int,
+) -> None:
+    batch = {
+        "id": "batch_1",
+        "status": ended,
+        "request_counts": {"total": 1, "completed": 0, "failed": 1},
+        "expires_at": 1_800_000_000,
+    }
+    monkeypatch.setattr(Client, "get", lambda *_args, **_more: batch)
+    monkeypatch.setattr(Client, "post", lambda *_args, **_more: batch)
+    at = ("batch_1", "--url", "http://127.0.0.1:9", "--key", "k")
+    for command, status in (
+        (("status",), 0),
+        (("status", "--watch"), followed),
+        (("retry", "--wait"), followed),
+    ):
+        found, printed, _ = _run(capsys, monkeypatch, *command, *at)
+        assert (found, ended in printed) == (status, True)
+
+
 def test_the_help_names_every_limit_of_a_key() -> None:
     text = CliRunner().invoke(cli, ["keys", "create", "--help"]).output
     assert all(f"{name}=" in text for name in LIMITS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
@@ -42,6 +43,22 @@ def test_a_batch_is_scored_from_its_promise_to_its_end() -> None:
     ((model, found),) = ended.outcomes
     assert (model, found) == ("m", pytest.approx(math.log(66.0 / 60.0) / ERROR))
     assert ended.learned().seen(queue(67.0, left=False)).outcomes == ()
+
+
+def test_what_is_kept_of_a_promise_is_scored_as_the_promise_is() -> None:
+    first = promised()
+    again = Forecasts.resumed(json.loads(json.dumps(first.fresh)))
+    for later in (first, again):
+        assert later.overdue(240.0) == first.overdue(240.0) != {}
+        ((_, found),) = later.seen(queue(66.0, left=False)).outcomes
+        assert found == pytest.approx(math.log(66.0 / 60.0) / ERROR)
+    assert not first.kept().fresh
+    assert not again.planned(ends(9.0), queue(50.0)).fresh
+
+
+@pytest.mark.parametrize("data", [{}, {"model": "m", "made_at": 1.0, "told": {"old": 1.0}}])
+def test_what_a_release_of_another_shape_kept_says_nothing(data: dict[str, object]) -> None:
+    assert Forecasts.resumed({"b": data}) == Forecasts()
 
 
 def test_a_batch_taken_away_long_before_its_end_is_not_scored() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import tracemalloc
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -26,6 +27,9 @@ from qlm_batch.intake.lines import chunks_of
 
 RULES = LineRules(CHAT, accepted_at=1_000.0, batch_deadline=90_000.0, max_line_bytes=2_000)
 BODY: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
+
+
+HALVED = BODY | {"messages": [{"role": "user", "content": "cut in an emoji: \ud83d"}]}
 
 
 def line(**changes: Any) -> bytes:
@@ -76,6 +80,10 @@ def test_harmless_oddities_are_accepted(data: bytes) -> None:
         (b"\xff\xfe{\0}\0", "invalid_json_line", None, "NUL byte at byte 4"),
         (line()[:-1] + b"\0}", "invalid_json_line", None, "NUL byte"),
         (b'{"a": "\\ud800"}', "invalid_json_line", None, "surrogate"),
+        (line(custom_id="\ud800"), "invalid_json_line", None, "surrogate"),
+        (line(body={"model": "m\udc00"}), "invalid_json_line", None, "surrogate"),
+        (line(body=BODY | {"a": "\ud800", "b": math.inf}), "invalid_json_line", None, "surrogate"),
+        (line(body=HALVED)[:-1], "invalid_json_line", None, "surrogate"),
         (b'{"a": 1e999}', "invalid_json_line", None, "infinity"),
         (b'{"a": ' + b"9" * 500 + b"}", "invalid_json_line", None, "infinity"),
         (b'{"a": NaN}', "invalid_json_line", None, "not valid JSON"),
@@ -118,6 +126,19 @@ def test_a_bad_line_is_refused_with_its_number_and_the_reason(
     assert (fault.code, fault.line, fault.param) == (code, 3, param)
     assert fault.message.startswith("Line 3: ")
     assert says in fault.message
+
+
+def test_half_of_a_surrogate_pair_in_a_body_is_left_to_the_engine() -> None:
+    kept, halved, _ = read(b"\n".join([line(), line(body=HALVED), line()]))
+    assert (halved.line, halved.custom_id, halved.model) == (2, "a", "m")
+    assert json.loads(halved.body) == HALVED
+    assert halved.body.isascii()
+    assert halved.prompt_tokens > kept.prompt_tokens
+
+
+def test_half_of_a_surrogate_pair_fails_a_file_that_is_to_be_checked_first() -> None:
+    (fault,) = faults(line() + b"\n" + line(body=HALVED), replace(RULES, strict=True))
+    assert (fault.code, fault.line, fault.param) == ("invalid_request", 2, "body")
 
 
 @pytest.mark.parametrize("data", [b"", b"\n\n", b"\xef\xbb\xbf", b" \r\n\t"])

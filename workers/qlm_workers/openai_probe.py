@@ -10,17 +10,21 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 import httpx
+import structlog
 
 from qlm_batch.domain.engine import Lso
 from qlm_batch.domain.errors import ConfigurationError, EngineDead
 from qlm_batch.domain.jobs import CHAT, COMPLETIONS, EMBEDDINGS, EngineKind
 from qlm_workers.naming import shown
 
+log = structlog.get_logger(__name__)
+
 AWAY = frozenset({502, 503, 504})
 """Answers of what stands before a server that is not there."""
 NOT_NOW = AWAY | {429}
 """Answers of a server, or of what stands before it, that will say something else later."""
 _PAUSE_S = 1.0
+_TELL_S = 30.0
 _ASK_S = 60.0
 _SAMPLE = re.compile(r'([^{ ]+)(?:\{(?:[^"}]|"(?:[^"\\]|\\.)*")*\})?\s+(\S+)')
 """The name and the value in a line of Prometheus's text; a timestamp may follow."""
@@ -109,9 +113,10 @@ class _Asking:
     ) -> httpx.Response:
         """The first answer that is not a plea to come back later, and of a status `among` these.
 
-        GET without a `body`.
+        GET without a `body`. Waiting is logged every half minute.
         """
         method = "GET" if body is None else "POST"
+        told_at = time.monotonic()
         while True:
             try:
                 response = await self.client.request(method, path, json=body, timeout=_ASK_S)
@@ -126,12 +131,17 @@ class _Asking:
                 ) from error
             except httpx.HTTPError as error:
                 problem = f"could not be asked ({type(error).__name__})"
-            if time.monotonic() + _PAUSE_S > self.deadline:
+            now = time.monotonic()
+            if now + _PAUSE_S > self.deadline:
                 raise EngineDead(
                     f"The engine at {self.url} {problem} for as long as it was waited for; "
                     "check QLM_ENGINE_URL and that the server runs.",
                     param="engine_url",
                 )
+            if now - told_at >= _TELL_S:
+                left_s = round(self.deadline - now)
+                log.warning("engine_waited_for", url=self.url, problem=problem, left_s=left_s)
+                told_at = now
             await asyncio.sleep(_PAUSE_S)
 
     @property

@@ -18,6 +18,7 @@ from qlm_batch.store.memory.leadership import MemoryLeadership
 from qlm_batch.store.memory.ledger import MemoryLedger
 from qlm_batch.store.memory.outbox import MemoryOutbox
 from qlm_batch.store.memory.planning import MemoryPlanning
+from qlm_batch.store.memory.retention import MemoryRetention
 from qlm_batch.store.memory.state import State
 
 
@@ -32,6 +33,7 @@ class MemoryStore(
     MemoryInstances,
     MemoryInteractive,
     MemoryOutbox,
+    MemoryRetention,
     MemoryKeys,
 ):
     """The Store port in memory, safe to share between threads.

@@ -109,7 +109,8 @@ class MemoryBatches(Facet):
                 param="batch_id",
             )
         now = self.state.clock()
-        batch.failed, batch.missed, batch.claim_holder, batch.estimate = 0, False, None, None
+        batch.failed, batch.missed, batch.claim_holder = 0, False, None
+        batch.estimate, batch.forecast = None, None
         batch.view = replace(
             view,
             state=BatchState.IN_PROGRESS,

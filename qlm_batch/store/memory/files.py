@@ -39,8 +39,26 @@ class MemoryFiles(Facet):
     """FileStore in memory."""
 
     @locked
+    def expect_blob(self, key: str) -> None:
+        """Note that a blob is about to be stored."""
+        self.state.unowned[key] = self.state.clock()
+
+    @locked
+    def unowned_blobs(self, noted_s: float, limit: int = 100) -> Sequence[str]:
+        """Keys that were noted over `noted_s` ago and that no file owns."""
+        before = self.state.clock() - noted_s
+        return [key for key, since in self.state.unowned.items() if since < before][:limit]
+
+    @locked
+    def blobs_removed(self, keys: Sequence[str]) -> None:
+        """Drop the notes of blobs that are gone."""
+        for key in keys:
+            self.state.unowned.pop(key, None)
+
+    @locked
     def add_file(self, record: FileRecord) -> None:
         """Record a file whose bytes are already in the blob store."""
+        self.blobs_removed([record.blob_key])
         self.state.files.setdefault(record.id, record)
 
     @locked
@@ -76,6 +94,7 @@ class MemoryFiles(Facet):
         """Forget a file."""
         record = self.file(tenant, file_id)
         del self.state.files[file_id]
+        self.expect_blob(record.blob_key)
         return record
 
     @locked
@@ -90,4 +109,5 @@ class MemoryFiles(Facet):
         past.sort(key=lambda record: record.expires_at or 0.0)
         for record in past[:limit]:
             del self.state.files[record.id]
+            self.expect_blob(record.blob_key)
         return past[:limit]

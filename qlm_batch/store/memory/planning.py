@@ -84,6 +84,24 @@ class MemoryPlanning(Facet):
             self.state.decisions[decision.batch_id].append(decision)
 
     @locked
+    def keep_forecasts(self, epoch: int, forecasts: Mapping[str, Mapping[str, object]]) -> None:
+        """Keep what was foreseen of batches as they were promised."""
+        check_leader(self.state, epoch)
+        for batch_id, forecast in forecasts.items():
+            batch = self.state.batches.get(batch_id)
+            if batch is not None and batch.estimate is not None:
+                batch.forecast = forecast
+
+    @locked
+    def forecasts(self) -> Mapping[str, Mapping[str, object]]:
+        """What was kept of batches that have not ended."""
+        return {
+            batch_id: batch.forecast
+            for batch_id, batch in self.state.unfinished.items()
+            if batch.forecast is not None and batch.view.state in _ESTIMATED
+        }
+
+    @locked
     def assign(self, epoch: int, assignments: Sequence[Assignment]) -> Mapping[str, int]:
         """Turn queued slices into assigned ones, in order."""
         check_leader(self.state, epoch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import update_wrapper
 from typing import Concatenate, ParamSpec, TypeVar
@@ -112,6 +112,7 @@ class BatchData:
     failed: int = 0
     usage: Usage = field(default_factory=Usage)
     estimate: Estimate | None = None
+    forecast: Mapping[str, object] | None = None
     slice_requests: int = 0
     missed: bool = False
     claim_holder: str | None = None
@@ -172,6 +173,8 @@ class State:
         self.silent_s = silent_s
         self.lock = threading.RLock()
         self.files: dict[str, FileRecord] = {}
+        self.unowned: dict[str, float] = {}
+        """Since when no file has owned these blobs, by key."""
         self.batches: dict[str, BatchData] = {}
         self.idempotent: dict[tuple[str, str], str] = {}
         self.unfinished: dict[str, BatchData] = {}
