@@ -388,12 +388,15 @@ class Calls:
 
     def _rest(self, call: Call, stored: InteractiveRequest) -> Part:
         """What the client has not seen of an ended request."""
-        status = stored.status_code or 500
-        events = (stored.result or "").split("\n")
-        if stored.streamed and (status < 400 or call.shown or len(events) > 1):
-            return self._finish(call, Part(events[call.shown :], End(status)))
         if stored.result is None:
-            return self._finish(call, Part((), _end_of(Unavailable("The answer was lost."))))
+            lost = Unavailable("The answer was lost; send the request again.")
+            return self._finish(call, Part((), _end_of(lost)))
+        status = stored.status_code or 500
+        events = stored.result.split("\n")
+        if stored.streamed and (status < 400 or call.shown or len(events) > 1):
+            # Without its last word a stream that failed would look like one that is complete.
+            unseen = events[call.shown :] or (events[-1:] if status >= 400 else [])
+            return self._finish(call, Part(unseen, End(status)))
         return self._finish(call, Part((), End(status, stored.result)))
 
     async def _failed(self, call: Call, message: str, error: QlmError | None = None) -> Part:

@@ -251,6 +251,22 @@ async def test_a_request_whose_instance_is_lost_later_ends_with_an_error() -> No
         assert rig.stored().state is InteractiveState.FAILED
 
 
+@pytest.mark.parametrize("result", [None, '{"error":{"message":"The instance was lost."}}'])
+async def test_a_stream_that_others_ended_meanwhile_is_not_taken_for_complete(
+    result: str | None,
+) -> None:
+    async with at_work() as rig:
+        call = await rig.open()
+        rig.write(News(0, ("a",)))
+        telling = asyncio.create_task(rig.told(call))
+        await until(lambda: call.shown)
+        state = InteractiveState.FAILED if result else InteractiveState.ABORTED
+        mark = InteractiveMark(call.new.id, 1, state, 500 if result else None, result)
+        rig.store.mark_interactive([mark])
+        events, end = await telling
+        assert "error" in orjson.loads(end.body or events[-1])
+
+
 async def test_a_request_that_ends_engines_is_not_handed_round() -> None:
     def act(rig: Rig, _: Interactive) -> None:
         rig.write(News(0, (), End(503, again=True, died=True)))

@@ -307,6 +307,10 @@ async def test_a_reader_is_given_up_only_after_a_long_silence(
         await until(lambda: bench.state() is InteractiveState.RUNNING)
         monkeypatch.setattr(interactive, "READER_S", 0.0)
         await until(lambda: bench.state() is InteractiveState.ABORTED)
+        # A process that was only stopped for a while must not take this for the answer's end.
+        await until(lambda: bench.writer.end() is not None)
+        end = bench.writer.end()
+        assert end is not None and '"error"' in (end.body or "")
 
 
 async def test_without_redis_the_answer_is_stored_all_the_same() -> None:

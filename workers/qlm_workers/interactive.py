@@ -46,8 +46,13 @@ LAST_PUSH_S = 2.0
 REMEMBERED = 4096
 """Requests seen lately, so that one that is sent twice is served once."""
 ELSEWHERE = End(503, again=True)
-GIVEN_UP = End(499)
-"""Nobody waits for it; its reader need not tell so any more."""
+GIVEN_UP = End(
+    503,
+    error_answer(
+        503, "Nobody seemed to wait for this request; send it again.", type_="server_error"
+    ).body,
+)
+"""Its reader left and need not tell so any more, or was silent for too long and passes this on."""
 
 
 @dataclass(slots=True, eq=False)
