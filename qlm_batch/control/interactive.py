@@ -277,26 +277,26 @@ class Calls:
         self._tokens.leave(call.address, finished=call.finished)
         call.avoid.add(call.boot)
         try:
-            if call.deaths > MOST_DEATHS:
-                return await self._failed(call, "Engines stopped while they served this request.")
-            call.route = await self._route(call.new.model, call.new.endpoint, call.avoid)
-            epoch = await self._run(
-                self._store.reroute_interactive,
-                call.new.id,
-                call.epoch,
-                call.route.instance,
-                call.route.boot_id,
-            )
-            if epoch is None:
-                return await self._failed(call, "The request was ended meanwhile.")
-            call.epoch = epoch
+            try:
+                await self._lease_again(call)
+            finally:
+                # Before it is sent: what comes for a request that nobody attends is not kept.
+                self._hold(call)
             await self._send(call)
         except QlmError as error:
-            return await self._failed(call, error.message, error)
-        finally:
-            self._hold(call)
+            return await self._failed(call, error)
         log.info("rerouted", request=call.new.id, instance=call.route.instance, epoch=call.epoch)
         return None
+
+    async def _lease_again(self, call: Call) -> None:
+        if call.deaths > MOST_DEATHS:
+            raise Unavailable("Engines stopped while they served this request.")
+        call.route = await self._route(call.new.model, call.new.endpoint, call.avoid)
+        where = call.route.instance, call.route.boot_id
+        epoch = await self._run(self._store.reroute_interactive, call.new.id, call.epoch, *where)
+        if epoch is None:
+            raise Unavailable("The request was ended meanwhile.")
+        call.epoch = epoch
 
     async def _send(self, call: Call) -> None:
         new = replace(call.new, instance=call.route.instance, boot_id=call.route.boot_id)
@@ -339,7 +339,8 @@ class Calls:
                 await asyncio.sleep(pause_s)
                 continue
             if stored is None:
-                yield await self._failed(call, "The answer was lost; send the request again.")
+                lost = Unavailable("The answer was lost; send the request again.")
+                yield await self._failed(call, lost)
                 return
             if stored.state not in OPEN_INTERACTIVE:
                 yield self._rest(call, stored)
@@ -361,7 +362,8 @@ class Calls:
     async def _lost(self, call: Call, stored: InteractiveRequest | None) -> Part | None:
         """Move a request whose boot is gone; the end where it has begun to answer."""
         if call.shown:
-            return await self._failed(call, "The instance that answered was lost; send it again.")
+            lost = Unavailable("The instance that answered was lost; send it again.")
+            return await self._failed(call, lost)
         call.deaths += stored is not None and stored.state is InteractiveState.RUNNING
         return await self._elsewhere(call)
 
@@ -399,9 +401,9 @@ class Calls:
             return self._finish(call, Part(unseen, End(status)))
         return self._finish(call, Part((), End(status, stored.result)))
 
-    async def _failed(self, call: Call, message: str, error: QlmError | None = None) -> Part:
+    async def _failed(self, call: Call, error: QlmError) -> Part:
         """End a request that cannot go on, here and in the store."""
-        end = _end_of(error or Unavailable(message))
+        end = _end_of(error)
         mark = InteractiveMark(
             call.new.id, call.epoch, InteractiveState.FAILED, end.status, end.body
         )

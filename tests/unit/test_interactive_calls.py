@@ -225,6 +225,20 @@ async def test_a_request_that_is_sent_back_is_leased_to_another() -> None:
         assert rig.streams.left[call.new.id, 1] is False
 
 
+async def test_a_request_is_attended_before_it_is_sent_anywhere() -> None:
+    attended: list[bool] = []
+
+    def act(rig: Rig, message: Interactive) -> None:
+        attended.append((message.request_id, message.epoch) in rig.streams.present)
+        elsewhere = message.instance == "gpu-0"
+        rig.write(News(0, (), End(503 if elsewhere else 200, again=elsewhere)))
+
+    async with at_work(act) as rig:
+        rig.beat("gpu-1")
+        await rig.told(await rig.open())
+        assert attended == [True, True]
+
+
 async def test_a_request_whose_instance_is_lost_before_the_first_event_moves() -> None:
     def act(rig: Rig, message: Interactive) -> None:
         if message.epoch == 2:
