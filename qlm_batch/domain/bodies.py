@@ -78,7 +78,7 @@ def refuse_owned_fields(
     """The first field that only the service may set or that is out of bounds, as an error.
 
     Media are accepted inline (`data:` URLs) and from the hosts in `media_domains`. Values of a
-    wrong type are left to the engine's own schema.
+    wrong type are left to the engine's own schema, but for counts.
     """
     if _WATCHED.isdisjoint(body):
         return _foreign_media(body, media_domains)
@@ -110,7 +110,12 @@ def _out_of_bounds(body: Mapping[str, object], max_n: int) -> InvalidInput | Non
     for field, limit in limits.items():
         value = body.get(field)
         least = 1 if field in _COUNTS else 0
-        if isinstance(value, int) and not least <= value <= limit:
+        if value is not None and not isinstance(value, int):
+            # Engines read a number out of "1000" and 1000.0 too.
+            return InvalidInput(
+                f"'{field}' must be a whole number.", code="invalid_type", param=field
+            )
+        if value is not None and not least <= value <= limit:
             return InvalidInput(
                 f"'{field}' is {value}; it must lie between {least} and {limit}.",
                 code="invalid_value",

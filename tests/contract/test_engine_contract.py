@@ -266,6 +266,7 @@ async def test_several_choices_are_counted_together(rig: Rig) -> None:
         ({"vllm_xargs": {"a": 1}}, "vllm_xargs"),
         ({"kv_transfer_params": {"a": 1}}, "kv_transfer_params"),
         ({"n": 1000}, "n"),
+        ({"n": "1000"}, "n"),
         ({"messages": "not a list"}, "messages"),
         ({"max_tokens": "many"}, "max_tokens"),
     ],

@@ -54,6 +54,8 @@ def test_streaming_is_refused_naming_the_field() -> None:
         ("n", 17),
         ("n", 0),
         ("n", -1),
+        ("n", "17"),
+        ("n", 17.0),
         ("best_of", 17),
         ("top_logprobs", 21),
         ("prompt_logprobs", -1),
