@@ -346,7 +346,11 @@ class Calls:
                 yield self._rest(call, stored)
                 return
             part = None
-            if not await self._alive(call):
+            back = await self._sent_back(call)
+            if back is not None:
+                call.deaths += back.died
+                part = await self._elsewhere(call)
+            elif not await self._alive(call):
                 part = await self._lost(call, stored)
             elif stored.state is InteractiveState.SENT and time.monotonic() - sent_at > ASK_S:
                 sent_at = time.monotonic()
@@ -358,6 +362,12 @@ class Calls:
             await asyncio.sleep(pause_s)
             # Many calls may wait like this at once while Redis is away.
             pause_s = min(MOST_POLL_S, pause_s * 1.2)
+
+    async def _sent_back(self, call: Call) -> End | None:
+        """Its worker's word to send it elsewhere, which no store has."""
+        news = await self._tokens.read(call.address, 0.0)
+        end = news[-1].end if news else None
+        return end if end is not None and end.again else None
 
     async def _lost(self, call: Call, stored: InteractiveRequest | None) -> Part | None:
         """Move a request whose boot is gone; the end where it has begun to answer."""

@@ -225,6 +225,22 @@ async def test_a_request_that_is_sent_back_is_leased_to_another() -> None:
         assert rig.streams.left[call.new.id, 1] is False
 
 
+async def test_a_request_that_is_sent_back_once_redis_was_away_is_leased_to_another() -> None:
+    def act(rig: Rig, message: Interactive) -> None:
+        if message.instance == "gpu-1":
+            rig.end("a")
+
+    async with at_work(act) as rig:
+        rig.beat("gpu-1")
+        call = await rig.open()
+        rig.streams.away = True
+        telling = asyncio.create_task(rig.told(call))
+        await asyncio.sleep(0.02)
+        rig.streams.away = False
+        rig.write(News(0, (), End(503, again=True)))
+        assert await telling == (["a"], End(200))
+
+
 async def test_a_request_is_attended_before_it_is_sent_anywhere() -> None:
     attended: list[bool] = []
 

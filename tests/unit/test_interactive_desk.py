@@ -325,6 +325,15 @@ async def test_without_redis_the_answer_is_stored_all_the_same() -> None:
         assert bench.store.interactive("acme", "req_1").result == "a"
 
 
+async def test_what_has_to_go_elsewhere_is_told_once_redis_is_back() -> None:
+    async with working(StreamEngine(EngineDead("gone"))) as bench:
+        bench.writer.away = True
+        bench.accept()
+        await until(lambda: bench.desk.running == 0)
+        bench.writer.away = False
+        await until(lambda: bench.writer.end() == End(503, again=True, died=True))
+
+
 async def test_marks_wait_for_a_store_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qlm_workers.link.BACKOFF_S", (0.005,))
     events = Events()

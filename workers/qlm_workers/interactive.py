@@ -303,6 +303,8 @@ class InteractiveDesk:
                 if job.end is not None:
                     # The store has the answer, and its reader looks there.
                     self._drop(job)
+                    if job.end.again:
+                        self._say_last(job.message, job.end)
             return False
         for job, news in sent:
             job.written += len(news.events)
