@@ -6,7 +6,9 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
+import httpx
 import pytest
 import pytest_asyncio
 
@@ -300,6 +302,26 @@ async def test_a_server_that_hangs_up_ends_the_stream_with_an_error(
     assert "hung up" in events[-1]["error"]["message"]
     await stream.aclose()
     assert engine.stats().running == 0
+
+
+async def test_a_stream_that_opens_in_the_moment_its_caller_leaves_is_closed(
+    engine: OpenAIEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[httpx.Response] = []
+    send = httpx.AsyncClient.send
+
+    async def noted(client: httpx.AsyncClient, *args: Any, **options: Any) -> httpx.Response:
+        response = await send(client, *args, **options)
+        opened.append(response)
+        # Its turn comes after the response is there and before the caller's own.
+        asyncio.get_running_loop().call_soon(calling.cancel)
+        return response
+
+    monkeypatch.setattr(httpx.AsyncClient, "send", noted)
+    calling = asyncio.create_task(engine.open_stream(chat()))
+    await asyncio.gather(calling, return_exceptions=True)
+    assert calling.cancelled()
+    assert [response.is_closed for response in opened] == [True]
 
 
 async def test_a_busy_server_is_asked_again_for_a_stream(

@@ -338,6 +338,9 @@ class OpenAIEngine:
         except asyncio.CancelledError:
             if self._client is None and call.cancelled():
                 raise EngineDead(f"The engine at {self._url} was stopped.") from None
+            if call.done() and not call.cancelled() and call.exception() is None:
+                # It came in the moment the caller left, and would hold its connection for ever.
+                await call.result().aclose()
             raise
         finally:
             self._calls.discard(call)
