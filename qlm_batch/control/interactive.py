@@ -409,7 +409,10 @@ class Calls:
             # Without its last word a stream that failed would look like one that is complete.
             unseen = events[call.shown :] or (events[-1:] if status >= 400 else [])
             return self._finish(call, Part(unseen, End(status)))
-        return self._finish(call, Part((), End(status, stored.result)))
+        first_s, took_s = stored.first_token_s, stored.duration_s
+        since_first_s = 0.0 if first_s is None or took_s is None else max(0.0, took_s - first_s)
+        end = End(status, stored.result, since_first_s=since_first_s)
+        return self._finish(call, Part((), end))
 
     async def _failed(self, call: Call, error: QlmError) -> Part:
         """End a request that cannot go on, here and in the store."""

@@ -229,6 +229,14 @@ async def test_a_refused_stream_is_told_as_an_answer() -> None:
         await until(lambda: bench.writer.end() == End(400, '{"error": {}}'))
 
 
+async def test_an_answer_that_comes_whole_tells_when_its_first_token_was_there() -> None:
+    async with working(StreamEngine(EngineAnswer(200, "{}", first_token_s=0.0))) as bench:
+        bench.accept()
+        await until(lambda: bench.writer.end() is not None)
+    end = bench.writer.end()
+    assert end is not None and end.since_first_s > 0.0
+
+
 async def test_an_engine_that_dies_before_the_first_event_lets_the_request_go_elsewhere() -> None:
     async with working(StreamEngine(EngineDead("gone"))) as bench:
         bench.accept()

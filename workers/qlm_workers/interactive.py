@@ -231,10 +231,13 @@ class InteractiveDesk:
 
     def _answered(self, job: _Job, answer: EngineAnswer) -> None:
         job.usage = answer.usage
+        since_first_s = 0.0
         if answer.first_token_s is not None:
             job.first_token_s = job.waited_s + answer.first_token_s
+            since_first_s = max(0.0, time.monotonic() - job.began - job.first_token_s)
         # Line ends stand between JSON's tokens only, and separate events where they are stored.
-        job.end = End(answer.status_code, answer.body.replace("\n", " "))
+        body = answer.body.replace("\n", " ")
+        job.end = End(answer.status_code, body, since_first_s=since_first_s)
 
     def _engine_died(self, job: _Job) -> None:
         """Whoever has seen nothing yet can be served elsewhere."""
