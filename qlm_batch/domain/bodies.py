@@ -30,12 +30,15 @@ MAX_N = 16
 MAX_MODEL_CHARS = 512
 MAX_LOGPROBS = 20
 MAX_GRAMMAR_CHARS = 64 * 1024
+MAX_PROMPTS = 2048
+"""Most prompts of a completion, or inputs of an embedding, in one body; as in OpenAI's API."""
 
 _COUNTS = ("n", "best_of")
 _LOGPROBS = ("logprobs", "top_logprobs", "prompt_logprobs")
 _GRAMMARS = ("response_format", "structured_outputs", "tools")
+_PROMPTS = ("prompt", "input")
 _WATCHED = frozenset(
-    {*OWNED_FIELDS, "chat_template_kwargs", "stream", *_COUNTS, *_LOGPROBS, *_GRAMMARS}
+    {*OWNED_FIELDS, "chat_template_kwargs", "stream", *_COUNTS, *_LOGPROBS, *_GRAMMARS, *_PROMPTS}
 )
 
 
@@ -126,6 +129,17 @@ def _out_of_bounds(body: Mapping[str, object], max_n: int) -> InvalidInput | Non
         if isinstance(value, Mapping | list) and _chars(value) > MAX_GRAMMAR_CHARS:
             return InvalidInput(
                 f"'{field}' is larger than {MAX_GRAMMAR_CHARS} characters.",
+                code="invalid_value",
+                param=field,
+            )
+    for field in _PROMPTS:
+        value = body.get(field)
+        if not isinstance(value, list) or len(value) <= MAX_PROMPTS:
+            continue
+        # One prompt may be a list too, of token ids.
+        if not isinstance(value[0], int):
+            return InvalidInput(
+                f"'{field}' has {len(value)} entries; at most {MAX_PROMPTS} go in one request.",
                 code="invalid_value",
                 param=field,
             )
