@@ -113,12 +113,10 @@ def _out_of_bounds(body: Mapping[str, object], max_n: int) -> InvalidInput | Non
     for field, limit in limits.items():
         value = body.get(field)
         least = 1 if field in _COUNTS else 0
-        if value is not None and not isinstance(value, int):
-            # Engines read a number out of "1000" and 1000.0 too.
-            return InvalidInput(
-                f"'{field}' must be a whole number.", code="invalid_type", param=field
-            )
-        if value is not None and not least <= value <= limit:
+        # Engines read a number out of "1000" and 1000.0 too.
+        if isinstance(value, str):
+            return InvalidInput(f"'{field}' must be a number.", code="invalid_type", param=field)
+        if isinstance(value, int | float) and not least <= value <= limit:
             return InvalidInput(
                 f"'{field}' is {value}; it must lie between {least} and {limit}.",
                 code="invalid_value",

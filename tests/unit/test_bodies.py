@@ -21,7 +21,7 @@ def with_content(*parts: object) -> dict[str, object]:
 
 
 def test_an_ordinary_body_is_accepted() -> None:
-    body = chat(n=2, logprobs=True, top_logprobs=5, stream=False, max_tokens=9, seed=1)
+    body = chat(n=2.0, logprobs=True, top_logprobs=5, stream=False, max_tokens=9, seed=1)
     assert refuse_owned_fields(body) is None
 
 
