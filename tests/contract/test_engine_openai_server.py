@@ -82,6 +82,16 @@ async def test_a_server_that_says_no_is_not_asked_again(
     assert len(server.next_answers) == 1
 
 
+async def test_a_server_that_refuses_the_workers_key_is_no_fault_of_the_callers(
+    server: Server, engine: OpenAIEngine
+) -> None:
+    server.next_answers.append((401, {}))
+    answer = await engine.answer(chat())
+    assert answer.status_code == 502
+    assert "QLM_ENGINE_API_KEY" in answer.body
+    assert "busy" not in answer.body
+
+
 async def test_a_server_that_broke_is_not_asked_again(server: Server, engine: OpenAIEngine) -> None:
     server.next_answers.append((500, {}))
     assert (await engine.answer(chat())).status_code == 500
