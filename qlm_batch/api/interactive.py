@@ -124,7 +124,7 @@ async def _answer(
         return EventResponse(frames, headers)
     calls.close(call)
     if first.end.status < 400:
-        watch.told(())
+        watch.told((), first.end.since_first_s)
     watch.ended(first.end.status)
     return _whole(first.end, headers)
 

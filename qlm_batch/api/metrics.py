@@ -38,7 +38,7 @@ class Metrics:
         )
         self._first_token = Histogram(
             "qlm_interactive_first_token_seconds",
-            "Time to the first token of interactive requests.",
+            "Time to the first token of interactive requests, also where answers come whole.",
             buckets=_BUCKETS,
             registry=self._registry,
         )
@@ -61,7 +61,7 @@ class Metrics:
         self._requests.labels(known, route, str(status)).observe(seconds)
 
     def first_token(self, seconds: float, target_s: float) -> None:
-        """A client got its first token after so long."""
+        """A client's first token was there after so long."""
         self._first_token.observe(seconds)
         self._met[seconds <= target_s] += 1
 

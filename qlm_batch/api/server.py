@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 import uvicorn
 from fastapi import FastAPI
 
+from qlm_batch.api.sse import STALL_S
 from qlm_batch.domain.errors import ConfigurationError
 from qlm_batch.settings import Settings
 
@@ -52,7 +54,17 @@ def api_server(app: FastAPI, settings: Settings) -> uvicorn.Server:
 
 
 class _Server(uvicorn.Server):
-    """Returns after a signal; uvicorn's own raises it again, which would skip what comes after."""
+    """Returns after a signal; uvicorn's own raises it again, which would skip what comes after.
+
+    A connection whose client takes nothing for STALL_S is cut: closed in order it would wait for
+    that client for ever, with all that was not sent.
+    """
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen; what is set here holds for every connection."""
+        await super().startup(sockets)
+        for listening in (own for server in self.servers for own in server.sockets):
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(STALL_S * 1000))
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -21,12 +21,12 @@ class Watch:
         self._last_at = began
         self._events = 0
 
-    def told(self, events: Sequence[str]) -> None:
-        """Something for the client has arrived."""
+    def told(self, events: Sequence[str], since_first_s: float = 0.0) -> None:
+        """Something for the client has arrived, `since_first_s` after the first token was there."""
         self._last_at = time.perf_counter()
         self._events += len(events)
         if self._first_at is None:
-            self._first_at = self._last_at
+            self._first_at = max(self._began, self._last_at - since_first_s)
             self._metrics.first_token(self._first_at - self._began, self._target_s)
 
     def ended(self, status: int) -> None:

@@ -277,26 +277,26 @@ class Calls:
         self._tokens.leave(call.address, finished=call.finished)
         call.avoid.add(call.boot)
         try:
-            if call.deaths > MOST_DEATHS:
-                return await self._failed(call, "Engines stopped while they served this request.")
-            call.route = await self._route(call.new.model, call.new.endpoint, call.avoid)
-            epoch = await self._run(
-                self._store.reroute_interactive,
-                call.new.id,
-                call.epoch,
-                call.route.instance,
-                call.route.boot_id,
-            )
-            if epoch is None:
-                return await self._failed(call, "The request was ended meanwhile.")
-            call.epoch = epoch
+            try:
+                await self._lease_again(call)
+            finally:
+                # Before it is sent: what comes for a request that nobody attends is not kept.
+                self._hold(call)
             await self._send(call)
         except QlmError as error:
-            return await self._failed(call, error.message, error)
-        finally:
-            self._hold(call)
+            return await self._failed(call, error)
         log.info("rerouted", request=call.new.id, instance=call.route.instance, epoch=call.epoch)
         return None
+
+    async def _lease_again(self, call: Call) -> None:
+        if call.deaths > MOST_DEATHS:
+            raise Unavailable("Engines stopped while they served this request.")
+        call.route = await self._route(call.new.model, call.new.endpoint, call.avoid)
+        where = call.route.instance, call.route.boot_id
+        epoch = await self._run(self._store.reroute_interactive, call.new.id, call.epoch, *where)
+        if epoch is None:
+            raise Unavailable("The request was ended meanwhile.")
+        call.epoch = epoch
 
     async def _send(self, call: Call) -> None:
         new = replace(call.new, instance=call.route.instance, boot_id=call.route.boot_id)
@@ -339,13 +339,18 @@ class Calls:
                 await asyncio.sleep(pause_s)
                 continue
             if stored is None:
-                yield await self._failed(call, "The answer was lost; send the request again.")
+                lost = Unavailable("The answer was lost; send the request again.")
+                yield await self._failed(call, lost)
                 return
             if stored.state not in OPEN_INTERACTIVE:
                 yield self._rest(call, stored)
                 return
             part = None
-            if not await self._alive(call):
+            back = await self._sent_back(call)
+            if back is not None:
+                call.deaths += back.died
+                part = await self._elsewhere(call)
+            elif not await self._alive(call):
                 part = await self._lost(call, stored)
             elif stored.state is InteractiveState.SENT and time.monotonic() - sent_at > ASK_S:
                 sent_at = time.monotonic()
@@ -358,10 +363,17 @@ class Calls:
             # Many calls may wait like this at once while Redis is away.
             pause_s = min(MOST_POLL_S, pause_s * 1.2)
 
+    async def _sent_back(self, call: Call) -> End | None:
+        """Its worker's word to send it elsewhere, which no store has."""
+        news = await self._tokens.read(call.address, 0.0)
+        end = news[-1].end if news else None
+        return end if end is not None and end.again else None
+
     async def _lost(self, call: Call, stored: InteractiveRequest | None) -> Part | None:
         """Move a request whose boot is gone; the end where it has begun to answer."""
         if call.shown:
-            return await self._failed(call, "The instance that answered was lost; send it again.")
+            lost = Unavailable("The instance that answered was lost; send it again.")
+            return await self._failed(call, lost)
         call.deaths += stored is not None and stored.state is InteractiveState.RUNNING
         return await self._elsewhere(call)
 
@@ -388,17 +400,23 @@ class Calls:
 
     def _rest(self, call: Call, stored: InteractiveRequest) -> Part:
         """What the client has not seen of an ended request."""
-        status = stored.status_code or 500
-        events = (stored.result or "").split("\n")
-        if stored.streamed and (status < 400 or call.shown or len(events) > 1):
-            return self._finish(call, Part(events[call.shown :], End(status)))
         if stored.result is None:
-            return self._finish(call, Part((), _end_of(Unavailable("The answer was lost."))))
-        return self._finish(call, Part((), End(status, stored.result)))
+            lost = Unavailable("The answer was lost; send the request again.")
+            return self._finish(call, Part((), _end_of(lost)))
+        status = stored.status_code or 500
+        events = stored.result.split("\n")
+        if stored.streamed and (status < 400 or call.shown or len(events) > 1):
+            # Without its last word a stream that failed would look like one that is complete.
+            unseen = events[call.shown :] or (events[-1:] if status >= 400 else [])
+            return self._finish(call, Part(unseen, End(status)))
+        first_s, took_s = stored.first_token_s, stored.duration_s
+        since_first_s = 0.0 if first_s is None or took_s is None else max(0.0, took_s - first_s)
+        end = End(status, stored.result, since_first_s=since_first_s)
+        return self._finish(call, Part((), end))
 
-    async def _failed(self, call: Call, message: str, error: QlmError | None = None) -> Part:
+    async def _failed(self, call: Call, error: QlmError) -> Part:
         """End a request that cannot go on, here and in the store."""
-        end = _end_of(error or Unavailable(message))
+        end = _end_of(error)
         mark = InteractiveMark(
             call.new.id, call.epoch, InteractiveState.FAILED, end.status, end.body
         )

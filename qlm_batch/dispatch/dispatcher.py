@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import structlog
+from kombu import Queue
 from kombu.exceptions import KombuError, OperationalError
 from redis.exceptions import RedisError
 
@@ -28,6 +29,9 @@ log = structlog.get_logger(__name__)
 
 SEND_TIMEOUT_S = 1.0
 """How long a hint may hold its sender up; workers poll the store anyway."""
+KEPT_S = 600.0
+"""How long after the last message a queue is kept whose instance takes none: it may never return,
+and calls have whole bodies."""
 
 
 class CeleryDispatcher:
@@ -49,7 +53,7 @@ class CeleryDispatcher:
             lambda: self._app.send_task(
                 ASSIGNED_TASK,
                 kwargs={"message": wire.encode(message)},
-                queue=batch_queue(message.instance),
+                queue=_passing(batch_queue(message.instance)),
                 priority=BATCH_PRIORITY,
                 ignore_result=True,
                 retry=False,
@@ -72,7 +76,7 @@ class CeleryDispatcher:
                 kwargs={"message": wire.encode(message)},
                 # Celery would repeat the beginning of the body in a header.
                 kwargsrepr="",
-                queue=interactive_queue(message.instance),
+                queue=_passing(interactive_queue(message.instance)),
                 priority=INTERACTIVE_PRIORITY,
                 ignore_result=True,
                 retry=False,
@@ -99,3 +103,8 @@ class CeleryDispatcher:
         if back:
             log.info("broker is back")
         return True
+
+
+def _passing(name: str) -> Queue:
+    """The queue of this name, which ends by itself."""
+    return Queue(name, routing_key=name, expires=KEPT_S)

@@ -50,13 +50,15 @@ class End:
     """The last word on a request: the status and, unless its events said it all, a body.
 
     `again` asks to send the request elsewhere: nothing was done with it. `died` says that an engine
-    ended with the request inside.
+    ended with the request inside. An answer that comes whole had its first token `since_first_s`
+    ago.
     """
 
     status: int
     body: str | None = None
     again: bool = False
     died: bool = False
+    since_first_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,12 +30,15 @@ MAX_N = 16
 MAX_MODEL_CHARS = 512
 MAX_LOGPROBS = 20
 MAX_GRAMMAR_CHARS = 64 * 1024
+MAX_PROMPTS = 2048
+"""Most prompts of a completion, or inputs of an embedding, in one body; as in OpenAI's API."""
 
 _COUNTS = ("n", "best_of")
 _LOGPROBS = ("logprobs", "top_logprobs", "prompt_logprobs")
 _GRAMMARS = ("response_format", "structured_outputs", "tools")
+_PROMPTS = ("prompt", "input")
 _WATCHED = frozenset(
-    {*OWNED_FIELDS, "chat_template_kwargs", "stream", *_COUNTS, *_LOGPROBS, *_GRAMMARS}
+    {*OWNED_FIELDS, "chat_template_kwargs", "stream", *_COUNTS, *_LOGPROBS, *_GRAMMARS, *_PROMPTS}
 )
 
 
@@ -78,7 +81,7 @@ def refuse_owned_fields(
     """The first field that only the service may set or that is out of bounds, as an error.
 
     Media are accepted inline (`data:` URLs) and from the hosts in `media_domains`. Values of a
-    wrong type are left to the engine's own schema.
+    wrong type are left to the engine's own schema, but for counts.
     """
     if _WATCHED.isdisjoint(body):
         return _foreign_media(body, media_domains)
@@ -110,7 +113,10 @@ def _out_of_bounds(body: Mapping[str, object], max_n: int) -> InvalidInput | Non
     for field, limit in limits.items():
         value = body.get(field)
         least = 1 if field in _COUNTS else 0
-        if isinstance(value, int) and not least <= value <= limit:
+        # Engines read a number out of "1000" and 1000.0 too.
+        if isinstance(value, str):
+            return InvalidInput(f"'{field}' must be a number.", code="invalid_type", param=field)
+        if isinstance(value, int | float) and not least <= value <= limit:
             return InvalidInput(
                 f"'{field}' is {value}; it must lie between {least} and {limit}.",
                 code="invalid_value",
@@ -121,6 +127,17 @@ def _out_of_bounds(body: Mapping[str, object], max_n: int) -> InvalidInput | Non
         if isinstance(value, Mapping | list) and _chars(value) > MAX_GRAMMAR_CHARS:
             return InvalidInput(
                 f"'{field}' is larger than {MAX_GRAMMAR_CHARS} characters.",
+                code="invalid_value",
+                param=field,
+            )
+    for field in _PROMPTS:
+        value = body.get(field)
+        if not isinstance(value, list) or len(value) <= MAX_PROMPTS:
+            continue
+        # One prompt may be a list too, of token ids.
+        if not isinstance(value[0], int):
+            return InvalidInput(
+                f"'{field}' has {len(value)} entries; at most {MAX_PROMPTS} go in one request.",
                 code="invalid_value",
                 param=field,
             )

@@ -249,8 +249,9 @@ async def test_each_of_several_prompts_has_its_choices(rig: Rig) -> None:
         assert answer.usage.output_tokens == 3 * count
 
 
-async def test_several_choices_are_counted_together(rig: Rig) -> None:
-    answer = await rig.engine.answer(rig.chat(n=3, max_tokens=5, ignore_eos=True))
+@pytest.mark.parametrize("n", [3, 3.0])
+async def test_several_choices_are_counted_together(rig: Rig, n: float) -> None:
+    answer = await rig.engine.answer(rig.chat(n=n, max_tokens=5, ignore_eos=True))
     assert len(json.loads(answer.body)["choices"]) == 3
     assert answer.usage.output_tokens == 15
 
@@ -266,6 +267,7 @@ async def test_several_choices_are_counted_together(rig: Rig) -> None:
         ({"vllm_xargs": {"a": 1}}, "vllm_xargs"),
         ({"kv_transfer_params": {"a": 1}}, "kv_transfer_params"),
         ({"n": 1000}, "n"),
+        ({"n": "1000"}, "n"),
         ({"messages": "not a list"}, "messages"),
         ({"max_tokens": "many"}, "max_tokens"),
     ],

@@ -6,7 +6,9 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
+import httpx
 import pytest
 import pytest_asyncio
 from structlog.testing import capture_logs
@@ -79,6 +81,16 @@ async def test_a_server_that_says_no_is_not_asked_again(
     server.next_answers.extend([(400, {}), (503, {})])
     assert (await engine.answer(chat())).status_code == 400
     assert len(server.next_answers) == 1
+
+
+async def test_a_server_that_refuses_the_workers_key_is_no_fault_of_the_callers(
+    server: Server, engine: OpenAIEngine
+) -> None:
+    server.next_answers.append((401, {}))
+    answer = await engine.answer(chat())
+    assert answer.status_code == 502
+    assert "QLM_ENGINE_API_KEY" in answer.body
+    assert "busy" not in answer.body
 
 
 async def test_a_server_that_broke_is_not_asked_again(server: Server, engine: OpenAIEngine) -> None:
@@ -330,6 +342,26 @@ async def test_a_server_that_hangs_up_ends_the_stream_with_an_error(
     assert "hung up" in events[-1]["error"]["message"]
     await stream.aclose()
     assert engine.stats().running == 0
+
+
+async def test_a_stream_that_opens_in_the_moment_its_caller_leaves_is_closed(
+    engine: OpenAIEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[httpx.Response] = []
+    send = httpx.AsyncClient.send
+
+    async def noted(client: httpx.AsyncClient, *args: Any, **options: Any) -> httpx.Response:
+        response = await send(client, *args, **options)
+        opened.append(response)
+        # Its turn comes after the response is there and before the caller's own.
+        asyncio.get_running_loop().call_soon(calling.cancel)
+        return response
+
+    monkeypatch.setattr(httpx.AsyncClient, "send", noted)
+    calling = asyncio.create_task(engine.open_stream(chat()))
+    await asyncio.gather(calling, return_exceptions=True)
+    assert calling.cancelled()
+    assert [response.is_closed for response in opened] == [True]
 
 
 async def test_a_busy_server_is_asked_again_for_a_stream(

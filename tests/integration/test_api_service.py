@@ -183,6 +183,28 @@ def test_a_download_under_way_is_finished_when_the_server_is_told_to_stop(
     assert size == 30_000_000
 
 
+def test_a_client_that_takes_nothing_does_not_hold_its_connection(
+    site: Site, client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlm_batch.api.server.STALL_S", 0.5)
+    made = upload(client, b"x" * 30_000_000)
+    server = api_server(site.app, site.settings.model_copy(update={"port": 0}))
+    serving = threading.Thread(target=server.run)
+    serving.start()
+    wait_until(lambda: server.started)
+    where = server.servers[0].sockets[0].getsockname()
+    with socket.create_connection(where) as connection:
+        connection.sendall(
+            f"GET /v1/files/{made['id']}/content HTTP/1.1\r\nhost: x\r\n"
+            f"authorization: Bearer {site.key()}\r\n\r\n".encode()
+        )
+        wait_until(lambda: bool(server.server_state.connections))
+        wait_until(lambda: not server.server_state.connections)
+    server.should_exit = True
+    serving.join(10)
+    assert not serving.is_alive()
+
+
 def test_idle_connections_are_closed_by_clients_and_not_by_the_server(site: Site) -> None:
     load_balancers_s = 60
     assert api_server(site.app, site.settings).config.timeout_keep_alive > load_balancers_s

@@ -13,9 +13,10 @@ from structlog.testing import capture_logs
 
 from qlm_batch.dispatch import wire
 from qlm_batch.dispatch.celery_app import broker_url
-from qlm_batch.dispatch.dispatcher import CeleryDispatcher
+from qlm_batch.dispatch.dispatcher import KEPT_S, CeleryDispatcher
 from qlm_batch.domain.errors import ConfigurationError
-from qlm_batch.domain.messages import Assigned, Stopped
+from qlm_batch.domain.jobs import CHAT
+from qlm_batch.domain.messages import Assigned, Interactive, Stopped
 
 HINT = Assigned("gpu-7", "boot")
 
@@ -40,6 +41,20 @@ def test_a_batch_hint_waits_in_its_instances_queue_behind_everything_interactive
     assert envelope["content-type"] == "application/json"
     _, kwargs, _ = json.loads(b64decode(envelope["body"]))
     assert wire.decode(kwargs["message"]) == HINT
+
+
+def test_what_an_instance_never_takes_is_not_kept_for_ever(redis_url: str) -> None:
+    dispatcher = CeleryDispatcher(redis_url)
+    dispatcher.assigned(Assigned("gone", "boot"))
+    dispatcher.interactive(
+        Interactive("req_1", 1, "gone", "boot", "acme", CHAT, "m", "{}", True, 100.0, "api_1")
+    )
+    dispatcher.close()
+    server = client(redis_url)
+    queues = [*server.scan_iter("gpu.gone*"), *server.scan_iter("i.gone*")]
+    assert len(queues) == 2
+    assert all(0 < server.ttl(queue) <= KEPT_S for queue in queues)
+    server.close()
 
 
 def test_a_broker_that_is_away_costs_little_time_and_one_line_of_log(tmp_path: Path) -> None:

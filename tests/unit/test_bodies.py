@@ -4,6 +4,7 @@ import pytest
 
 from qlm_batch.domain.bodies import (
     MAX_GRAMMAR_CHARS,
+    MAX_PROMPTS,
     OWNED_FIELDS,
     refuse_body,
     refuse_owned_fields,
@@ -20,7 +21,7 @@ def with_content(*parts: object) -> dict[str, object]:
 
 
 def test_an_ordinary_body_is_accepted() -> None:
-    body = chat(n=2, logprobs=True, top_logprobs=5, stream=False, max_tokens=9, seed=1)
+    body = chat(n=2.0, logprobs=True, top_logprobs=5, stream=False, max_tokens=9, seed=1)
     assert refuse_owned_fields(body) is None
 
 
@@ -54,6 +55,8 @@ def test_streaming_is_refused_naming_the_field() -> None:
         ("n", 17),
         ("n", 0),
         ("n", -1),
+        ("n", "17"),
+        ("n", 17.0),
         ("best_of", 17),
         ("top_logprobs", 21),
         ("prompt_logprobs", -1),
@@ -68,6 +71,15 @@ def test_counts_are_bounded(field: str, value: int) -> None:
 def test_the_bound_on_n_can_be_set() -> None:
     assert refuse_owned_fields(chat(n=3), max_n=2) is not None
     assert refuse_owned_fields(chat(n=2), max_n=2) is None
+
+
+@pytest.mark.parametrize("field", ["prompt", "input"])
+def test_prompts_are_bounded_in_number_and_not_in_tokens(field: str) -> None:
+    error = refuse_owned_fields({"model": "m", field: ["a"] * (MAX_PROMPTS + 1)})
+    assert error is not None
+    assert error.param == field
+    assert refuse_owned_fields({"model": "m", field: ["a"] * MAX_PROMPTS}) is None
+    assert refuse_owned_fields({"model": "m", field: [7] * (MAX_PROMPTS + 1)}) is None
 
 
 def test_a_huge_grammar_is_refused() -> None:

@@ -225,6 +225,36 @@ async def test_a_request_that_is_sent_back_is_leased_to_another() -> None:
         assert rig.streams.left[call.new.id, 1] is False
 
 
+async def test_a_request_that_is_sent_back_once_redis_was_away_is_leased_to_another() -> None:
+    def act(rig: Rig, message: Interactive) -> None:
+        if message.instance == "gpu-1":
+            rig.end("a")
+
+    async with at_work(act) as rig:
+        rig.beat("gpu-1")
+        call = await rig.open()
+        rig.streams.away = True
+        telling = asyncio.create_task(rig.told(call))
+        await asyncio.sleep(0.02)
+        rig.streams.away = False
+        rig.write(News(0, (), End(503, again=True)))
+        assert await telling == (["a"], End(200))
+
+
+async def test_a_request_is_attended_before_it_is_sent_anywhere() -> None:
+    attended: list[bool] = []
+
+    def act(rig: Rig, message: Interactive) -> None:
+        attended.append((message.request_id, message.epoch) in rig.streams.present)
+        elsewhere = message.instance == "gpu-0"
+        rig.write(News(0, (), End(503 if elsewhere else 200, again=elsewhere)))
+
+    async with at_work(act) as rig:
+        rig.beat("gpu-1")
+        await rig.told(await rig.open())
+        assert attended == [True, True]
+
+
 async def test_a_request_whose_instance_is_lost_before_the_first_event_moves() -> None:
     def act(rig: Rig, message: Interactive) -> None:
         if message.epoch == 2:
@@ -249,6 +279,22 @@ async def test_a_request_whose_instance_is_lost_later_ends_with_an_error() -> No
         assert events == ["a"]
         assert error_in(end)["type"] == "server_error"
         assert rig.stored().state is InteractiveState.FAILED
+
+
+@pytest.mark.parametrize("result", [None, '{"error":{"message":"The instance was lost."}}'])
+async def test_a_stream_that_others_ended_meanwhile_is_not_taken_for_complete(
+    result: str | None,
+) -> None:
+    async with at_work() as rig:
+        call = await rig.open()
+        rig.write(News(0, ("a",)))
+        telling = asyncio.create_task(rig.told(call))
+        await until(lambda: call.shown)
+        state = InteractiveState.FAILED if result else InteractiveState.ABORTED
+        mark = InteractiveMark(call.new.id, 1, state, 500 if result else None, result)
+        rig.store.mark_interactive([mark])
+        events, end = await telling
+        assert "error" in orjson.loads(end.body or events[-1])
 
 
 async def test_a_request_that_ends_engines_is_not_handed_round() -> None:

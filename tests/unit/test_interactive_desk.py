@@ -229,6 +229,14 @@ async def test_a_refused_stream_is_told_as_an_answer() -> None:
         await until(lambda: bench.writer.end() == End(400, '{"error": {}}'))
 
 
+async def test_an_answer_that_comes_whole_tells_when_its_first_token_was_there() -> None:
+    async with working(StreamEngine(EngineAnswer(200, "{}", first_token_s=0.0))) as bench:
+        bench.accept()
+        await until(lambda: bench.writer.end() is not None)
+    end = bench.writer.end()
+    assert end is not None and end.since_first_s > 0.0
+
+
 async def test_an_engine_that_dies_before_the_first_event_lets_the_request_go_elsewhere() -> None:
     async with working(StreamEngine(EngineDead("gone"))) as bench:
         bench.accept()
@@ -307,6 +315,10 @@ async def test_a_reader_is_given_up_only_after_a_long_silence(
         await until(lambda: bench.state() is InteractiveState.RUNNING)
         monkeypatch.setattr(interactive, "READER_S", 0.0)
         await until(lambda: bench.state() is InteractiveState.ABORTED)
+        # A process that was only stopped for a while must not take this for the answer's end.
+        await until(lambda: bench.writer.end() is not None)
+        end = bench.writer.end()
+        assert end is not None and '"error"' in (end.body or "")
 
 
 async def test_without_redis_the_answer_is_stored_all_the_same() -> None:
@@ -319,6 +331,15 @@ async def test_without_redis_the_answer_is_stored_all_the_same() -> None:
         await until(lambda: bench.state() is InteractiveState.DONE)
         await until(lambda: bench.desk.running == 0)
         assert bench.store.interactive("acme", "req_1").result == "a"
+
+
+async def test_what_has_to_go_elsewhere_is_told_once_redis_is_back() -> None:
+    async with working(StreamEngine(EngineDead("gone"))) as bench:
+        bench.writer.away = True
+        bench.accept()
+        await until(lambda: bench.desk.running == 0)
+        bench.writer.away = False
+        await until(lambda: bench.writer.end() == End(503, again=True, died=True))
 
 
 async def test_marks_wait_for_a_store_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:

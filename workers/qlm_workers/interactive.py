@@ -46,8 +46,13 @@ LAST_PUSH_S = 2.0
 REMEMBERED = 4096
 """Requests seen lately, so that one that is sent twice is served once."""
 ELSEWHERE = End(503, again=True)
-GIVEN_UP = End(499)
-"""Nobody waits for it; its reader need not tell so any more."""
+GIVEN_UP = End(
+    503,
+    error_answer(
+        503, "Nobody seemed to wait for this request; send it again.", type_="server_error"
+    ).body,
+)
+"""Its reader left and need not tell so any more, or was silent for too long and passes this on."""
 
 
 @dataclass(slots=True, eq=False)
@@ -226,10 +231,13 @@ class InteractiveDesk:
 
     def _answered(self, job: _Job, answer: EngineAnswer) -> None:
         job.usage = answer.usage
+        since_first_s = 0.0
         if answer.first_token_s is not None:
             job.first_token_s = job.waited_s + answer.first_token_s
+            since_first_s = max(0.0, time.monotonic() - job.began - job.first_token_s)
         # Line ends stand between JSON's tokens only, and separate events where they are stored.
-        job.end = End(answer.status_code, answer.body.replace("\n", " "))
+        body = answer.body.replace("\n", " ")
+        job.end = End(answer.status_code, body, since_first_s=since_first_s)
 
     def _engine_died(self, job: _Job) -> None:
         """Whoever has seen nothing yet can be served elsewhere."""
@@ -298,6 +306,8 @@ class InteractiveDesk:
                 if job.end is not None:
                     # The store has the answer, and its reader looks there.
                     self._drop(job)
+                    if job.end.again:
+                        self._say_last(job.message, job.end)
             return False
         for job, news in sent:
             job.written += len(news.events)

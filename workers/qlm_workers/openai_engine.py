@@ -338,6 +338,9 @@ class OpenAIEngine:
         except asyncio.CancelledError:
             if self._client is None and call.cancelled():
                 raise EngineDead(f"The engine at {self._url} was stopped.") from None
+            if call.done() and not call.cancelled() and call.exception() is None:
+                # It came in the moment the caller left, and would hold its connection for ever.
+                await call.result().aclose()
             raise
         finally:
             self._calls.discard(call)
@@ -374,6 +377,13 @@ class OpenAIEngine:
         )
 
     def _shape(self, response: httpx.Response, duration_s: float) -> EngineAnswer:
+        if response.status_code == 401:
+            # About the worker's key, parts of which may be shown, and not about the caller's.
+            return error_answer(
+                502,
+                "The engine's server refuses the worker's key; QLM_ENGINE_API_KEY is to be set.",
+                type_="server_error",
+            )
         try:
             parsed: Any = orjson.loads(response.content)
         except json.JSONDecodeError:

@@ -73,7 +73,7 @@ def prompts(given: str | list[Any]) -> list[Any]:
 
 def choices(endpoint: str, body: Mapping[str, Any]) -> int:
     """How many answers a body asks for: `n` of each of its prompts."""
-    n = body.get("n") or 1
+    n = int(body.get("n") or 1)
     return n * len(prompts(body["prompt"])) if endpoint == COMPLETIONS else n
 
 
