@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -31,8 +32,9 @@ from qlm_batch.domain.jobs import SloClass
 from qlm_batch.scheduling.policies import POLICIES, OraclePolicy, policy
 from qlm_batch.simulation.bounds import bounds
 from qlm_batch.simulation.cluster import START, Cluster, SimulationConfig
+from qlm_batch.simulation.fleet import Fleet
 from qlm_batch.simulation.results import Json, mean_interval, summary
-from qlm_batch.simulation.workload import requests_of
+from qlm_batch.simulation.workload import Workload, requests_of
 from qlm_batch.simulation.workloads import SCENARIOS, Scenario, build, scenario
 
 LOADS = (0.5, 0.7, 0.9, 1.0, 1.2, 1.5)
@@ -86,23 +88,29 @@ def shortened(chosen: Scenario, window: float) -> Scenario:
     return replace(chosen, classes=classes)
 
 
-def run(job: Job) -> tuple[Job, Json, float]:
-    """One run's summary and the seconds of processor time it took."""
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
-    began, setting = time.process_time(), job.setting
-    chosen = shortened(scenario(job.workload), setting.window)
+@lru_cache(maxsize=1)
+def asked_of(workload: str, load: float, seed: int, setting: Setting) -> tuple[Fleet, Workload]:
+    """What every policy is asked in turn, and of which fleet."""
+    chosen = shortened(scenario(workload), setting.window)
     fleet = chosen.fleet()
     if setting.slots:
         smaller = (replace(s, slots=min(s.slots, setting.slots)) for s in fleet.instances)
         fleet = replace(fleet, instances=tuple(smaller))
-    work = build(chosen, fleet, job.load, setting.duration, job.seed)
+    return fleet, build(chosen, fleet, load, setting.duration, seed)
+
+
+def run(job: Job) -> tuple[Job, Json, float]:
+    """One run's summary and the seconds of processor time it took."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
+    began, setting = time.process_time(), job.setting
+    fleet, work = asked_of(job.workload, job.load, job.seed, setting)
     if job.policy == BOUND:
         most = bounds(requests_of(work, START), fleet, START, work.duration)
         told = {"bound": most.blind, "clairvoyant": most.clairvoyant, "finishing": most.finishing}
-        return job, told, 0.0
-    how = OraclePolicy if job.policy == "oracle" else policy(job.policy)
-    config = SimulationConfig(seed=job.seed, tick_s=setting.tick, plan_ms=setting.plan_ms)
-    told = summary(Cluster(fleet, work, how, config).run(), fleet)
+    else:
+        how = OraclePolicy if job.policy == "oracle" else policy(job.policy)
+        config = SimulationConfig(seed=job.seed, tick_s=setting.tick, plan_ms=setting.plan_ms)
+        told = summary(Cluster(fleet, work, how, config).run(), fleet)
     return job, told, time.process_time() - began
 
 
@@ -117,8 +125,7 @@ def results(
     left = [job for job in jobs if job.key not in known]
     # The longest first, so that no process ends long after the others.
     left.sort(key=lambda job: (job.policy != PAPER, -job.load))
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(processes) as pool:
+    with multiprocessing.Pool(processes) as pool:
         for number, (job, result, cpu_s) in enumerate(pool.imap_unordered(run, left), 1):
             if journal is not None:
                 with journal.open("a") as file:

@@ -146,37 +146,54 @@ def _work_anywhere(requests: Requests, fleet: Fleet, output: Ints) -> Floats:
 
 
 @dataclass(frozen=True, slots=True)
-class _Option:
-    """A way to treat requests of one cell: what each is worth and takes on every kind of machine.
+class _Way:
+    """A way to treat requests of one cell, whatever the machine.
 
-    At most `most` requests may be treated so; options of one `pool` share its requests.
+    Each is worth `gain` and takes its `prompts` and up to `outputs` tokens, in buckets from `first`
+    to `last`; ways of one `pool` share its requests. Where they are `alike` the cheapest stands for
+    its like, never more than it takes, else their mean.
     """
 
     pool: int
     gain: float
-    most: float
-    cost: tuple[float, ...]
+    model: str
+    prompts: Ints
+    outputs: Ints
+    alike: bool
     first: int
     last: int
+
+    def cost(self, kinds: Sequence[Machines], theta: float) -> list[float]:
+        """Seconds of every kind of machine; inf where the model is not served."""
+        found = []
+        for machine in kinds:
+            if machine.serves(self.model):
+                each = machine_seconds(machine.spec, self.model, self.prompts, self.outputs, theta)
+                found.append(float(each.min() if self.alike else each.mean()))
+            else:
+                found.append(np.inf)
+        return found
 
 
 def bounds(requests: Requests, fleet: Fleet, start: float, duration: float) -> Bounds:
     """The bounds for requests that arrive within `duration` of `start`."""
     if not len(requests):
         return Bounds(1.0, 1.0, 1.0)
-    weight = weights(requests, fleet)
+    weight, kinds = weights(requests, fleet), machines(fleet)
+    edges, longest = _edges(requests, fleet, duration)
     best = []
     for cuts in (None, _CUTS, (1.0,)):
         most = 1.0
+        ways, pools = _ways(requests, start, edges, longest, weight, cuts)
         for theta in THETAS:
-            options, pools, edges = _options(requests, fleet, start, duration, weight, theta, cuts)
-            got = _solve(options, pools, np.diff(edges), machines(fleet))
+            cost = np.array([way.cost(kinds, theta) for way in ways])
+            got = _solve(ways, cost, pools, np.diff(edges), kinds)
             most = min(most, got / float(weight.sum()))
         best.append(most)
     return Bounds(clairvoyant=best[0], blind=min(best[:2]), finishing=min(best))
 
 
-def _edges(requests: Requests, fleet: Fleet, start: float, duration: float) -> tuple[Floats, float]:
+def _edges(requests: Requests, fleet: Fleet, duration: float) -> tuple[Floats, float]:
     """Bucket edges from 0, and how long an interactive request may run on after its first token.
 
     Engines serve it through without a break, in steps of a full batch that computes new prompts at
@@ -205,23 +222,20 @@ def _edges(requests: Requests, fleet: Fleet, start: float, duration: float) -> t
     return np.concatenate((np.linspace(0.0, duration, BUCKETS + 1), tail)), longest
 
 
-def _options(
+def _ways(
     requests: Requests,
-    fleet: Fleet,
     start: float,
-    duration: float,
+    edges: Floats,
+    longest: float,
     weight: Floats,
-    theta: float,
     cuts: Sequence[float] | None,
-) -> tuple[list[_Option], list[float], Floats]:
-    """Options, their pools and the edges of buckets; batch requests may be given up at `cuts`.
+) -> tuple[list[_Way], list[float]]:
+    """Ways and the sizes of their pools; batch requests may be given up at `cuts`.
 
     These are quantiles of their length; None stands for knowing the lengths.
     """
-    edges, longest = _edges(requests, fleet, start, duration)
-    kinds = machines(fleet)
     came = np.clip(np.searchsorted(edges, requests.arrival - start, "right") - 1, 0, BUCKETS - 1)
-    options: list[_Option] = []
+    ways: list[_Way] = []
     pools: list[float] = []
     cells = (requests.model * len(requests.classes) + requests.work_class) * BUCKETS + came
     for cell in np.unique(cells):
@@ -232,62 +246,48 @@ def _options(
         last = int(np.searchsorted(edges, due, "left")) - 1
         first = int(came[own[0]])
         prompt, output = requests.prompt[own], requests.output[own]
-
-        def cost(outputs: Ints, model: str = model, prompt: Ints = prompt) -> Floats:
-            return np.array(
-                [
-                    machine_seconds(m.spec, model, prompt, outputs, theta)
-                    if m.serves(model)
-                    else np.full(len(prompt), np.inf)
-                    for m in kinds
-                ]
-            )
-
         each = float(weight[own[0]])
         if cuts is None:
-            seconds = cost(output)
             for chunk in np.array_split(np.argsort(output, kind="stable"), min(8, len(own))):
-                # The cheapest stands for its like: never more than it takes.
-                least = tuple(seconds[:, chunk].min(axis=1).tolist())
-                options.append(_Option(len(pools), each, len(chunk), least, first, last))
+                lengths = prompt[chunk], output[chunk]
+                ways.append(_Way(len(pools), each, model, *lengths, True, first, last))
                 pools.append(float(len(chunk)))
             continue
         for cut in (1.0,) if work_class.interactive else cuts:
             limit = int(np.quantile(output, cut, method="higher"))
-            mean = tuple(cost(np.minimum(output, limit)).mean(axis=1).tolist())
-            share = float((output <= limit).mean())
-            options.append(_Option(len(pools), each * share, len(own), mean, first, last))
+            gain = each * float((output <= limit).mean())
+            lengths = prompt, np.minimum(output, limit)
+            ways.append(_Way(len(pools), gain, model, *lengths, False, first, last))
         pools.append(float(len(own)))
-    return options, pools, edges
+    return ways, pools
 
 
 def _solve(
-    options: Sequence[_Option], pools: Sequence[float], widths: Floats, kinds: Sequence[Machines]
+    ways: Sequence[_Way],
+    cost: Floats,
+    pools: Sequence[float],
+    widths: Floats,
+    kinds: Sequence[Machines],
 ) -> float:
-    """Most weight on time: requests of each option on each kind of machine in each bucket."""
-    buckets, size = len(widths), 0
-    gain: list[Floats] = []
-    rows: list[Ints] = []
-    columns: list[Ints] = []
-    values: list[Floats] = []
-    for option in options:
-        spans = np.arange(option.first, min(option.last + 1, buckets))
-        pool = np.full(spans.size, option.pool)
-        for machine, seconds in enumerate(option.cost):
-            if np.isfinite(seconds) and spans.size:
-                # Each column has two entries: its pool's, and its machine's in its bucket.
-                own = size + np.arange(spans.size)
-                rows += [pool, len(pools) + machine * buckets + spans]
-                columns += [own, own]
-                values += [np.ones(spans.size), np.full(spans.size, seconds)]
-                gain.append(np.full(spans.size, -option.gain))
-                size += spans.size
-    if not gain:
+    """Most weight on time: requests treated each way on each kind of machine in each bucket."""
+    buckets = len(widths)
+    first = np.array([way.first for way in ways])
+    spans = np.maximum(0, np.minimum([way.last + 1 for way in ways], buckets) - first)
+    way, machine = np.nonzero(np.isfinite(cost) & (spans > 0)[:, None])
+    if not way.size:
         return 0.0
-    limits = [*pools, *(m.count * width for m in kinds for width in widths)]
-    entries = (np.concatenate(values), (np.concatenate(rows), np.concatenate(columns)))
-    matrix = coo_array(entries, shape=(len(limits), size))
-    solved = linprog(
-        np.concatenate(gain), A_ub=matrix.tocsr(), b_ub=np.array(limits), method="highs"
+    # A column for each bucket; it has two entries: its pool's, and its machine's in the bucket.
+    sizes = spans[way]
+    columns = np.arange(sizes.sum())
+    bucket = columns - np.repeat(np.cumsum(sizes) - sizes - first[way], sizes)
+    rows = (
+        np.repeat(np.array([own.pool for own in ways])[way], sizes),
+        len(pools) + np.repeat(machine, sizes) * buckets + bucket,
     )
+    values = (np.ones(columns.size), np.repeat(cost[way, machine], sizes))
+    limits = [*pools, *(m.count * width for m in kinds for width in widths)]
+    entries = (np.concatenate(values), (np.concatenate(rows), np.tile(columns, 2)))
+    matrix = coo_array(entries, shape=(len(limits), columns.size))
+    gain = np.repeat(np.array([own.gain for own in ways])[way], sizes)
+    solved = linprog(-gain, A_ub=matrix.tocsr(), b_ub=np.array(limits), method="highs")
     return float(-solved.fun)

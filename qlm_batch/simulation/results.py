@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import t
+from scipy.special import stdtrit
 
 from qlm_batch.simulation.bounds import Bounds, weights
 from qlm_batch.simulation.cluster import START, Outcome
@@ -80,7 +80,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     if len(values) < 2:
         return float(np.mean(values)), 0.0
     error = float(np.std(values, ddof=1)) / len(values) ** 0.5
-    return float(np.mean(values)), float(t.ppf(0.975, len(values) - 1)) * error
+    return float(np.mean(values)), float(stdtrit(len(values) - 1, 0.975)) * error
 
 
 def _round(value: float | None) -> float | None:

@@ -27,6 +27,8 @@ class MemoryLedger(Facet):
         found = self.state.instances.get(instance)
         if found is None or found.retired or found.beat.boot_id != boot_id or max_requests <= 0:
             return ()
+        if not self.state.assigned[instance]:
+            return ()
         leased = self.state.leased[instance].values()
         if holding and any(part.attempts >= SUSPECT_AFTER for part in leased):
             return ()
@@ -92,8 +94,10 @@ class MemoryLedger(Facet):
         slices = self.state.slices
         written = sum(self._store(instance, row) for row in rows)
         until = None if lease_s is None else self.state.clock() + lease_s
+        newest = {row.slice_id: row.epoch for row in rows}
         directives: dict[int, Directive] = {
-            row.slice_id: _directive(slices.get(row.slice_id), instance, row.epoch) for row in rows
+            slice_id: _directive(slices.get(slice_id), instance, epoch)
+            for slice_id, epoch in newest.items()
         }
         for lease in held:
             part = slices.get(lease.slice_id)
