@@ -22,18 +22,21 @@ def compiled(function: F) -> F:
 
     Results are bit for bit those of the plain function.
     """
-    return _compiled(function, inline="never")
+    return _compiled(function)
 
 
 def inlined(function: F) -> F:
-    """As `compiled`, and made part of whatever calls it: a call hands over every array anew."""
-    return _compiled(function, inline="always")
+    """As `compiled`, and made part of whatever calls it: a call hands over every array anew.
+
+    Leave it and its loops at one place only, or references to every array are counted each time.
+    """
+    return _compiled(function, forceinline=True)
 
 
-def _compiled(function: F, inline: str) -> F:
+def _compiled(function: F, **more: bool) -> F:
     if njit is None:
         return function
-    options = {"error_model": "numpy", "inline": inline}
+    options = {"error_model": "numpy", **more}
     try:
         return cast(F, njit(cache=True, **options)(function))
     except RuntimeError:  # no folder to keep the compiled code in

@@ -197,58 +197,56 @@ def _share(total: Ints, part: Ints, whole: Ints) -> Ints:
 def _groups(queued: _Queued, formed: _Formed) -> tuple[RequestGroup, ...]:
     """The groups, ordered by deadline and arrival."""
     runs, first = queued.runs, formed.first
+    # What a group has of one run is one part, however many pieces it is.
+    apart = np.diff(formed.run, prepend=-1) != 0
+    apart[first] = True
+    begins = np.flatnonzero(apart)
+    members = [runs[n] for n in formed.run[begins].tolist()]
+    made = list(
+        map(
+            GroupPart,
+            [run.run_id for run in members],
+            [run.generation for run in members],
+            np.add.reduceat(formed.slices, begins).tolist(),
+        )
+    )
+    heads = np.searchsorted(begins, first)
     # Runs of a family are in order of deadline.
-    deadline = np.array([runs[n].deadline for n in formed.run[first].tolist()])
-    created = np.array([run.created_at for run in runs])
-    arrivals = np.minimum.reduceat(created[formed.run], first)
+    deadline = np.array([members[n].deadline for n in heads.tolist()])
+    arrivals = np.minimum.reduceat(np.array([run.created_at for run in members]), heads)
     # Stable, so that a run's groups stay in order from its head to its tail.
     order = np.lexsort((arrivals, deadline))
-    starts, stops = first[order], np.append(first[1:], formed.run.size)[order]
+    starts, stops = heads[order].tolist(), np.append(heads[1:], begins.size)[order].tolist()
     requests, prompt_tokens, max_tokens = (
         np.add.reduceat(amount, first)[order].tolist()
         for amount in (formed.requests, formed.prompt_tokens, formed.max_tokens)
     )
     name = formed.name[order]
     keys = map(queued.label, formed.run[name].tolist(), formed.behind[name].tolist())
-    heads = [runs[n] for n in formed.run[starts].tolist()]
-    parts: list[tuple[GroupPart, ...]] = [
-        (GroupPart(run.run_id, run.generation, size),)
-        for run, size in zip(heads, formed.slices[starts].tolist(), strict=True)
-    ]
-    batches: list[tuple[str, ...]] = [(run.batch_id,) for run in heads]
-    prompts = [run.prompts for run in heads]
-    of_piece, slices = formed.run.tolist(), formed.slices.tolist()
-    mixed = np.flatnonzero(stops - starts > 1)
-    bounds = zip(mixed.tolist(), starts[mixed].tolist(), stops[mixed].tolist(), strict=True)
-    for g, start, stop in bounds:
-        inside: dict[int, int] = {}
-        for n, size in zip(of_piece[start:stop], slices[start:stop], strict=True):
-            inside[n] = inside.get(n, 0) + size
-        members = [runs[n] for n in inside]
-        parts[g] = tuple(
-            [
-                GroupPart(own.run_id, own.generation, size)
-                for own, size in zip(members, inside.values(), strict=True)
-            ]
-        )
-        batches[g] = tuple(dict.fromkeys([own.batch_id for own in members]))
-        prompts[g] = _mixed(members)
+    head = [members[n] for n in starts]
+    batches: list[tuple[str, ...]] = [(run.batch_id,) for run in head]
+    prompts = [run.prompts for run in head]
+    for g, (start, stop) in enumerate(zip(starts, stops, strict=True)):
+        if stop - start > 1:
+            inside = members[start:stop]
+            batches[g] = tuple(dict.fromkeys([run.batch_id for run in inside]))
+            prompts[g] = _mixed(inside)
     return tuple(
         map(
             RequestGroup,
             keys,
-            [run.model for run in heads],
-            [run.kind for run in heads],
-            [run.slo_class for run in heads],
-            [run.tenant for run in heads],
-            [run.deadline for run in heads],
+            [run.model for run in head],
+            [run.kind for run in head],
+            [run.slo_class for run in head],
+            [run.tenant for run in head],
+            [run.deadline for run in head],
             arrivals[order].tolist(),
-            parts,
+            [tuple(made[start:stop]) for start, stop in zip(starts, stops, strict=True)],
             batches,
             requests,
             prompt_tokens,
             max_tokens,
-            [run.on_miss for run in heads],
+            [run.on_miss for run in head],
             prompts,
         )
     )
@@ -256,8 +254,6 @@ def _groups(queued: _Queued, formed: _Formed) -> tuple[RequestGroup, ...]:
 
 def _mixed(runs: Sequence[RunView]) -> PromptMix:
     """Prompts of the runs in a group; unknown where one of them is."""
-    if len(runs) == 1:
-        return runs[0].prompts
     if not all(run.prompts for run in runs):
         return ()
     counts: dict[int, int] = {}

@@ -435,11 +435,9 @@ def cheapest(
     mean, var = c.mean[c.kind[g], i] * c.amount[g], c.var[c.kind[g], i] * c.amount[g]
     tail, push = c.tails[c.kind[g], i], c.z * math.sqrt(var)
     end, end_var, last = c.ready[i], c.ready_var[i], -1
-    best, where = math.inf, -1
-    for p in range(size + 1):
+    best, where, p = math.inf, -1, 0
+    while p <= size and (end + mean) * c.inflation <= due:
         lead = c.setup[i, last, k]
-        if (end + mean) * c.inflation > due:
-            break
         added = mean + lead
         if p < size:
             follow = c.model[queue[p]]
@@ -452,6 +450,7 @@ def cheapest(
                 best, where = cost, p
         if p < size:
             end, end_var, last = ends[p], variances[p], c.model[queue[p]]
+        p += 1
     return best, where
 
 

@@ -118,9 +118,9 @@ class History:
         """
         if not isinstance(data, list | tuple) or len(data) not in (3, 4):
             return History()
-        lengths, prompts = (tuple(int(n) for n in column)[-most:] for column in data[:2])
-        trust = tuple(float(share) for share in data[2])
-        cut = tuple(bool(n) for n in data[3])[-most:] if len(data) == 4 else (False,) * len(lengths)
+        lengths, prompts = (tuple(map(int, column))[-most:] for column in data[:2])
+        trust = tuple(map(float, data[2]))
+        cut = tuple(map(bool, data[3]))[-most:] if len(data) == 4 else (False,) * len(lengths)
         whole = len(lengths) == len(prompts) == len(cut) and len(trust) == len(DECAYS)
         return History(lengths, prompts, trust, cut) if whole else History()
 

@@ -75,8 +75,8 @@ def places_of(plan: Plan, snapshot: Snapshot, estimator: Estimator) -> Places:
         len(groups),
         np.array(where + [i for i, _ in held], dtype=np.int64),
         np.array(inside + [_in_hand(snapshot, i, estimator) for i, _ in held]),
-        np.array([own.start - now for own in planned] + [0.0] * len(held)),
-        np.array([own.finish_mean - now for own in planned] + [mean for mean, _ in ends]),
+        np.append(np.array([own.start for own in planned]) - now, np.zeros(len(held))),
+        np.append(np.array([own.finish_mean for own in planned]) - now, [mean for mean, _ in ends]),
         np.array([own.finish_var for own in planned] + [var for _, var in ends]),
     )
 
@@ -119,8 +119,8 @@ def parts_of(places: Places, snapshot: Snapshot) -> Parts:
     requests, behind = [places.work[n].requests for n in of], [0.0] * len(of)
     mixed = [
         (n, own)
-        for n, own in enumerate(places.work)
-        if isinstance(own, RequestGroup) and sizes[n] > 1
+        for n, size in enumerate(sizes)
+        if size > 1 and isinstance(own := places.work[n], RequestGroup)
     ]
     batch_of: dict[tuple[int, int], str] = {}
     if any(len(own.parts) != sizes[n] for n, own in mixed):

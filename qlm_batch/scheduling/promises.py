@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
 
@@ -15,7 +15,7 @@ from qlm_batch.scheduling.estimator import VERSION, Estimator
 from qlm_batch.scheduling.flows import EPSILON_S, fews
 from qlm_batch.scheduling.places import Parts, Places, parts_of, places_of
 from qlm_batch.scheduling.reasons import of_batch
-from qlm_batch.scheduling.steady import Steady, distinct
+from qlm_batch.scheduling.steady import Source, Steady, distinct
 from qlm_batch.scheduling.worktable import Floats, Ints
 
 
@@ -38,22 +38,24 @@ class Ends(Mapping[str, End]):
 
     def __init__(
         self,
-        index: Mapping[str, int],
-        models: Sequence[str],
-        told: Sequence[Sequence[float]],
-        informed: Sequence[bool],
+        batches: Iterable[str],
+        sources: Sequence[Source],
+        of: Ints,
+        told: Floats,
         misses: Sequence[float],
         reasons: Sequence[str],
     ) -> None:
-        """`index` says at which place of the columns a batch is; `told` are those of Foreseen."""
-        self._index, self._models, self._told, self._informed = index, models, told, informed
+        """The last part of each batch is `of` one of `sources`; `told` has the rows of Foreseen."""
+        self._index = {batch_id: n for n, batch_id in enumerate(batches)}
+        self._sources, self._of, self._told = sources, of, told
         self._misses, self._reasons = misses, reasons
 
     def __getitem__(self, batch_id: str) -> End:
         n = self._index[batch_id]
-        mean_s, error, p50_s, p95_s = (column[n] for column in self._told)
-        told = Foreseen(mean_s, error, p50_s, p95_s, self._informed[n])
-        return End(self._models[n], told, self._misses[n], self._reasons[n])
+        mean_s, error, p50_s, p95_s, informed = self._told[:, n].tolist()
+        told = Foreseen(mean_s, error, p50_s, p95_s, informed > 0.0)
+        model, _, _ = self._sources[self._of[n]]
+        return End(model, told, self._misses[n], self._reasons[n])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._index)
@@ -63,7 +65,7 @@ class Ends(Mapping[str, End]):
 
     def estimates(self, now: float) -> dict[str, Estimate]:
         """All of them in absolute times."""
-        _, _, p50, p95 = ([now + own for own in column] for column in self._told)
+        p50, p95 = (now + self._told[2:4]).tolist()
         made = map(Estimate, p50, p95, self._misses, self._reasons, repeat(now))
         return dict(zip(self._index, made, strict=True))
 
@@ -76,7 +78,7 @@ def ends_of(plan: Plan, snapshot: Snapshot, estimator: Estimator) -> Ends:
     places = places_of(plan, snapshot, estimator)
     parts = parts_of(places, snapshot)
     if not parts.batches:
-        return Ends({}, (), ((),) * 4, (), (), ())
+        return Ends((), (), np.zeros(0, dtype=np.int64), np.zeros((5, 0)), (), ())
     work = estimator.steady(places.work, places.sources)
     mean, var = _part_ends(places, parts, work, estimator)
     # What is told beside that is the same for all work of one source at one class of instances.
@@ -89,12 +91,12 @@ def ends_of(plan: Plan, snapshot: Snapshot, estimator: Estimator) -> Ends:
     middle, high, squared, informed = np.array(doubts).T[:, which[parts.of]]
     mean = np.maximum(EPSILON_S, mean)
     error = np.sqrt(np.log1p(np.maximum(0.0, var) / mean**2 + squared))
-    told = bounds(mean, error, middle, high)
+    told = np.array((*bounds(mean, error, middle, high), informed))
     left_s = np.array([own.deadline for own in places.work])[parts.of] - plan.made_at
     late = beyond(left_s, told[2], told[3])
     # Each batch's parts together, the last to end first; of those that end alike the first placed.
-    index = {batch_id: n for n, batch_id in enumerate(dict.fromkeys(parts.batches))}
-    batch = np.array([index[batch_id] for batch_id in parts.batches], dtype=np.int64)
+    index: dict[str, int] = {}
+    batch = np.array([index.setdefault(batch_id, len(index)) for batch_id in parts.batches])
     order = np.lexsort((parts.of, -told[2], batch))
     starts = np.searchsorted(batch[order], np.arange(len(index)))
     worst = np.minimum.reduceat(late[order], starts)
@@ -103,16 +105,16 @@ def ends_of(plan: Plan, snapshot: Snapshot, estimator: Estimator) -> Ends:
             index.pop(batch_id, None)
     kept = np.array(list(index.values()), dtype=np.int64)
     last = order[starts[kept]]
-    of = parts.of[last].tolist()
+    of = parts.of[last]
     return Ends(
-        {batch_id: n for n, batch_id in enumerate(index)},
-        [places.sources[n][0] for n in of],
-        [part[last].tolist() for part in told],
-        (informed[last] > 0.0).tolist(),
+        index,
+        places.sources,
+        of,
+        told[:, last],
         list(map(chance, worst[kept].tolist())),
         _reasons(
             places,
-            parts.of[last],
+            of,
             _firsts(places, parts, order, starts)[kept],
             np.diff(starts, append=order.size)[kept],
         ),
