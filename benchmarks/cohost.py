@@ -7,7 +7,7 @@ seconds.
 
 `step_p50` is slots over the median batch-only rate. `--kv` makes keys and values scarce instead of
 places. `--instances 2` halves the slots over two engines and kills one in the middle of the load.
-`--load .3` spreads the interactive requests, so that a slow machine takes as many steps between them
+`--load .3` spreads the interactive requests, so that a slow machine takes as many steps between two
 as a fast one. `--device cuda` takes a model, slots and a load of a GPU's size.
 """
 
