@@ -21,7 +21,6 @@ from qlm_batch.domain.engine import EngineRequest, Lso
 from qlm_batch.domain.jobs import CHAT
 from qlm_batch.models import resolve_model
 from qlm_workers.openai_engine import OpenAIEngine
-from tests.contract.waiting import until
 
 MODEL = "qlm-tiny"
 KV_BYTES = 64 * 1024**2
@@ -101,7 +100,7 @@ async def told(server: httpx.AsyncClient, name: str) -> float:
 
 
 async def test_a_running_vllm_is_probed_and_keeps_priorities(server_url: str) -> None:
-    engine = OpenAIEngine(server_url, MODEL, slots=8, start_timeout_s=200)
+    engine = OpenAIEngine(server_url, MODEL, slots=16, start_timeout_s=200)
     info = await engine.start()
     assert engine.facts is not None
     assert engine.facts.is_vllm
@@ -116,13 +115,23 @@ async def test_a_running_vllm_is_probed_and_keeps_priorities(server_url: str) ->
         assert answer.status_code == 200, answer.body
         finished.append(name)
 
-    hogs = [asyncio.create_task(serve("hog", chat(i, 5, 600 + 200 * i))) for i in range(2)]
-    await until(lambda: engine.stats().running == 2, "both slots of the server taken")
-    late = [asyncio.create_task(serve("late", chat(10 + i, 9, 4))) for i in range(3)]
-    await until(lambda: engine.stats().running == 5, "the late ones wait in the server")
-    urgent = asyncio.create_task(serve("urgent", chat(20, 1, 4)))
-    await asyncio.gather(*hogs, *late, urgent)
+    async with httpx.AsyncClient(base_url=server_url, timeout=60) as server:
+
+        async def waiting(many: int) -> None:
+            while await told(server, "num_requests_waiting") < many:
+                assert not finished, "not all were seen waiting in the server"
+                await asyncio.sleep(0.02)
+
+        # They take both slots, three times over.
+        hogs = [asyncio.create_task(serve("hog", chat(i, 5, 1900 - i))) for i in range(6)]
+        await waiting(4)
+        late = [asyncio.create_task(serve("late", chat(10 + i, 9, 4))) for i in range(3)]
+        await waiting(7)
+        urgent = asyncio.create_task(serve("urgent", chat(20, 1, 4)))
+        await asyncio.gather(urgent, *late)
     assert next(name for name in finished if name != "hog") == "urgent"
+    assert finished.index("urgent") < len(hogs)
+    await asyncio.gather(*hogs)
     await engine.stop()
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import pytest_asyncio
 import structlog
@@ -60,11 +61,12 @@ def chat(text: str, priority: int, salt: str = "t", **fields: Any) -> EngineRequ
 
 
 class Rig:
-    """A started engine and what is asked of it."""
+    """A started engine, the process it computes in, and what is asked of it."""
 
-    def __init__(self, engine: VllmEngine, info: EngineInfo) -> None:
+    def __init__(self, engine: VllmEngine, info: EngineInfo, core: psutil.Process) -> None:
         self.engine = engine
         self.info = info
+        self._core = core
 
     @property
     def evictions(self) -> int:
@@ -108,6 +110,30 @@ class Rig:
         await until(lambda: self.engine.stats().running == SLOTS, "all slots taken")
         return tasks
 
+    async def at_once(
+        self, *asked: Coroutine[Any, Any, EngineAnswer]
+    ) -> list[asyncio.Task[EngineAnswer]]:
+        """Ask all while the engine stands still: it sees them together, however slow we are.
+
+        Nothing that runs may end meanwhile. `entered` then counts from the first step that can
+        serve them.
+        """
+        self._core.suspend()
+        try:
+            inside = len(self.engine.stats().generated)
+            tasks = [asyncio.create_task(one) for one in asked]
+            await until(
+                lambda: len(self.engine.stats().generated) == inside + len(tasks), "all are sent"
+            )
+        finally:
+            self._core.resume()
+        return tasks
+
+    def entered(self) -> Sequence[int]:
+        """The steps since the last look in which prompts were computed, counted from one."""
+        rows = self.engine.stats().steps
+        return [at for at, (_, _, prefill, _) in enumerate(rows, start=1) if prefill]
+
     async def interactive(self, tokens: int = 4, text: str = "Hi.") -> EngineAnswer:
         request = chat(text, INTERACTIVE_PRIORITY, max_tokens=tokens, ignore_eos=True)
         answer = await self.engine.answer(request)
@@ -123,9 +149,13 @@ async def started(**changes: Any) -> Rig:
         kv_cache_bytes=256 * 1024**2,
         **changes,
     )
+    before = set(psutil.Process().children(recursive=True))
     engine = make_engine(settings, MODEL, EngineKind.GENERATE)
     assert isinstance(engine, VllmEngine)
-    return Rig(engine, await engine.start())
+    info = await engine.start()
+    family = set(psutil.Process().children(recursive=True)) - before
+    (core,) = (one for one in family if "EngineCore" in f"{one.name()} {one.cmdline()}")
+    return Rig(engine, info, core)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -185,10 +215,9 @@ async def test_batch_work_keeps_to_its_slots(rig: Rig) -> None:
 
 async def test_one_arrival_takes_the_headroom_and_evicts_nobody(rig: Rig) -> None:
     before = rig.evictions
-    running = await rig.filled(250)
-    began = rig.engine.stats().step
-    await rig.interactive()
-    assert rig.engine.stats().step - began < 25
+    running = await rig.filled(1900)
+    await asyncio.gather(*await rig.at_once(rig.interactive()))
+    assert rig.entered()[-1] < 20
     assert not any(task.done() for task in running)
     assert rig.evictions == before
     await cancelled(running)
@@ -198,13 +227,12 @@ async def test_a_burst_starts_within_a_few_steps_although_batch_work_fills_the_e
     rig: Rig,
 ) -> None:
     before = rig.engine.stats()
-    running = await rig.filled(250)
-    began = rig.engine.stats().step
-    await asyncio.gather(*(rig.interactive() for _ in range(PLACES)))
-    assert rig.engine.stats().step - began < 40
+    running = await rig.filled(600)
+    await asyncio.gather(*await rig.at_once(*(rig.interactive() for _ in range(PLACES))))
+    assert rig.entered()[-1] < 20
     assert not any(task.done() for task in running)
     answers = await asyncio.gather(*running)
-    assert {answer.usage.output_tokens for answer in answers} == {250}
+    assert {answer.usage.output_tokens for answer in answers} == {600}
     after = rig.engine.stats()
     assert 1 <= after.evictions - before.evictions <= SLOTS
     # There is KV for all: who gave way rested with what had been computed.
@@ -212,10 +240,11 @@ async def test_a_burst_starts_within_a_few_steps_although_batch_work_fills_the_e
 
 
 async def test_a_burst_of_long_prompts_enters_in_several_steps(rig: Rig) -> None:
-    running = await rig.filled(250)
-    rig.engine.stats()
+    running = await rig.filled(1900)
     prompts = [f"{n} " + "and then " * 20 for n in range(PLACES)]
-    answers = await asyncio.gather(*(rig.interactive(text=text) for text in prompts))
+    answers = await asyncio.gather(
+        *await rig.at_once(*(rig.interactive(text=text) for text in prompts))
+    )
     sizes = [answer.usage.input_tokens for answer in answers]
     assert sum(sizes) > TOGETHER > max(sizes), "the burst has to be parted, no single prompt"
     told = rig.engine.stats().steps
@@ -226,19 +255,20 @@ async def test_a_burst_of_long_prompts_enters_in_several_steps(rig: Rig) -> None
 
 async def test_one_that_rests_can_be_cancelled(rig: Rig) -> None:
     before = rig.evictions
-    running = await rig.filled(400)
-    guests = [asyncio.create_task(rig.interactive(tokens=200)) for _ in range(PLACES)]
+    running = await rig.filled(1900)
+    guests = await rig.at_once(*(rig.interactive(tokens=900) for _ in range(PLACES)))
     await until(lambda: rig.evictions == before + SLOTS, "all batch work rests")
     stats = rig.engine.stats()
     assert (stats.running, stats.waiting) == (PLACES, SLOTS)
     await cancelled(running)
+    await until(lambda: rig.engine.stats().waiting == 0, "nobody rests")
     await asyncio.gather(*guests)
     await until(lambda: rig.engine.stats().kv_usage == 0.0, "nothing holds KV")
 
 
 async def test_an_interactive_request_with_a_grammar_is_let_in_too(rig: Rig) -> None:
-    running = await rig.filled(600)
-    others = [asyncio.create_task(rig.interactive(tokens=600)) for _ in range(PLACES - SLOTS)]
+    running = await rig.filled(1900)
+    others = [asyncio.create_task(rig.interactive(tokens=1900)) for _ in range(PLACES - SLOTS)]
     await until(lambda: rig.engine.stats().running == PLACES, "the headroom is taken")
     request = chat(
         "Hi.",
@@ -278,8 +308,8 @@ async def test_a_seeded_prompt_computed_in_parts_is_answered_as_one_computed_at_
 
 async def test_victims_do_not_come_back_to_push_out_who_pushed_them(rig: Rig) -> None:
     before = rig.evictions
-    running = await rig.filled(120)
-    long = [asyncio.create_task(rig.interactive(tokens=120)) for _ in range(PLACES + 2)]
+    running = await rig.filled(600)
+    long = await rig.at_once(*(rig.interactive(tokens=120) for _ in range(PLACES + 2)))
     await until(lambda: rig.evictions == before + SLOTS, "all batch work has given way")
     await asyncio.gather(*long)
     assert rig.evictions == before + SLOTS
@@ -290,7 +320,9 @@ async def test_a_victim_gives_way_a_bounded_number_of_times(rig: Rig) -> None:
     before = rig.evictions
     running = await rig.filled(1900)
     for _ in range(MAX_EVICTIONS + 4):
-        await asyncio.gather(*(rig.interactive(tokens=1) for _ in range(PLACES)))
+        await asyncio.gather(
+            *await rig.at_once(*(rig.interactive(tokens=1) for _ in range(PLACES)))
+        )
         seen = rig.engine.stats().step
         await until(lambda seen=seen: rig.engine.stats().step > seen + 3, "batch work is back")  # type: ignore[misc]
     assert not any(task.done() for task in running)
@@ -305,9 +337,9 @@ async def test_kv_is_made_free_for_an_interactive_prompt(narrow: Rig) -> None:
     before, lost = narrow.evictions, narrow.engine.stats().recomputed_tokens
     tasks = narrow.greedy(500, "disturbed")
     await until(lambda: narrow.engine.stats().kv_usage > 0.8, "the KV is nearly taken")
-    began = narrow.engine.stats().step
-    await narrow.interactive(text="What is 3 plus 4? " * 60)
-    assert narrow.engine.stats().step - began < 40
+    await asyncio.gather(*await narrow.at_once(narrow.interactive(text="What is 3 plus 4? " * 60)))
+    # The prompt is computed first; the victims' tokens again once there is room.
+    assert narrow.entered()[0] < 20
     assert not any(task.done() for task in tasks)
     assert narrow.evictions > before
     for one, other in zip(alone, await asyncio.gather(*tasks), strict=True):
@@ -324,7 +356,9 @@ async def test_those_that_rest_give_their_kv_to_interactive_requests_that_grow(
     await until(lambda: narrow.engine.stats().running == SLOTS, "batch work runs")
     await until(lambda: narrow.engine.stats().kv_usage > 0.3, "it holds some KV")
     places = SLOTS + pace("latency", SLOTS).headroom
-    await asyncio.gather(*(narrow.interactive(tokens=350) for _ in range(places)))
+    await asyncio.gather(
+        *await narrow.at_once(*(narrow.interactive(tokens=350) for _ in range(places)))
+    )
     assert narrow.evictions >= before + SLOTS
     for one, other in zip(alone, await asyncio.gather(*tasks), strict=True):
         same(one, other)
