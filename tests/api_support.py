@@ -29,8 +29,9 @@ from qlm_batch.domain.jobs import (
     Usage,
 )
 from qlm_batch.domain.ledger import Held
-from qlm_batch.domain.ports import Heartbeat, Store
+from qlm_batch.domain.records import Heartbeat
 from qlm_batch.domain.snapshot import Assignment, InstanceState, ModelView, Residency
+from qlm_batch.domain.store import Store
 from qlm_batch.ids import FILE, KEY, new_id, new_secret
 from qlm_batch.intake.blobs import LocalBlobs
 from qlm_batch.intake.results import render_line

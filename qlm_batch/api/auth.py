@@ -17,7 +17,7 @@ from qlm_batch.api.limits import REQUESTS_PER_MINUTE, RateLimiter
 from qlm_batch.api.services import ApiServices
 from qlm_batch.domain.errors import Forbidden, TooMany, Unauthenticated
 from qlm_batch.domain.jobs import ApiKey
-from qlm_batch.domain.ports import KeyStore
+from qlm_batch.domain.store import KeyStore
 
 KEY_CACHE_S = 2.0
 """How long a revoked key may still work in this process."""

@@ -14,8 +14,9 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from qlm_batch.domain.errors import Unavailable
-from qlm_batch.domain.ports import Attainment, Store
+from qlm_batch.domain.records import Attainment
 from qlm_batch.domain.snapshot import InstanceState, InstanceView, ModelView, Residency
+from qlm_batch.domain.store import Store
 
 
 class ServiceCollector(Collector):

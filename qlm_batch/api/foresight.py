@@ -14,7 +14,7 @@ from qlm_batch.domain.bodies import MAX_MODEL_CHARS
 from qlm_batch.domain.buckets import prompt_bucket
 from qlm_batch.domain.durations import format_duration, parse_window
 from qlm_batch.domain.jobs import OnMiss
-from qlm_batch.domain.ports import BatchStore
+from qlm_batch.domain.store import BatchStore
 from qlm_batch.scheduling.admission import Admission, Admissions, Work
 from qlm_batch.scheduling.policies import policy
 from qlm_batch.scheduling.receipts import Receipt, receipt, reliability

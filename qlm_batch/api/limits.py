@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from qlm_batch.dispatch.rates import SharedBuckets
 from qlm_batch.domain.errors import TooMany
 from qlm_batch.domain.jobs import ApiKey
-from qlm_batch.domain.ports import Store
+from qlm_batch.domain.store import Store
 
 REQUESTS_PER_MINUTE = "requests_per_minute"
 QUEUED_REQUESTS = "queued_requests"

@@ -15,7 +15,7 @@ from prometheus_client import (
 from prometheus_client.registry import CollectorRegistry
 
 from qlm_batch.api.fleet_metrics import ServiceCollector
-from qlm_batch.domain.ports import Store
+from qlm_batch.domain.store import Store
 
 _BUCKETS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60, 600)
 

@@ -8,7 +8,7 @@ from typing import Literal, TypeVar
 from pydantic import BaseModel
 
 from qlm_batch.api import schemas
-from qlm_batch.domain import ports
+from qlm_batch.domain import records
 from qlm_batch.domain.jobs import Batch, DeliveryAttempt, FileRecord, OutboxItem
 from qlm_batch.domain.snapshot import Decision, InstanceState, InstanceView
 from qlm_batch.domain.transitions import TERMINAL
@@ -62,7 +62,7 @@ def batch_object(batch: Batch) -> schemas.BatchObject:
     )
 
 
-def page(items: ports.Page[Domain], shape: Callable[[Domain], Shape]) -> schemas.Page[Shape]:
+def page(items: records.Page[Domain], shape: Callable[[Domain], Shape]) -> schemas.Page[Shape]:
     """One page of objects that have ids."""
     data = [shape(item) for item in items.items]
     return schemas.Page(

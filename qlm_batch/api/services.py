@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qlm_batch.control.interactive import Calls
-from qlm_batch.domain.ports import BlobStore, Dispatcher, Store
+from qlm_batch.domain.ports import BlobStore, Dispatcher
+from qlm_batch.domain.store import Store
 from qlm_batch.settings import Settings
 
 

@@ -13,7 +13,7 @@ from qlm_batch.callbacks.outcome import Outcome
 from qlm_batch.callbacks.webhook import WebhookConfig, send_webhook
 from qlm_batch.domain.errors import NotFound, QlmError
 from qlm_batch.domain.jobs import DeliveryAttempt, OutboxItem
-from qlm_batch.domain.ports import Store
+from qlm_batch.domain.store import Store
 
 log = structlog.get_logger(__name__)
 

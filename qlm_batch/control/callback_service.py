@@ -13,7 +13,7 @@ from qlm_batch.callbacks.deliver import Sender, attempt, make_senders
 from qlm_batch.callbacks.email import EmailConfig
 from qlm_batch.callbacks.webhook import WebhookConfig
 from qlm_batch.domain.jobs import OutboxItem
-from qlm_batch.domain.ports import Store
+from qlm_batch.domain.store import Store
 from qlm_batch.failpoints import failpoint
 from qlm_batch.settings import Settings
 

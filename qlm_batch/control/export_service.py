@@ -13,7 +13,8 @@ from qlm_batch import ids
 from qlm_batch.control.keepalive import KeepAlive
 from qlm_batch.domain.errors import Conflict
 from qlm_batch.domain.jobs import Batch, FilePurpose, FileRecord
-from qlm_batch.domain.ports import BlobStore, Store
+from qlm_batch.domain.ports import BlobStore
+from qlm_batch.domain.store import Store
 from qlm_batch.failpoints import failpoint
 from qlm_batch.intake.results import render_line
 from qlm_batch.settings import Settings

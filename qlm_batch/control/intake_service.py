@@ -10,7 +10,9 @@ import structlog
 from qlm_batch.control.keepalive import KeepAlive
 from qlm_batch.domain.errors import Conflict, InvalidInput, NotFound
 from qlm_batch.domain.jobs import LineError, RequestLine
-from qlm_batch.domain.ports import BlobStore, IntakeStore, IntakeTask
+from qlm_batch.domain.ports import BlobStore
+from qlm_batch.domain.records import IntakeTask
+from qlm_batch.domain.store import IntakeStore
 from qlm_batch.failpoints import failpoint
 from qlm_batch.intake.jsonl import FileRefused, LineRules, read_requests
 from qlm_batch.intake.lines import chunks_of

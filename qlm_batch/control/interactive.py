@@ -27,8 +27,9 @@ from qlm_batch.domain.interactive import (
     NewInteractive,
 )
 from qlm_batch.domain.messages import Interactive
-from qlm_batch.domain.ports import Courier, InstanceStore, InteractiveStore
+from qlm_batch.domain.ports import Courier
 from qlm_batch.domain.snapshot import InstanceState, InstanceView
+from qlm_batch.domain.store import InstanceStore, InteractiveStore
 from qlm_batch.ids import REQUEST, new_id
 from qlm_batch.scheduling.routing import Boot, Full, Route, route
 

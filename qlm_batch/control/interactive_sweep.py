@@ -7,7 +7,7 @@ from typing import Self
 
 import structlog
 
-from qlm_batch.domain.ports import InteractiveStore
+from qlm_batch.domain.store import InteractiveStore
 from qlm_batch.settings import Settings
 
 log = structlog.get_logger(__name__)

@@ -21,7 +21,6 @@ from typing import Annotated, Any, Final, Literal, Self, cast
 import structlog
 from pydantic import SerializerFunctionWrapHandler, TypeAdapter, WrapSerializer
 
-from qlm_batch.domain.ports import Planning
 from qlm_batch.domain.snapshot import (
     Call,
     Observation,
@@ -31,6 +30,7 @@ from qlm_batch.domain.snapshot import (
     RunView,
     Snapshot,
 )
+from qlm_batch.domain.store import Planning
 from qlm_batch.scheduling.estimator import Estimator, EstimatorConfig
 from qlm_batch.scheduling.policies import Policy
 from qlm_batch.scheduling.problem import Durations

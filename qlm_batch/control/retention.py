@@ -9,7 +9,8 @@ from typing import Protocol, Self
 
 import structlog
 
-from qlm_batch.domain.ports import BlobStore, FileStore, RetentionStore
+from qlm_batch.domain.ports import BlobStore
+from qlm_batch.domain.store import FileStore, RetentionStore
 from qlm_batch.intake.scratch import sweep_scratch
 from qlm_batch.settings import Settings
 

@@ -18,8 +18,9 @@ from qlm_batch.control.story import Story
 from qlm_batch.control.unserved import Unserved, UnservedConfig
 from qlm_batch.domain.errors import NotLeader, Unavailable
 from qlm_batch.domain.messages import Assigned
-from qlm_batch.domain.ports import Dispatcher, Planning
+from qlm_batch.domain.ports import Dispatcher
 from qlm_batch.domain.snapshot import Plan, RequestGroup, Snapshot
+from qlm_batch.domain.store import Planning
 from qlm_batch.scheduling.dispatching import DispatchConfig, recalls, rescues, top_up
 from qlm_batch.scheduling.estimator import Estimator, EstimatorConfig
 from qlm_batch.scheduling.forecasts import Forecasts

@@ -11,7 +11,7 @@ import numpy as np
 
 from qlm_batch.domain.jobs import EngineKind, ResultRow, Usage
 from qlm_batch.domain.ledger import Directive, Held, ReleaseReason
-from qlm_batch.domain.ports import Heartbeat, Store
+from qlm_batch.domain.records import Heartbeat
 from qlm_batch.domain.snapshot import (
     Call,
     InstanceState,
@@ -20,6 +20,7 @@ from qlm_batch.domain.snapshot import (
     Output,
     Residency,
 )
+from qlm_batch.domain.store import Store
 from qlm_batch.scheduling import agent, eviction
 from qlm_batch.scheduling.swapping import Change, Hosted, Parting, next_change, stay_s
 from qlm_batch.simulation.engine import EngineLimits

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy.engine import Connection
 
-from qlm_batch.domain.ports import Attainment
+from qlm_batch.domain.records import Attainment
 from qlm_batch.store.sql import sql
 
 # A line's own deadline belonged to the first attempt; a retry runs under the new window alone.

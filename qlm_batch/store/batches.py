@@ -11,7 +11,7 @@ from sqlalchemy.engine import Connection
 
 from qlm_batch.domain.errors import Conflict, Unprocessable
 from qlm_batch.domain.jobs import Batch, BatchSpec, BatchState, SliceState
-from qlm_batch.domain.ports import Page, QueueTotals
+from qlm_batch.domain.records import Page, QueueTotals
 from qlm_batch.domain.snapshot import Decision
 from qlm_batch.domain.transitions import CANCELLABLE, TERMINAL
 from qlm_batch.store.batch_rows import batch_by_id, batches_by_id, no_such_batch

@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy.engine import Connection
 
 from qlm_batch.domain.jobs import Batch, BatchState, ExportLine, FileRecord, SliceState
-from qlm_batch.domain.ports import ExportTask
+from qlm_batch.domain.records import ExportTask
 from qlm_batch.store.attainments import count_batch
 from qlm_batch.store.batch_rows import batch_by_id
 from qlm_batch.store.events import announce

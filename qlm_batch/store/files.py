@@ -10,7 +10,7 @@ from sqlalchemy.engine import Connection
 
 from qlm_batch.domain.errors import InvalidInput, NotFound
 from qlm_batch.domain.jobs import FilePurpose, FileRecord
-from qlm_batch.domain.ports import Page
+from qlm_batch.domain.records import Page
 from qlm_batch.store.sql import sql
 from qlm_batch.store.tables import file, unowned_blob
 

@@ -11,7 +11,7 @@ from sqlalchemy.engine import Connection
 
 from qlm_batch.domain.buckets import PromptMix
 from qlm_batch.domain.jobs import EngineKind, SloClass
-from qlm_batch.domain.ports import Heartbeat
+from qlm_batch.domain.records import Heartbeat
 from qlm_batch.domain.snapshot import (
     AssignedView,
     InstanceState,

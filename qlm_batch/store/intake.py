@@ -20,7 +20,7 @@ from qlm_batch.domain.jobs import (
     RequestLine,
     SloClass,
 )
-from qlm_batch.domain.ports import IntakeTask
+from qlm_batch.domain.records import IntakeTask
 from qlm_batch.store.batch_rows import batch_by_id
 from qlm_batch.store.copying import copy_rows, float8, int4, int8, text
 from qlm_batch.store.cutting import COLUMNS, Cutter, RunCut

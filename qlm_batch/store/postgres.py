@@ -1,5 +1,5 @@
 """The store on PostgreSQL: each method is one transaction around the queries of its module."""
-# ruff: noqa: D102 - the contract of each method is in domain.ports
+# ruff: noqa: D102 - the contract of each method is in domain.store
 
 from __future__ import annotations
 
@@ -30,7 +30,14 @@ from qlm_batch.domain.jobs import (
     ResultRow,
 )
 from qlm_batch.domain.ledger import FlushOutcome, Held, Reaped, ReleaseReason
-from qlm_batch.domain.ports import Attainment, ExportTask, Heartbeat, IntakeTask, Page, QueueTotals
+from qlm_batch.domain.records import (
+    Attainment,
+    ExportTask,
+    Heartbeat,
+    IntakeTask,
+    Page,
+    QueueTotals,
+)
 from qlm_batch.domain.snapshot import (
     Assignment,
     Decision,
@@ -69,7 +76,7 @@ _NOW = sql("SELECT {now}")
 
 
 class PostgresStore:
-    """`domain.ports.Store` on the database at `url`; its tables must be current.
+    """`domain.store.Store` on the database at `url`; its tables must be current.
 
     `secret_key` is a Fernet key that encrypts webhook secrets. An instance without a heartbeat for
     `instance_silent_s` counts as lost. At most `pool_size` connections are open at once. Nothing

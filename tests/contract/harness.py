@@ -28,8 +28,9 @@ from qlm_batch.domain.jobs import (
     Usage,
 )
 from qlm_batch.domain.ledger import Held
-from qlm_batch.domain.ports import Heartbeat, Store
+from qlm_batch.domain.records import Heartbeat
 from qlm_batch.domain.snapshot import Assignment, InstanceState, ModelView, Residency
+from qlm_batch.domain.store import Store
 from qlm_batch.store.columns import METADATA
 from qlm_batch.store.memory import MemoryStore
 from qlm_batch.store.postgres import PostgresStore

@@ -18,7 +18,7 @@ from qlm_batch.domain.jobs import (
     RequestLine,
     SliceState,
 )
-from qlm_batch.domain.ports import Attainment
+from qlm_batch.domain.records import Attainment
 from tests.contract.harness import LEASE, TENANT, WINDOW, Bench, answer, held, lines_of
 
 

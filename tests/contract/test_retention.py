@@ -6,7 +6,7 @@ import pytest
 
 from qlm_batch.domain.errors import NotFound
 from qlm_batch.domain.jobs import BatchState, DeliveryAttempt, LineError, OnMiss
-from qlm_batch.domain.ports import Attainment
+from qlm_batch.domain.records import Attainment
 from qlm_batch.domain.snapshot import Decision, Plan
 from tests.contract.harness import LEASE, TENANT, WINDOW, Bench
 

@@ -18,7 +18,7 @@ from qlm_batch.callbacks.webhook import WebhookConfig
 from qlm_batch.control.callback_service import CallbackConfig, CallbackService
 from qlm_batch.domain.errors import Unavailable
 from qlm_batch.domain.jobs import DeliveryAttempt, OutboxItem
-from qlm_batch.domain.ports import Store
+from qlm_batch.domain.store import Store
 from tests.integration.callback_support import (
     LOCAL,
     MemoryOutbox,

@@ -36,8 +36,9 @@ from qlm_batch.domain.jobs import (
     ResultRow,
 )
 from qlm_batch.domain.ledger import Held
-from qlm_batch.domain.ports import Heartbeat, Store
+from qlm_batch.domain.records import Heartbeat
 from qlm_batch.domain.snapshot import Assignment, InstanceState
+from qlm_batch.domain.store import Store
 from qlm_batch.intake.blobs import LocalBlobs
 from qlm_batch.intake.scratch import make_scratch
 from qlm_batch.store.memory import MemoryStore

@@ -28,7 +28,7 @@ from qlm_batch.domain.jobs import (
     SliceState,
 )
 from qlm_batch.domain.ledger import Directive, Held, ReleaseReason
-from qlm_batch.domain.ports import Heartbeat
+from qlm_batch.domain.records import Heartbeat
 from qlm_batch.domain.snapshot import Assignment, InstanceState, ModelView, Residency
 from qlm_batch.store import interactive
 from qlm_batch.store.postgres import PostgresStore

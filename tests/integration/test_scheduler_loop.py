@@ -25,7 +25,7 @@ from qlm_batch.domain.jobs import (
 )
 from qlm_batch.domain.ledger import Held
 from qlm_batch.domain.messages import Assigned, Stopped
-from qlm_batch.domain.ports import Heartbeat, Store
+from qlm_batch.domain.records import Heartbeat
 from qlm_batch.domain.snapshot import (
     InstanceState,
     ModelView,
@@ -36,6 +36,7 @@ from qlm_batch.domain.snapshot import (
     Residency,
     Snapshot,
 )
+from qlm_batch.domain.store import Store
 from qlm_batch.scheduling.calibration import Conformal
 from qlm_batch.scheduling.estimator import VERSION
 from qlm_batch.scheduling.policies import policy

@@ -13,8 +13,8 @@ import pytest
 from qlm_batch.control.leadership import Leadership
 from qlm_batch.control.recording import Recorder
 from qlm_batch.control.scheduler_loop import SchedulerConfig, SchedulerLoop
-from qlm_batch.domain.ports import Store
 from qlm_batch.domain.snapshot import Observation, Output, Snapshot
+from qlm_batch.domain.store import Store
 from qlm_batch.scheduling.policies import policy
 from qlm_batch.simulation.replay import replay
 from qlm_batch.store.memory import MemoryStore

@@ -13,7 +13,7 @@ from typing import Any
 from qlm_batch.dispatch.celery_app import make_app
 from qlm_batch.domain.jobs import ClaimedSlice, EngineKind, ResultRow
 from qlm_batch.domain.ledger import Directive, FlushOutcome, Held, ReleaseReason
-from qlm_batch.domain.ports import Heartbeat
+from qlm_batch.domain.records import Heartbeat
 from qlm_batch.settings import Settings
 from qlm_workers.hosts import Host
 from qlm_workers.lifecycle import EngineThread, end_on_signals

@@ -16,7 +16,7 @@ from qlm_batch.domain.errors import InvalidInput, NotFound, TooMany, Unavailable
 from qlm_batch.domain.interactive import InteractiveMark, InteractiveRequest, InteractiveState
 from qlm_batch.domain.jobs import CHAT, EMBEDDINGS, EngineKind
 from qlm_batch.domain.messages import Interactive
-from qlm_batch.domain.ports import Heartbeat
+from qlm_batch.domain.records import Heartbeat
 from qlm_batch.domain.snapshot import InstanceState, ModelView, Residency
 from qlm_batch.store.memory import MemoryStore
 from tests.unit.runner_rig import until

@@ -6,7 +6,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from qlm_batch.domain.jobs import CHAT, BatchSpec, FilePurpose, FileRecord, RequestLine
-from qlm_batch.domain.ports import Store
+from qlm_batch.domain.store import Store
 from qlm_batch.store.memory import MemoryStore
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from qlm_batch.domain.engine import EngineStats
 from qlm_batch.domain.errors import ConfigurationError, Unavailable
 from qlm_batch.domain.ledger import ReleaseReason
-from qlm_batch.domain.ports import Heartbeat
+from qlm_batch.domain.records import Heartbeat
 from qlm_batch.domain.snapshot import InstanceState, Output, Residency
 from qlm_workers.exits import Exit
 from tests.unit.runner_rig import (

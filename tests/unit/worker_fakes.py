@@ -18,7 +18,7 @@ from qlm_batch.domain.jobs import (
     Usage,
 )
 from qlm_batch.domain.ledger import Directive, FlushOutcome, Held, ReleaseReason
-from qlm_batch.domain.ports import Heartbeat
+from qlm_batch.domain.records import Heartbeat
 from qlm_batch.domain.snapshot import InstanceView, Residency
 
 NOW = 1_000_000.0

@@ -13,7 +13,7 @@ from qlm_batch.bootstrap import open_store
 from qlm_batch.dispatch.celery_app import make_app
 from qlm_batch.dispatch.streams import TokenWriter
 from qlm_batch.domain.errors import ConfigurationError
-from qlm_batch.domain.ports import InteractiveStore
+from qlm_batch.domain.store import InteractiveStore
 from qlm_batch.ids import new_id
 from qlm_batch.settings import Settings
 from qlm_workers.adapters import adapters_of

@@ -25,8 +25,8 @@ from qlm_batch.domain.errors import EngineDead, QlmError, Unavailable
 from qlm_batch.domain.interactive import InteractiveMark, InteractiveState
 from qlm_batch.domain.jobs import SloClass, Usage
 from qlm_batch.domain.messages import Interactive
-from qlm_batch.domain.ports import InteractiveStore
 from qlm_batch.domain.snapshot import Residency
+from qlm_batch.domain.store import InteractiveStore
 from qlm_batch.scheduling import agent
 from qlm_workers.answers import error_answer, usage_of
 from qlm_workers.feeder import salt_of

@@ -12,7 +12,7 @@ from typing import ParamSpec, Protocol, TypeVar
 import structlog
 
 from qlm_batch.domain.errors import Unavailable
-from qlm_batch.domain.ports import InstanceStore, Ledger
+from qlm_batch.domain.store import InstanceStore, Ledger
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from qlm_batch.domain.jobs import SloClass
-from qlm_batch.domain.ports import Heartbeat
+from qlm_batch.domain.records import Heartbeat
 from qlm_batch.domain.snapshot import InstanceState, Latency, Observation, Residency
 from qlm_batch.scheduling import agent
 from qlm_workers.hosts import Host

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from qlm_batch.domain.errors import Conflict, Unprocessable
 from qlm_batch.domain.jobs import Batch, BatchSpec, BatchState, OnMiss, SliceState
-from qlm_batch.domain.ports import Attainment, Page, QueueTotals
+from qlm_batch.domain.records import Attainment, Page, QueueTotals
 from qlm_batch.domain.snapshot import Decision
 from qlm_batch.domain.stories import RequestStory, no_such_request, of_run
 from qlm_batch.domain.transitions import CANCELLABLE, TERMINAL

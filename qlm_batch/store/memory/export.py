@@ -13,7 +13,7 @@ from qlm_batch.domain.jobs import (
     ResultRow,
     SliceState,
 )
-from qlm_batch.domain.ports import Attainment, ExportTask
+from qlm_batch.domain.records import Attainment, ExportTask
 from qlm_batch.store.memory.state import BatchData, Facet, RunData, State, locked
 from qlm_batch.store.memory.work import EXPIRED_LINE, end
 

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from qlm_batch.domain.errors import InvalidInput, NotFound
 from qlm_batch.domain.jobs import FilePurpose, FileRecord
-from qlm_batch.domain.ports import Page
+from qlm_batch.domain.records import Page
 from qlm_batch.store.memory.state import Facet, locked
 
 T = TypeVar("T")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from qlm_batch.domain.ports import Heartbeat
+from qlm_batch.domain.records import Heartbeat
 from qlm_batch.domain.snapshot import InstanceState, InstanceView
 from qlm_batch.store.memory.planning import instance_views
 from qlm_batch.store.memory.state import Facet, InstanceData, locked

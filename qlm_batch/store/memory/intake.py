@@ -15,7 +15,7 @@ from qlm_batch.domain.jobs import (
     RequestCounts,
     RequestLine,
 )
-from qlm_batch.domain.ports import IntakeTask
+from qlm_batch.domain.records import IntakeTask
 from qlm_batch.store.memory.state import BatchData, Facet, RunData, change, locked
 from qlm_batch.store.memory.work import add, end, new_slice
 

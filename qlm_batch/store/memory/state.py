@@ -26,7 +26,7 @@ from qlm_batch.domain.jobs import (
     SliceState,
     Usage,
 )
-from qlm_batch.domain.ports import Attainment, Heartbeat
+from qlm_batch.domain.records import Attainment, Heartbeat
 from qlm_batch.domain.snapshot import Decision, Observation, Profile, QueueEntry
 
 P = ParamSpec("P")
