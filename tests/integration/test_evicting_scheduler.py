@@ -107,8 +107,13 @@ class Rig:
             )
             for n in range(SLOTS)
         ]
-        await until(lambda: self.engine.stats().running == SLOTS, "all slots taken")
+        await until(lambda: self.computing(SLOTS), "all slots taken")
         return tasks
+
+    def computing(self, many: int) -> bool:
+        """Whether exactly so many are inside and all get tokens; what came before is then told."""
+        generated = self.engine.stats().generated
+        return len(generated) == many and min(generated) >= 2
 
     async def at_once(
         self, *asked: Coroutine[Any, Any, EngineAnswer]
@@ -214,8 +219,8 @@ async def test_batch_work_keeps_to_its_slots(rig: Rig) -> None:
 
 
 async def test_one_arrival_takes_the_headroom_and_evicts_nobody(rig: Rig) -> None:
-    before = rig.evictions
     running = await rig.filled(1900)
+    before = rig.evictions
     await asyncio.gather(*await rig.at_once(rig.interactive()))
     assert rig.entered()[-1] < 20
     assert not any(task.done() for task in running)
@@ -226,8 +231,8 @@ async def test_one_arrival_takes_the_headroom_and_evicts_nobody(rig: Rig) -> Non
 async def test_a_burst_starts_within_a_few_steps_although_batch_work_fills_the_engine(
     rig: Rig,
 ) -> None:
-    before = rig.engine.stats()
     running = await rig.filled(600)
+    before = rig.engine.stats()
     await asyncio.gather(*await rig.at_once(*(rig.interactive() for _ in range(PLACES))))
     assert rig.entered()[-1] < 20
     assert not any(task.done() for task in running)
@@ -254,8 +259,8 @@ async def test_a_burst_of_long_prompts_enters_in_several_steps(rig: Rig) -> None
 
 
 async def test_one_that_rests_can_be_cancelled(rig: Rig) -> None:
-    before = rig.evictions
     running = await rig.filled(1900)
+    before = rig.evictions
     guests = await rig.at_once(*(rig.interactive(tokens=900) for _ in range(PLACES)))
     await until(lambda: rig.evictions == before + SLOTS, "all batch work rests")
     stats = rig.engine.stats()
@@ -283,9 +288,9 @@ async def test_an_interactive_request_with_a_grammar_is_let_in_too(rig: Rig) -> 
 
 
 async def test_what_victims_answer_is_what_they_answer_undisturbed(rig: Rig) -> None:
-    alone = await asyncio.gather(*rig.batch(160, many=SLOTS + 2, salt="alone"))
+    alone = await asyncio.gather(*rig.batch(400, many=SLOTS + 2, salt="alone"))
     before = rig.evictions
-    tasks = rig.batch(160, many=SLOTS + 2, salt="disturbed")
+    tasks = rig.batch(400, many=SLOTS + 2, salt="disturbed")
     while not all(task.done() for task in tasks):
         await asyncio.gather(*(rig.interactive() for _ in range(PLACES - 1)))
         await asyncio.sleep(0.02)
@@ -307,8 +312,8 @@ async def test_a_seeded_prompt_computed_in_parts_is_answered_as_one_computed_at_
 
 
 async def test_victims_do_not_come_back_to_push_out_who_pushed_them(rig: Rig) -> None:
-    before = rig.evictions
     running = await rig.filled(600)
+    before = rig.evictions
     long = await rig.at_once(*(rig.interactive(tokens=120) for _ in range(PLACES + 2)))
     await until(lambda: rig.evictions == before + SLOTS, "all batch work has given way")
     await asyncio.gather(*long)
@@ -317,8 +322,8 @@ async def test_victims_do_not_come_back_to_push_out_who_pushed_them(rig: Rig) ->
 
 
 async def test_a_victim_gives_way_a_bounded_number_of_times(rig: Rig) -> None:
-    before = rig.evictions
     running = await rig.filled(1900)
+    before = rig.evictions
     for _ in range(MAX_EVICTIONS + 4):
         await asyncio.gather(
             *await rig.at_once(*(rig.interactive(tokens=1) for _ in range(PLACES)))
@@ -334,9 +339,10 @@ async def test_a_victim_gives_way_a_bounded_number_of_times(rig: Rig) -> None:
 async def test_kv_is_made_free_for_an_interactive_prompt(narrow: Rig) -> None:
     """Places are free all the time: only KV is short."""
     alone = await asyncio.gather(*narrow.greedy(500, "alone"))
-    before, lost = narrow.evictions, narrow.engine.stats().recomputed_tokens
     tasks = narrow.greedy(500, "disturbed")
+    await until(lambda: narrow.computing(SLOTS), "batch work runs")
     await until(lambda: narrow.engine.stats().kv_usage > 0.8, "the KV is nearly taken")
+    before, lost = narrow.evictions, narrow.engine.stats().recomputed_tokens
     await asyncio.gather(*await narrow.at_once(narrow.interactive(text="What is 3 plus 4? " * 60)))
     # The prompt is computed first; the victims' tokens again once there is room.
     assert narrow.entered()[0] < 20
@@ -350,11 +356,11 @@ async def test_kv_is_made_free_for_an_interactive_prompt(narrow: Rig) -> None:
 async def test_those_that_rest_give_their_kv_to_interactive_requests_that_grow(
     narrow: Rig,
 ) -> None:
-    alone = await asyncio.gather(*narrow.greedy(300, "calm"))
-    before, lost = narrow.evictions, narrow.engine.stats().recomputed_tokens
-    tasks = narrow.greedy(300, "crowded")
-    await until(lambda: narrow.engine.stats().running == SLOTS, "batch work runs")
+    alone = await asyncio.gather(*narrow.greedy(450, "calm"))
+    tasks = narrow.greedy(450, "crowded")
+    await until(lambda: narrow.computing(SLOTS), "batch work runs")
     await until(lambda: narrow.engine.stats().kv_usage > 0.3, "it holds some KV")
+    before, lost = narrow.evictions, narrow.engine.stats().recomputed_tokens
     places = SLOTS + pace("latency", SLOTS).headroom
     await asyncio.gather(
         *await narrow.at_once(*(narrow.interactive(tokens=350) for _ in range(places)))
@@ -366,9 +372,10 @@ async def test_those_that_rest_give_their_kv_to_interactive_requests_that_grow(
 
 
 async def test_a_prompt_for_which_no_room_can_be_made_evicts_nobody(narrow: Rig) -> None:
-    interactive = [asyncio.create_task(narrow.interactive(tokens=900)) for _ in range(2)]
-    await until(lambda: narrow.engine.stats().kv_usage > 0.7, "interactive work holds the KV")
-    batch = asyncio.create_task(
+    interactive = [asyncio.create_task(narrow.interactive(tokens=1000)) for _ in range(2)]
+    await until(lambda: narrow.computing(2), "interactive work runs")
+    await until(lambda: narrow.engine.stats().kv_usage > 0.7, "it holds the KV")
+    (batch,) = await narrow.at_once(
         narrow.engine.answer(chat("Hi.", DUE, max_tokens=60, ignore_eos=True))
     )
     await until(lambda: narrow.engine.stats().running == 3, "batch work runs beside it")
