@@ -83,14 +83,15 @@ async def test_a_server_that_says_no_is_not_asked_again(
     assert len(server.next_answers) == 1
 
 
-async def test_a_server_that_refuses_the_workers_key_is_no_fault_of_the_callers(
+async def test_no_request_fails_because_the_server_refuses_the_workers_key(
     server: Server, engine: OpenAIEngine
 ) -> None:
     server.next_answers.append((401, {}))
-    answer = await engine.answer(chat())
-    assert answer.status_code == 502
-    assert "QLM_ENGINE_API_KEY" in answer.body
-    assert "busy" not in answer.body
+    with pytest.raises(EngineDead, match="QLM_ENGINE_API_KEY"):
+        await engine.answer(chat())
+    server.next_answers.append((401, {}))
+    with pytest.raises(EngineDead, match="QLM_ENGINE_API_KEY"):
+        await engine.open_stream(chat())
 
 
 async def test_a_server_that_broke_is_not_asked_again(server: Server, engine: OpenAIEngine) -> None:

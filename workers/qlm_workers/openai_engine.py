@@ -304,6 +304,10 @@ class OpenAIEngine:
             response = await self._post_once(request, content, streamed)
             self._heard(None if response is None else response.status_code)
             now = time.monotonic()
+            if response is not None and response.status_code == 401:
+                # About the worker's key, not the caller's: no request has to fail for it.
+                await response.aclose()
+                raise self._refused()
             if response is not None and response.status_code not in AWAY:
                 self._seen_at = now
                 if response.status_code != 429:
@@ -376,14 +380,12 @@ class OpenAIEngine:
             f"The engine at {self._url} has not answered for {self._give_up_s:.0f} s."
         )
 
+    def _refused(self) -> EngineDead:
+        return EngineDead(
+            f"The engine at {self._url} refuses the worker's key; set QLM_ENGINE_API_KEY."
+        )
+
     def _shape(self, response: httpx.Response, duration_s: float) -> EngineAnswer:
-        if response.status_code == 401:
-            # About the worker's key, parts of which may be shown, and not about the caller's.
-            return error_answer(
-                502,
-                "The engine's server refuses the worker's key; QLM_ENGINE_API_KEY is to be set.",
-                type_="server_error",
-            )
         try:
             parsed: Any = orjson.loads(response.content)
         except json.JSONDecodeError:
