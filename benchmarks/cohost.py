@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +45,7 @@ from benchmarks.random_llama import DUMMY, SHAPES
 from benchmarks.random_llama import make as make_random
 from benchmarks.support import CHAT, Stand, finish, load, require, say, stand
 from benchmarks.vllm_server import vllm_server
+from qlm_batch.domain.snapshot import Profile
 from qlm_workers.processor import BLOCK_TOKENS
 
 ARMS = ("idle", "service", "fcfs", "priority")
@@ -221,9 +222,10 @@ async def _service_arms(plan: Plan, site: Stand, arms: list[str]) -> dict[str, o
             spent_s = _serving_s(site) - before
             say(f"idle: {found['idle']}; {spent_s:.1f} s of processor time around the engine")
         if "service" in arms:
-            found |= await _beside_a_batch(plan, site, session, url)
+            beside, learned = await _beside_a_batch(plan, site, session, url)
+            found |= beside
         if "idle" in arms and "service" in arms and plan.instances == 1:
-            found["foretold"] = await _foretold(plan, site, session, url, found, spent_s)
+            found["foretold"] = await _foretold(plan, site, session, url, found, learned, spent_s)
         return found
 
 
@@ -242,11 +244,13 @@ async def _foretold(
     session: aiohttp.ClientSession,
     url: str,
     found: dict[str, Any],
+    learned: Sequence[Profile],
     spent_s: float,
 ) -> dict[str, float]:
     """What the simulator says of the service arm, beside what was measured.
 
-    `spent_s` is the processor time that went into the idle arm's calls around the engine.
+    `learned` is from before it, and `spent_s` the processor time that went into the idle arm's
+    calls around the engine.
     """
     sizes = Sizes(
         batch_prompt=await _prompt_tokens(session, url, line_body(plan.name, 0)),
@@ -257,7 +261,7 @@ async def _foretold(
     cores = len(os.sched_getaffinity(0)) if view.device.startswith("cpu") else math.inf
     taken = spent_s / (plan.arm_s * cores)
     model = fitted(
-        site.store.snapshot().profiles,
+        learned,
         plan.name,
         view.device,
         slots=plan.slots,
@@ -311,7 +315,8 @@ async def _until_served(session: aiohttp.ClientSession, url: str, plan: Plan) ->
 
 async def _beside_a_batch(
     plan: Plan, site: Stand, session: aiohttp.ClientSession, url: str
-) -> dict[str, object]:
+) -> tuple[dict[str, object], Sequence[Profile]]:
+    """The figures, and what the service had learned of its engine before the first mixture."""
     api = Service(session, f"{url}/v1")
     reference = await _reference(plan, api)
     spread = None
@@ -328,6 +333,7 @@ async def _beside_a_batch(
     watching = asyncio.create_task(counter.watch(0.25))
     rates: list[tuple[bool, float]] = []
     seen: list[Seen] = []
+    learned: Sequence[Profile] = ()
     evictions = await _metric(session, url, "qlm_instance_evictions_total")
     for number in range(windows):
         busy = number % 2 == 1
@@ -347,6 +353,7 @@ async def _beside_a_batch(
         await asyncio.sleep(1.0)
         rates.append((busy, counter.rate(since, until)))
         say(f"{'beside interactive' if busy else 'batch only'}: {rates[-1][1]:.0f} tokens/s")
+        learned = learned or site.store.snapshot().profiles
     evictions = await _metric(session, url, "qlm_instance_evictions_total") - evictions
     watching.cancel()
     with suppress(asyncio.CancelledError):
@@ -368,7 +375,7 @@ async def _beside_a_batch(
     for one in seen:
         if one.fault:
             say(f"failed: {one.fault}")
-    return {
+    figures: dict[str, object] = {
         "service": service,
         "batch_only": {
             "before": round(only[0], 1),
@@ -380,6 +387,7 @@ async def _beside_a_batch(
         "outputs_identical": likeness.different == 0,
         **({} if spread is None else _shares(likeness, spread)),
     }
+    return figures, learned
 
 
 def _shares(likeness: Likeness, spread: Likeness) -> dict[str, object]:
