@@ -19,7 +19,7 @@ from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import SMTP, Envelope, Session
 
 from tests.chaos.answers import LIVE, body_of, expected, said
-from tests.cluster_support import free_port
+from tests.ports import free_port
 
 SILENCE_S = 60.0
 """A call that has brought nothing for so long has met with silence."""
