@@ -129,7 +129,9 @@ class Receivers:
         """Deliveries by Message-ID."""
         self.refused = 0
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self._smtp = Controller(_Sink(self), hostname="127.0.0.1", port=free_port())
+        self._smtp = Controller(
+            _Sink(self), hostname="127.0.0.1", port=free_port(), ready_timeout=60.0
+        )
 
     def start(self) -> None:
         """Listen."""
