@@ -127,12 +127,12 @@ class Site:
         thread = threading.Thread(target=server.run)
         thread.start()
         try:
-            wait_until(lambda: server.started)
+            wait_until(lambda: server.started, 60)
             port = server.servers[0].sockets[0].getsockname()[1]
             yield f"http://127.0.0.1:{port}"
         finally:
             server.should_exit = True
-            thread.join(10)
+            thread.join(60)
 
     def read_in(self) -> str:
         """Intake of the oldest waiting batch; its id."""

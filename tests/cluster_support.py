@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,17 +21,11 @@ from qlm_batch.embedded.folders import Folders
 from qlm_batch.embedded.postgres import DATABASE, USER, EmbeddedPostgres
 from qlm_batch.embedded.process import ManagedProcess
 from qlm_batch.embedded.valkey import EmbeddedValkey
+from tests.ports import free_port
 
 CHECKOUT = Path(__file__).parents[1]
 COMPOSE = CHECKOUT / "docker-compose.yml"
 _VARIABLE = re.compile(r"\$(?:\$|\{(?P<name>\w+)(?::(?P<kind>[-?])(?P<text>[^}]*))?\})")
-
-
-def free_port() -> int:
-    """A port nobody listens on right now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def compose_file(variables: Mapping[str, str]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import psycopg
 import pytest
 import redis
+from hypothesis import HealthCheck, settings
 
 from qlm_batch.embedded.folders import Folders
 from qlm_batch.embedded.postgres import EmbeddedPostgres
@@ -18,6 +19,10 @@ from qlm_batch.embedded.valkey import EmbeddedValkey
 from qlm_batch.store import migrate
 
 _numbers = itertools.count()
+
+# A loaded machine may take its time over any example, and over making any.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 # The threads of a CPU engine spin while they wait, which starves everything on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -10,7 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from .conftest import CHECKOUT, free_port, user_environment
+from tests.ports import free_port
+
+from .conftest import CHECKOUT, user_environment
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

@@ -49,6 +49,11 @@ class Turns:
         """Where each model is."""
         return {model["name"]: model["residency"] for model in self.instance["models"]}
 
+    def reasons(self, batch_id: str) -> list[str]:
+        """Why things were decided for the batch."""
+        made = self.http.get(f"/v1/batches/{batch_id}/decisions").json()["data"]
+        return [str(decision["detail"].get("reason")) for decision in made]
+
     def logged(self, words: str) -> bool:
         """Whether the worker's log has the words."""
         return any(words in path.read_text() for path in self.home.rglob("worker.log"))
@@ -149,12 +154,13 @@ def test_a_file_for_all_of_them_is_answered_although_loading_fails_at_first(turn
     found = right(rows, lines)
     assert found[FIRST] == found[SECOND] == found[ADAPTER] >= 14
     assert found[WILD] < 4
-    assert turns.residency[SECOND] == "awake"
+    # What the worker last told, and what the scheduler made of it, may be from before.
+    until(lambda: turns.residency[SECOND] == "awake", "residency")
     assert turns.residency[FIRST] == turns.residency[ADAPTER] == "cold"
-    decisions = turns.http.get(f"/v1/batches/{batch_id}/decisions").json()["data"]
-    assert any("was made awake in" in str(made["detail"].get("reason")) for made in decisions)
-    metrics = turns.http.get("/metrics").text
-    assert f'qlm_swaps_total{{instance="gpu-0",model="{SECOND}"}} 1.0' in metrics
+    until(lambda: any("was made awake in" in reason for reason in turns.reasons(batch_id)), "why")
+    swaps = f'qlm_swaps_total{{instance="gpu-0",model="{SECOND}"}} '
+    until(lambda: swaps in turns.http.get("/metrics").text, "the count of swaps")
+    assert f"{swaps}1.0" in turns.http.get("/metrics").text
 
 
 def test_a_worker_killed_half_way_through_a_swap_loses_nothing(turns: Turns) -> None:

@@ -18,8 +18,9 @@ import pytest
 
 from qlm_workers.simulated_engine import SimulatedEngine
 from tests.contract.openai_server import Server, serving
+from tests.ports import free_port
 
-from .conftest import CHECKOUT, free_port, user_environment
+from .conftest import CHECKOUT, user_environment
 
 pytestmark = pytest.mark.slow
 

@@ -19,7 +19,7 @@ from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import SMTP, Envelope, Session
 
 from tests.chaos.answers import LIVE, body_of, expected, said
-from tests.cluster_support import free_port
+from tests.ports import free_port
 
 SILENCE_S = 60.0
 """A call that has brought nothing for so long has met with silence."""
@@ -129,7 +129,9 @@ class Receivers:
         """Deliveries by Message-ID."""
         self.refused = 0
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self._smtp = Controller(_Sink(self), hostname="127.0.0.1", port=free_port())
+        self._smtp = Controller(
+            _Sink(self), hostname="127.0.0.1", port=free_port(), ready_timeout=60.0
+        )
 
     def start(self) -> None:
         """Listen."""

@@ -87,8 +87,11 @@ def the_ledger_has_one_outcome_for_every_request(found: Findings) -> list[str]:
 
 def one_event_per_batch_and_generation_is_delivered(found: Findings) -> list[str]:
     """Each ended generation has one event, delivered at least once and always under one id."""
-    _hurry(found.site)
-    until(lambda: not _pending(found.site), 45, 0.5)
+    for _ in range(3):
+        # An attempt may meet a receiver that has no turn in time, and the next would be far off.
+        _hurry(found.site)
+        if until(lambda: not _pending(found.site), 15, 0.5):
+            break
     broken = [f"not delivered: {row}" for row in _pending(found.site)]
     rows = _rows(
         found.site, "SELECT batch_id, generation, channel, event_id FROM outbox ORDER BY id"
@@ -311,6 +314,8 @@ def nothing_is_left_behind(
     Nor do the logs tell secrets.
     """
     broken = [f"{name} ended with {status}" for name, status in statuses.items() if status]
+    # Those that end when their parent has are a moment later.
+    until(lambda: not site.left_over(), 10, 0.5)
     broken += [f"process {told}" for told in site.left_over()]
     broken += [f"temporary file {path}" for path in half_written(site)]
     left = shared_memory() - shared_before - _in_use()

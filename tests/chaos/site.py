@@ -27,7 +27,8 @@ from qlm_batch.failpoints import EXIT_STATUS, VARIABLE
 from qlm_batch.store import migrate
 from tests.chaos.answers import MODEL
 from tests.chaos.schedule import SCHEDULERS, WORKERS
-from tests.cluster_support import TcpPostgres, TcpValkey, free_port
+from tests.cluster_support import TcpPostgres, TcpValkey
+from tests.ports import free_port
 
 CHECKOUT = Path(__file__).parents[2]
 SECRET_KEY = "a long random text for tests"

@@ -53,7 +53,7 @@ def serving(server: Server) -> Iterator[Server]:
     )
     thread = threading.Thread(target=uvicorn_server.run, daemon=True)
     thread.start()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not uvicorn_server.started:
         assert time.monotonic() < deadline, "the HTTP server did not start"
         time.sleep(0.01)

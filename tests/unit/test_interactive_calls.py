@@ -104,7 +104,7 @@ class Rig:
         """Everything that comes back."""
         events: list[str] = []
         parts: list[Part] = []
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(10):
             async for part in self.calls.parts(call):
                 events += part.events
                 parts.append(part)

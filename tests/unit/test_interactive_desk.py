@@ -187,7 +187,7 @@ async def test_events_are_told_in_order_and_the_end_is_stored() -> None:
 
 
 async def test_a_request_that_ends_soon_is_recorded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(interactive, "LOOK_S", 1.0)
+    monkeypatch.setattr(interactive, "LOOK_S", 600.0)
     events = Events()
     async with working(StreamEngine(events)) as bench:
         recorded: list[InteractiveState] = []
@@ -203,6 +203,10 @@ async def test_a_request_that_ends_soon_is_recorded_once(monkeypatch: pytest.Mon
         events.queue.put_nowait(None)
         await until(lambda: bench.state() is InteractiveState.DONE)
         assert recorded == [InteractiveState.DONE]
+        # Nobody looks for long: the loops are told of the end.
+        bench.over.set()
+        bench.desk._unwritten.set()
+        bench.desk._unmarked.set()
 
 
 async def test_what_comes_during_a_round_trip_goes_with_the_next() -> None:
@@ -307,6 +311,7 @@ async def test_a_reader_that_left_ends_the_request_at_once() -> None:
 async def test_a_reader_is_given_up_only_after_a_long_silence(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(interactive, "READER_S", 600.0)
     events = Events()
     async with working(StreamEngine(events)) as bench:
         bench.writer.presence = Presence(False)

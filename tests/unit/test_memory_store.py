@@ -25,10 +25,11 @@ def filled(lines: int, slice_requests: int = 64) -> MemoryStore:
 
 def test_a_snapshot_costs_the_same_for_many_requests_as_for_few() -> None:
     store = filled(100_000)
-    began = time.perf_counter()
+    # Its own time: others on this machine may take as much as they like.
+    began = time.thread_time()
     for _ in range(100):
         snapshot = store.snapshot()
-    assert time.perf_counter() - began < 1.0
+    assert time.thread_time() - began < 1.0
     (run,) = snapshot.runs
     assert (run.requests, run.prompt_tokens, run.max_tokens) == (100_000, 1_000_000, 2_000_000)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
-import time
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
+from qlm_cli import output
 from qlm_cli.output import Json, coming, eta_text, progress_text, table_of
 
 
@@ -49,8 +50,9 @@ def _batch(status: str, **qlm: object) -> Json:
     }
 
 
-def test_a_tiny_batch_is_done_within_a_second() -> None:
-    now = time.time()
+def test_a_tiny_batch_is_done_within_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1e9
+    monkeypatch.setattr(output, "time", SimpleNamespace(time=lambda: now))
     told = progress_text(_batch("in_progress", eta={"p50": now, "p95": now}))
     assert told == "batch_1  in_progress  2/3, 1 failed  done within a second"
 

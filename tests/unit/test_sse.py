@@ -31,7 +31,7 @@ class Client:
         self.sent.append(message)
 
     async def get(self, response: EventResponse) -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(10):
             await response({"type": "http"}, self.receive, self.send)
 
 
