@@ -53,6 +53,7 @@ def worker(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A worker that is ready, killed afterwards; `command` are Python's arguments."""
     values = {
+        "instance": "gpu-0",
         "engine": "simulated",
         "models": f'["{MODEL}"]',
         "secret_key": "for tests",
@@ -69,7 +70,7 @@ def worker(
         | {f"QLM_{key.upper()}": str(value) for key, value in values.items()},
     )
     try:
-        until(lambda: state(bench) is InstanceState.READY, START_S)
+        until(lambda: state(bench, str(values["instance"])) is InstanceState.READY, START_S)
         yield process
     finally:
         process.kill()
@@ -97,8 +98,8 @@ def submit(bench: Bench, lines: int, slice_requests: int = 4) -> Batch:
     return batch
 
 
-def state(bench: Bench) -> InstanceState | None:
-    return next((view.state for view in bench.store.instances() if view.name == "gpu-0"), None)
+def state(bench: Bench, name: str = "gpu-0") -> InstanceState | None:
+    return next((view.state for view in bench.store.instances() if view.name == name), None)
 
 
 def boot(bench: Bench) -> str:
