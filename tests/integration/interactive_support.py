@@ -30,7 +30,7 @@ from qlm_batch.settings import Settings
 from qlm_batch.store.postgres import PostgresStore
 from tests.api_support import wait_until
 from tests.contract.harness import MODEL, SECRET_KEY, TENANT, Bench, PostgresHarness
-from tests.integration.test_worker import worker
+from tests.integration.test_worker import START_S, worker
 
 _numbers = itertools.count()
 Json = dict[str, Any]
@@ -129,7 +129,7 @@ def api_line(
     thread.start()
     watcher = redis.Redis.from_url(client_url(redis_url))
     try:
-        wait_until(lambda: server.started)
+        wait_until(lambda: server.started, START_S)
         port = server.servers[0].sockets[0].getsockname()[1]
         yield Line(f"http://127.0.0.1:{port}", secret, bench, watcher)
     finally:
