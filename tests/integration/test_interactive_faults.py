@@ -325,7 +325,7 @@ def test_without_a_broker_the_answer_says_so_at_once(
     postgres_url: str, redis_url: str, data_dir: Path, tmp_path: Path
 ) -> None:
     away = f"redis+socket://{tmp_path}/none.sock?virtual_host=0"
-    with api_line(postgres_url, away, data_dir) as line:
+    with api_line(postgres_url, away, data_dir, broker_s=1.0) as line:
         line.bench.beat()
         error = error_of(line.post("/v1/chat/completions", chat()), 503)
         assert "try again" in str(error["message"])
