@@ -59,7 +59,7 @@ def batch(**changes: Any) -> Batch:
     return dataclasses.replace(made, **changes)
 
 
-def wait_for(condition: Callable[[], bool], within_s: float = 10.0) -> None:
+def wait_for(condition: Callable[[], bool], within_s: float = 30.0) -> None:
     """Return once the condition holds; fail after the deadline."""
     deadline = time.monotonic() + within_s
     while not condition():

@@ -201,7 +201,7 @@ def test_a_client_that_takes_nothing_does_not_hold_its_connection(
         )
         # Answered and taken from once: from here on the client takes nothing.
         assert connection.recv(1)
-        wait_until(lambda: not server.server_state.connections, 30)
+        wait_until(lambda: not server.server_state.connections)
     server.should_exit = True
     serving.join(30)
     assert not serving.is_alive()

@@ -120,7 +120,7 @@ def test_a_receiver_that_never_finishes_is_cut_off(answer: Any) -> None:
         config = WebhookConfig(timeout_s=2.0, allow=LOCAL)
         outcome = send_webhook(item(target=receiver.url), [SECRET], config)
         assert time.monotonic() - started < LONG_S / 2
-        assert receiver.finished.wait(10), "the connection was left open"
+        assert receiver.finished.wait(30), "the connection was left open"
     assert not outcome.ok
     assert "within 2 s" in outcome.detail
 
@@ -140,7 +140,7 @@ def test_an_endless_answer_is_cut_off_and_is_no_success() -> None:
 
     with Receiver([flood]) as receiver:
         outcome = send_webhook(item(target=receiver.url), [SECRET], CONFIG)
-        assert receiver.finished.wait(10), "the connection was left open"
+        assert receiver.finished.wait(30), "the connection was left open"
     assert not outcome.ok
     assert "longer than" in outcome.detail
     assert sent < 64 * 1024**2

@@ -119,7 +119,7 @@ def test_a_client_that_leaves_ends_its_request_and_leaves_nothing_behind(line: L
     with line.client() as client:
         with client.stream("POST", "/v1/chat/completions", json=chat(**ENDLESS)) as answer:
             next(data_of(answer.iter_lines()))
-        wait_until(lambda: states(line) == [InteractiveState.ABORTED], 30)
+        wait_until(lambda: states(line) == [InteractiveState.ABORTED])
     wait_until(lambda: running(line) == 0)
     wait_until(lambda: not line.keys())
 
@@ -127,8 +127,8 @@ def test_a_client_that_leaves_ends_its_request_and_leaves_nothing_behind(line: L
 def test_a_client_that_leaves_before_the_answer_ends_its_request(line: Line) -> None:
     with connection(line) as asking:
         asking.sendall(b"".join(raw(line, chat(**ENDLESS | {"stream": False}))))
-        wait_until(lambda: states(line) == [InteractiveState.RUNNING], 30)
-    wait_until(lambda: states(line) == [InteractiveState.ABORTED], 30)
+        wait_until(lambda: states(line) == [InteractiveState.RUNNING])
+    wait_until(lambda: states(line) == [InteractiveState.ABORTED])
     wait_until(lambda: not line.keys())
 
 
@@ -141,7 +141,7 @@ def test_a_thousand_connections_opened_and_dropped_leave_nothing_behind(line: Li
     answer = line.post("/v1/chat/completions", chat())
     assert answer.status_code in (200, 429), answer.text
     wait_until(lambda: running(line) == 0 and not line.keys(), 60)
-    wait_until(lambda: not OPEN_INTERACTIVE & set(states(line)), 30)
+    wait_until(lambda: not OPEN_INTERACTIVE & set(states(line)))
     assert line.post("/v1/chat/completions", chat()).status_code == 200
 
 
@@ -158,11 +158,11 @@ def test_two_hundred_clients_that_come_and_go_leave_nothing_behind(line: Line) -
         visitor.start()
     for visitor in visitors:
         visitor.join(60)
-    wait_until(lambda: running(line) == 0, 30)
-    wait_until(lambda: not line.keys(), 30)
+    wait_until(lambda: running(line) == 0)
+    wait_until(lambda: not line.keys())
     assert len(states(line)) == 200
     # A short answer may be there before its client has left.
-    wait_until(lambda: set(states(line)) <= {InteractiveState.ABORTED, InteractiveState.DONE}, 30)
+    wait_until(lambda: set(states(line)) <= {InteractiveState.ABORTED, InteractiveState.DONE})
     assert line.post("/v1/chat/completions", chat()).status_code == 200
 
 
@@ -240,7 +240,7 @@ def test_a_request_whose_worker_dies_before_the_first_token_is_answered_by_anoth
         start(line, "gpu-0") as first,
         start(line, "gpu-1") as second,
     ):
-        wait_until(lambda: ready(line) == {"gpu-0", "gpu-1"}, 30)
+        wait_until(lambda: ready(line) == {"gpu-0", "gpu-1"})
         workers = {"gpu-0": first, "gpu-1": second}
         for each in workers.values():
             hold(each)
@@ -292,7 +292,7 @@ def test_calls_before_their_first_token_are_answered_at_once_when_their_worker_i
         start(line, "gpu-0", 1e5) as slow,
         start(line, "gpu-1", 1.0),
     ):
-        wait_until(lambda: ready(line) == {"gpu-0", "gpu-1"}, 30)
+        wait_until(lambda: ready(line) == {"gpu-0", "gpu-1"})
         callers = [threading.Thread(target=call, args=(line,)) for _ in range(6)]
         for caller in callers:
             caller.start()
