@@ -259,7 +259,7 @@ def error_of(answer: Any, status: int) -> Mapping[str, Any]:
     return error
 
 
-def wait_until(reached: Callable[[], bool], seconds: float = 10) -> None:
+def wait_until(reached: Callable[[], bool], seconds: float = 30) -> None:
     """Return once `reached`; fail after `seconds`."""
     until = time.monotonic() + seconds
     while not reached():

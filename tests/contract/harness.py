@@ -144,11 +144,16 @@ _MOMENTS = {
 
 
 class PostgresHarness:
-    """The PostgreSQL store; time passes by setting stored moments back."""
+    """The PostgreSQL store; time passes by setting stored moments back.
 
-    def __init__(self, url: str) -> None:
+    An instance counts as lost once it has been silent for `silent_s`.
+    """
+
+    def __init__(self, url: str, silent_s: float = 15.0) -> None:
         self.url = url
-        self.store: Store = PostgresStore(url, secret_key=SECRET_KEY, pool_size=4)
+        self.store: Store = PostgresStore(
+            url, secret_key=SECRET_KEY, pool_size=4, instance_silent_s=silent_s
+        )
         self._connection = psycopg.connect(url, autocommit=True)
 
     def advance(self, seconds: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import dataclasses
@@ -9,7 +10,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from email import message_from_bytes
 from email.message import EmailMessage
@@ -58,7 +59,7 @@ def batch(**changes: Any) -> Batch:
     return dataclasses.replace(made, **changes)
 
 
-def wait_for(condition: Callable[[], bool], within_s: float = 10.0) -> None:
+def wait_for(condition: Callable[[], bool], within_s: float = 30.0) -> None:
     """Return once the condition holds; fail after the deadline."""
     deadline = time.monotonic() + within_s
     while not condition():
@@ -168,20 +169,29 @@ class Sink:
         return "250 OK"
 
 
+class MailController(Controller):
+    """Serves on a socket that listens already, so that nobody else gets its port."""
+
+    def __init__(self, sink: Sink, listening: socket.socket) -> None:
+        super().__init__(sink, *listening.getsockname(), ready_timeout=60.0)
+        self._listening = listening
+
+    def _create_server(self) -> Awaitable[asyncio.AbstractServer]:
+        return self.loop.create_server(self._factory_invoker, sock=self._listening)
+
+
 @contextlib.contextmanager
 def mail_server(refuse: str | None = None) -> Iterator[Sink]:
     """A mail server on a free local port."""
     sink = Sink(refuse=refuse)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    controller = Controller(sink, hostname="127.0.0.1", port=port)
-    controller.start()
-    sink.port = port
-    try:
-        yield sink
-    finally:
-        controller.stop()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        controller = MailController(sink, listening)
+        controller.start()
+        sink.port = controller.port
+        try:
+            yield sink
+        finally:
+            controller.stop()
 
 
 class MemoryOutbox:

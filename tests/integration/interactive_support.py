@@ -19,8 +19,10 @@ import redis
 from qlm_batch.api.app import create_app
 from qlm_batch.api.server import api_server
 from qlm_batch.api.services import ApiServices
-from qlm_batch.bootstrap import open_calls
+from qlm_batch.control.interactive import THREADS, Calls
 from qlm_batch.dispatch.celery_app import client_url
+from qlm_batch.dispatch.dispatcher import CeleryDispatcher
+from qlm_batch.dispatch.streams import TokenReader
 from qlm_batch.domain.interactive import InteractiveRequest
 from qlm_batch.domain.jobs import ApiKey
 from qlm_batch.embedded.postgres import EmbeddedPostgres
@@ -30,7 +32,7 @@ from qlm_batch.settings import Settings
 from qlm_batch.store.postgres import PostgresStore
 from tests.api_support import wait_until
 from tests.contract.harness import MODEL, SECRET_KEY, TENANT, Bench, PostgresHarness
-from tests.integration.test_worker import worker
+from tests.integration.test_worker import START_S, worker
 
 _numbers = itertools.count()
 Json = dict[str, Any]
@@ -106,9 +108,13 @@ def api_line(
     data_dir: Path,
     *,
     silent_s: float = 15.0,
+    broker_s: float = 30.0,
     **changes: Any,
 ) -> Iterator[Line]:
-    """The API without a worker; an instance silent for `silent_s` counts as lost."""
+    """The API without a worker; an instance silent for `silent_s` counts as lost.
+
+    A broker that is there may take `broker_s`, for it shares a busy machine.
+    """
     settings = Settings(
         database_url=postgres_url,
         redis_url=redis_url,
@@ -122,14 +128,15 @@ def api_line(
     store = PostgresStore(postgres_url, secret_key=SECRET_KEY, instance_silent_s=silent_s)
     secret = new_secret()
     store.add_key(ApiKey(new_id(KEY), TENANT, "", "user", secret[:12], store.now()), secret)
-    calls = open_calls(settings, store)
+    courier = CeleryDispatcher(redis_url, timeout_s=broker_s, connections=THREADS)
+    calls = Calls(store, courier, TokenReader(redis_url), most_open=settings.interactive_open)
     app = create_app(ApiServices(store, LocalBlobs(data_dir / "blobs"), settings, calls=calls))
     server = api_server(app, settings)
     thread = threading.Thread(target=server.run)
     thread.start()
     watcher = redis.Redis.from_url(client_url(redis_url))
     try:
-        wait_until(lambda: server.started)
+        wait_until(lambda: server.started, START_S)
         port = server.servers[0].sockets[0].getsockname()[1]
         yield Line(f"http://127.0.0.1:{port}", secret, bench, watcher)
     finally:

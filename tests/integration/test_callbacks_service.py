@@ -41,7 +41,7 @@ def service_on(
 ) -> Iterator[CallbackService]:
     config = CallbackConfig(
         holder="test",
-        webhook=WebhookConfig(timeout_s=5.0, allow=LOCAL),
+        webhook=WebhookConfig(timeout_s=30.0, allow=LOCAL),
         email=EmailConfig(f"smtp://127.0.0.1:{smtp_port}", "qlm@localhost", "http://localhost"),
         **more,
     )
@@ -115,7 +115,7 @@ def test_slow_receivers_hold_their_own_threads_only() -> None:
 
     def send(event: OutboxItem) -> Outcome:
         if event.target == "slow":
-            release.wait(20)
+            release.wait(60)
         return Outcome(True, "fine")
 
     outbox = MemoryOutbox([item(id=n, target="slow") for n in range(3)])
@@ -132,7 +132,7 @@ def test_no_more_is_claimed_than_can_be_sent_at_once() -> None:
     release = threading.Event()
 
     def send(_: OutboxItem) -> Outcome:
-        release.wait(20)
+        release.wait(60)
         return Outcome(True, "fine")
 
     outbox = MemoryOutbox([item(id=n) for n in range(5)])

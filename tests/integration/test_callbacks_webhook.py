@@ -26,7 +26,9 @@ from tests.integration.callback_support import (
     item,
 )
 
-CONFIG = WebhookConfig(timeout_s=5.0, allow=LOCAL)
+CONFIG = WebhookConfig(timeout_s=30.0, allow=LOCAL)
+LONG_S = 60
+"""How long receivers that never finish go on."""
 
 
 def test_the_official_client_unwraps_our_webhook() -> None:
@@ -90,13 +92,13 @@ def test_retry_after_and_gone_are_passed_on() -> None:
 
 
 def hang(handler: BaseHTTPRequestHandler) -> None:
-    handler.connection.settimeout(30)
+    handler.connection.settimeout(LONG_S)
     handler.connection.recv(1)
 
 
 def drip_headers(handler: BaseHTTPRequestHandler) -> None:
     handler.wfile.write(b"HTTP/1.1 200 OK\r\n")
-    for number in range(600):
+    for number in range(20 * LONG_S):
         handler.wfile.write(b"x-%d: y\r\n" % number)
         handler.wfile.flush()
         time.sleep(0.05)
@@ -105,7 +107,7 @@ def drip_headers(handler: BaseHTTPRequestHandler) -> None:
 def drip_body(handler: BaseHTTPRequestHandler) -> None:
     handler.send_response(200)
     handler.end_headers()
-    for _ in range(600):
+    for _ in range(20 * LONG_S):
         handler.wfile.write(b"x")
         handler.wfile.flush()
         time.sleep(0.05)
@@ -115,12 +117,12 @@ def drip_body(handler: BaseHTTPRequestHandler) -> None:
 def test_a_receiver_that_never_finishes_is_cut_off(answer: Any) -> None:
     started = time.monotonic()
     with Receiver([answer]) as receiver:
-        config = WebhookConfig(timeout_s=0.3, allow=LOCAL)
+        config = WebhookConfig(timeout_s=2.0, allow=LOCAL)
         outcome = send_webhook(item(target=receiver.url), [SECRET], config)
-        assert time.monotonic() - started < 5.0
-        assert receiver.finished.wait(10), "the connection was left open"
+        assert time.monotonic() - started < LONG_S / 2
+        assert receiver.finished.wait(30), "the connection was left open"
     assert not outcome.ok
-    assert "within 0.3 s" in outcome.detail
+    assert "within 2 s" in outcome.detail
 
 
 def test_an_endless_answer_is_cut_off_and_is_no_success() -> None:
@@ -138,7 +140,7 @@ def test_an_endless_answer_is_cut_off_and_is_no_success() -> None:
 
     with Receiver([flood]) as receiver:
         outcome = send_webhook(item(target=receiver.url), [SECRET], CONFIG)
-        assert receiver.finished.wait(10), "the connection was left open"
+        assert receiver.finished.wait(30), "the connection was left open"
     assert not outcome.ok
     assert "longer than" in outcome.detail
     assert sent < 64 * 1024**2

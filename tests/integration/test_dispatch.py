@@ -19,6 +19,8 @@ from qlm_batch.domain.jobs import CHAT
 from qlm_batch.domain.messages import Assigned, Interactive, Stopped
 
 HINT = Assigned("gpu-7", "boot")
+PATIENT_S = 30.0
+"""For a broker that is there, and may be slow on a busy machine."""
 
 
 def client(redis_url: str) -> redis.Redis:
@@ -28,7 +30,7 @@ def client(redis_url: str) -> redis.Redis:
 def test_a_batch_hint_waits_in_its_instances_queue_behind_everything_interactive(
     redis_url: str,
 ) -> None:
-    dispatcher = CeleryDispatcher(redis_url)
+    dispatcher = CeleryDispatcher(redis_url, timeout_s=PATIENT_S)
     dispatcher.assigned(HINT)
     dispatcher.close()
     server = client(redis_url)
@@ -44,7 +46,7 @@ def test_a_batch_hint_waits_in_its_instances_queue_behind_everything_interactive
 
 
 def test_what_an_instance_never_takes_is_not_kept_for_ever(redis_url: str) -> None:
-    dispatcher = CeleryDispatcher(redis_url)
+    dispatcher = CeleryDispatcher(redis_url, timeout_s=PATIENT_S)
     dispatcher.assigned(Assigned("gone", "boot"))
     dispatcher.interactive(
         Interactive("req_1", 1, "gone", "boot", "acme", CHAT, "m", "{}", True, 100.0, "api_1")

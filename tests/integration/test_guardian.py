@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -28,7 +29,7 @@ time.sleep(300)
 """
 
 
-def wait_until(condition: Callable[[], bool], what: str, within_s: float = 20) -> None:
+def wait_until(condition: Callable[[], bool], what: str, within_s: float = 60) -> None:
     deadline = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < deadline, f"not in {within_s} s: {what}"
@@ -39,11 +40,19 @@ def alive(pid: int) -> bool:
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
+def watches(guardian: int) -> bool:
+    """Whether it holds the descriptor that tells of a death, as it does between two looks."""
+    for link in Path(f"/proc/{guardian}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            if "pidfd" in str(link.readlink()):
+                return True
+    return False
+
+
 def looks_again(guardian: int) -> None:
     """Return once the guardian has looked, from the beginning to the end, after now."""
     process = psutil.Process(guardian)
-    wait_until(lambda: process.cpu_times().user > 0.02, "guardian up")
-    wait_until(lambda: process.status() == psutil.STATUS_SLEEPING, "guardian idle")
+    wait_until(lambda: watches(guardian), "guardian up")
     # It waits after each look; the look before its next wait may be under way already.
     waits = process.num_ctx_switches().voluntary
     wait_until(lambda: process.num_ctx_switches().voluntary >= waits + 2, "guardian looks again")

@@ -36,7 +36,7 @@ class Race:
         """Start a call, and return once it waits for a lock."""
         future = self._pool.submit(call)
         self._waiting += 1
-        until = time.monotonic() + 10
+        until = time.monotonic() + 30
         while self._blocked() < self._waiting:
             if future.done() or time.monotonic() > until:
                 pytest.fail("the call did not wait for a lock")
@@ -106,7 +106,7 @@ def test_nothing_is_left_with_a_boot_that_dies_while_it_is_given_work(
         first, second = (die, give) if death_first else (give, die)
         calls = [line.join(first), line.join(second)]
         line.go()
-        one, two = (call.result(timeout=10) for call in calls)
+        one, two = (call.result(timeout=30) for call in calls)
     assert (two if death_first else one) is not death_first
     assert [s.state for s in bench.harness.slices()] == [SliceState.QUEUED]
 
@@ -123,7 +123,7 @@ def test_a_dead_boot_does_not_take_along_what_another_leased_meanwhile(
         # Given back, handed out again and claimed, all while the look is over and the lock is not.
         line.change("UPDATE slice SET instance = 'gpu-1', epoch = epoch + 1")
         line.go()
-        call.result(timeout=10)
+        call.result(timeout=30)
     (left,) = bench.harness.slices()
     assert (left.state, left.attempts) == (SliceState.LEASED, 0)
 
@@ -148,7 +148,7 @@ def test_a_late_success_and_a_cancellation_agree_on_the_counts(
         first, second = (flush, cancel) if flush_first else (cancel, flush)
         calls = [line.join(first), line.join(second)]
         line.go()
-        one, two = (call.result(timeout=10) for call in calls)
+        one, two = (call.result(timeout=30) for call in calls)
     assert (one if flush_first else two) == int(flush_first)
     counts = bench.get(batch.id).counts
     assert counts == RequestCounts(2, int(flush_first), 2 - int(flush_first))
@@ -167,7 +167,7 @@ def test_a_leader_that_was_replaced_while_it_waited_writes_nothing(
         line.change("UPDATE leader SET holder = 'standby', epoch = epoch + 1")
         line.go()
         with pytest.raises(NotLeader):
-            write.result(timeout=10)
+            write.result(timeout=30)
     assert [s.state for s in bench.harness.slices()] == [SliceState.ASSIGNED]
 
 
@@ -183,8 +183,8 @@ def test_nobody_takes_over_in_the_middle_of_a_leaders_write(
         write = line.join(lambda: bench.store.unassign(bench.epoch, "gpu-0"))
         takeover = line.join(lambda: bench.store.lead("standby", TERM))
         line.go()
-        assert write.result(timeout=10) == 1
-        assert takeover.result(timeout=10) == bench.epoch + 1
+        assert write.result(timeout=30) == 1
+        assert takeover.result(timeout=30) == bench.epoch + 1
     with pytest.raises(NotLeader):
         bench.store.unassign(bench.epoch, "gpu-0")
 
@@ -211,7 +211,7 @@ def test_a_lease_is_either_renewed_or_lost_when_flush_meets_reaper(
         first, second = (flush, reap) if flush_first else (reap, flush)
         calls = [line.join(first), line.join(second)]
         line.go()
-        one, two = (call.result(timeout=10) for call in calls)
+        one, two = (call.result(timeout=30) for call in calls)
     flushed, reaped = (one, two) if flush_first else (two, one)
     assert flushed == (1, Directive.KEEP if flush_first else Directive.LOST)
     assert reaped == int(not flush_first)
@@ -230,7 +230,7 @@ def test_two_flushes_that_close_the_last_two_slices_settle_the_batch_once(
         calls = [line.join(lambda part=part: bench.finish(part)) for part in parts]  # type: ignore[misc]
         line.go()
         for call in calls:
-            call.result(timeout=10)
+            call.result(timeout=30)
     now = bench.get(batch.id)
     assert (now.state, now.counts) == (BatchState.FINALIZING, RequestCounts(4, 4, 0))
     bench.export(batch.id)

@@ -38,7 +38,7 @@ TENANT, BATCH, GPU, BOOT = "acme", "batch_1", "gpu-0", "boot-1"
 
 @pytest.fixture
 def store(postgres_url: str) -> Iterator[PostgresStore]:
-    made = PostgresStore(postgres_url, secret_key=Fernet.generate_key(), instance_silent_s=5.0)
+    made = PostgresStore(postgres_url, secret_key=Fernet.generate_key(), instance_silent_s=600.0)
     yield made
     made.close()
 
@@ -114,7 +114,7 @@ def _held(work: ClaimedSlice, *, complete: bool = False) -> Held:
     return Held(work.slice_id, work.epoch, complete)
 
 
-def _until(met: Callable[[], bool], within_s: float = 10.0) -> None:
+def _until(met: Callable[[], bool], within_s: float = 30.0) -> None:
     deadline = time.monotonic() + within_s
     while not met():
         assert time.monotonic() < deadline, "the condition was not met in time"
@@ -145,8 +145,8 @@ def test_a_flush_that_waits_for_a_cancel_stores_nothing(
         )
         flush.start()
         _until(lambda: _waiting(postgres_url) == 2)
-    cancel.join(10)
-    flush.join(10)
+    cancel.join(30)
+    flush.join(30)
     assert (outcomes[0].written, outcomes[0].rejected) == (0, 2)
     assert outcomes[0].directives == {work.slice_id: Directive.CLOSED}
     batch = store.batch(TENANT, BATCH)
@@ -269,12 +269,12 @@ def test_a_batch_that_takes_long_to_count_or_to_cut_anew_is_ended_and_retried(
         connection.execute(
             """
             CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS
-                'BEGIN PERFORM pg_sleep(1.5); RETURN NEW; END';
+                'BEGIN PERFORM pg_sleep(3.5); RETURN NEW; END';
             CREATE TRIGGER slow BEFORE INSERT ON attainment EXECUTE FUNCTION slow();
             CREATE TRIGGER slow BEFORE INSERT ON slice EXECUTE FUNCTION slow();
             """
         )
-    hasty = PostgresStore(postgres_url, secret_key=Fernet.generate_key(), statement_timeout_s=1.0)
+    hasty = PostgresStore(postgres_url, secret_key=Fernet.generate_key(), statement_timeout_s=3.0)
     try:
         assert hasty.claim_export("writer", 30.0) is not None
         assert hasty.finish_export(BATCH, "writer", None, None) is not None

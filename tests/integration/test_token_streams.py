@@ -24,6 +24,7 @@ from qlm_batch.dispatch.streams import (
 )
 
 TO = ("req_1", 1)
+WITHIN_S = 30.0
 
 
 @asynccontextmanager
@@ -44,7 +45,7 @@ async def keys(url: str) -> set[bytes]:
 async def gathered(reader: TokenReader, number: int, of: Address = TO) -> list[News]:
     """As many news of a request, in the order in which they came."""
     news: list[News] = []
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(WITHIN_S):
         while len(news) < number:
             come = await reader.read(of, 1.0)
             if come is None:
@@ -67,7 +68,7 @@ async def test_a_reader_waits_for_news_and_no_longer_than_told(redis_url: str) -
     async with both_ends(redis_url) as (writer, reader):
         reader.attend(TO)
         assert await reader.read(TO, 0.01) == []
-        reading = asyncio.create_task(reader.read(TO, 5.0))
+        reading = asyncio.create_task(reader.read(TO, WITHIN_S))
         await asyncio.sleep(0)
         news = News(0, (), End(400, '{"error":{}}'))
         await writer.push([Parcel(reader.inbox, TO, news)], [])
@@ -142,7 +143,7 @@ async def test_a_writer_learns_who_reads_and_who_left(redis_url: str) -> None:
             return [presence.of(TO), presence.of(other)]
 
         async def shown(wanted: list[Reader]) -> None:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(WITHIN_S):
                 while await signs() != wanted:  # noqa: ASYNC110 - the other end changes it
                     await asyncio.sleep(0.01)
 
@@ -207,7 +208,7 @@ async def count(url: str) -> int:
 
 
 async def until_async(found: Callable[[], Awaitable[object]], wanted: object) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(WITHIN_S):
         while await found() != wanted:  # noqa: ASYNC110 - it changes outside
             await asyncio.sleep(0.01)
 
@@ -276,7 +277,7 @@ async def test_waiting_readers_share_one_connection(redis_url: str) -> None:
         addresses = [(f"req_{n}", 1) for n in range(100)]
         for to in addresses:
             reader.attend(to)
-        reading = [asyncio.create_task(reader.read(to, 10.0)) for to in addresses]
+        reading = [asyncio.create_task(reader.read(to, WITHIN_S)) for to in addresses]
         await writer.push(
             [Parcel(reader.inbox, to, News(0, (to[0],), End(200))) for to in addresses], []
         )

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from qlm_batch.domain.engine import EngineRequest
+from qlm_batch.domain.engine import EngineAnswer, EngineRequest
 from qlm_batch.domain.errors import ConfigurationError, EngineDead
 from qlm_batch.domain.jobs import CHAT, EngineKind
 from qlm_batch.settings import Settings
@@ -56,6 +56,7 @@ if __name__ == "__main__":
 
 STOPPED_WORKER = f"""
 import asyncio, json, signal
+from itertools import count
 from qlm_batch.domain.engine import EngineRequest
 from qlm_batch.domain.jobs import CHAT, EngineKind
 from qlm_batch.settings import Settings
@@ -65,9 +66,15 @@ async def main():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     engine = make_engine(Settings(kv_cache_bytes={KV_BYTES}), {MODEL!r}, EngineKind.GENERATE)
     await engine.start()
-    body = dict(model={MODEL!r}, messages=[dict(role="user", content="Hi.")], ignore_eos=True)
-    request = EngineRequest("r1", CHAT, json.dumps(body | dict(max_tokens=1500)), 5, "")
-    task = asyncio.create_task(engine.answer(request))
+    messages = [dict(role="user", content="Hi.")]
+    body = json.dumps(dict(model={MODEL!r}, messages=messages, max_tokens=1500, ignore_eos=True))
+
+    async def ask():
+        # Without end: nobody knows how soon the other side says its word.
+        for number in count():
+            await engine.answer(EngineRequest(f"r{{number}}", CHAT, body, 5, ""))
+
+    task = asyncio.create_task(ask())
     while engine.stats().generated_tokens < 5:
         await asyncio.sleep(0.01)
     print("ready", flush=True)
@@ -95,14 +102,14 @@ def alive(process: psutil.Process) -> bool:
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
-def chat() -> EngineRequest:
+def chat(name: str = "r1") -> EngineRequest:
     body = {
         "model": MODEL,
         "messages": [{"role": "user", "content": "What is 3 plus 4?"}],
         "max_tokens": 1500,
         "ignore_eos": True,
     }
-    return EngineRequest("r1", CHAT, json.dumps(body), 5, "tenant-a")
+    return EngineRequest(name, CHAT, json.dumps(body), 5, "tenant-a")
 
 
 @needs_vllm
@@ -160,9 +167,11 @@ def test_ctrl_c_leaves_the_engine_to_its_worker_which_stops_it_without_a_trace(
 @needs_vllm
 async def test_a_dead_engine_core_fails_what_is_inside_and_stops_clean() -> None:
     before = set(psutil.Process().children(recursive=True))
-    engine = make_engine(Settings(kv_cache_bytes=KV_BYTES), MODEL, EngineKind.GENERATE)
+    engine = make_engine(Settings(kv_cache_bytes=KV_BYTES, slots=1), MODEL, EngineKind.GENERATE)
     await engine.start()
-    pending = asyncio.create_task(engine.answer(chat()))
+    # Most of them wait inside for those before: they cannot be answered before the engine dies.
+    asked = [chat(f"r{number}") for number in range(64)]
+    pending = [asyncio.create_task(engine.answer(request)) for request in asked]
     await until(lambda: engine.stats().generated_tokens >= 3, "tokens come")
     family = [
         process for process in psutil.Process().children(recursive=True) if process not in before
@@ -170,8 +179,9 @@ async def test_a_dead_engine_core_fails_what_is_inside_and_stops_clean() -> None
     for process in family:
         if "EngineCore" in process.name() or "EngineCore" in " ".join(process.cmdline()):
             os.kill(process.pid, signal.SIGKILL)
-    with pytest.raises(EngineDead):
-        await asyncio.wait_for(pending, 30)
+    told = await asyncio.wait_for(asyncio.gather(*pending, return_exceptions=True), 30)
+    assert {type(one) for one in told} <= {EngineDead, EngineAnswer}
+    assert isinstance(told[-1], EngineDead)
     with pytest.raises(EngineDead):
         engine.stats()
     await engine.stop()
