@@ -331,20 +331,15 @@ async def test_the_step_counter_moves_with_the_work(rig: Rig) -> None:
 
 
 async def test_the_times_of_steps_are_those_of_the_answer(rig: Rig) -> None:
-    shares = []
-    while not any(share > 0.3 for share in shares):
-        # An answer that was kept waiting by others on this machine says nothing.
-        assert len(shares) < 20, shares
-        rig.engine.stats()
-        answer = await rig.engine.answer(rig.chat(max_tokens=200, ignore_eos=True))
-        rows = rig.engine.stats().steps
-        if rig.name == "openai":
-            assert rows == ()
-            return
-        taken = sum(row[3] for row in rows) * (TIME_SCALE if rig.name == "simulated" else 1.0)
-        assert answer.duration_s is not None
-        assert 0 < taken <= answer.duration_s
-        shares.append(taken / answer.duration_s)
+    rig.engine.stats()
+    answer = await rig.engine.answer(rig.chat(max_tokens=200, ignore_eos=True))
+    rows = rig.engine.stats().steps
+    if rig.name == "openai":
+        assert rows == ()
+        return
+    taken = sum(row[3] for row in rows) * (TIME_SCALE if rig.name == "simulated" else 1.0)
+    assert answer.duration_s is not None
+    assert 0.3 * answer.duration_s < taken <= answer.duration_s
 
 
 async def test_a_cancelled_answer_frees_its_slot(rig: Rig) -> None:

@@ -119,7 +119,7 @@ def test_a_receiver_that_never_finishes_is_cut_off(answer: Any) -> None:
     with Receiver([answer]) as receiver:
         config = WebhookConfig(timeout_s=2.0, allow=LOCAL)
         outcome = send_webhook(item(target=receiver.url), [SECRET], config)
-        assert time.monotonic() - started < LONG_S / 2
+        assert time.monotonic() - started < 5.0
         assert receiver.finished.wait(30), "the connection was left open"
     assert not outcome.ok
     assert "within 2 s" in outcome.detail

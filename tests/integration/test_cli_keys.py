@@ -61,7 +61,7 @@ def test_a_key_made_at_the_command_line_opens_the_api_until_it_is_revoked(
     with site.client(made["key"]) as client:
         assert client.get("/v1/batches").status_code == 200
         keys("revoke", made["id"])
-        wait_until(lambda: client.get("/v1/batches").status_code == 401)
+        wait_until(lambda: client.get("/v1/batches").status_code == 401, seconds=10)
 
 
 def test_keys_are_listed_by_tenant_without_their_secrets(keys: Keys) -> None:

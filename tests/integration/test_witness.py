@@ -136,4 +136,4 @@ def test_a_database_that_stays_away_is_given_up(mute: bool) -> None:
         url = f"postgresql://qlm@127.0.0.1:{server.getsockname()[1]}/qlm"
         with watched(url, patience_s=1.0) as (worker, witness):
             worker.kill()
-            until(lambda: not alive(witness.pid))
+            until(lambda: not alive(witness.pid), 4.0)

@@ -137,7 +137,7 @@ def test_a_hint_is_acted_on_long_before_the_next_poll(
         dispatcher.assigned(hint)
         bench.assign()
         dispatcher.assigned(hint)
-        until(lambda: bench.get(batch.id).state is BatchState.FINALIZING, 60.0)
+        until(lambda: bench.get(batch.id).state is BatchState.FINALIZING, 10.0)
 
 
 def test_a_cancelled_batch_leaves_the_engine(
