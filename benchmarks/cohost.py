@@ -353,7 +353,8 @@ async def _beside_a_batch(
         await asyncio.sleep(1.0)
         rates.append((busy, counter.rate(since, until)))
         say(f"{'beside interactive' if busy else 'batch only'}: {rates[-1][1]:.0f} tokens/s")
-        learned = learned or site.store.snapshot().profiles
+        if number == 0:
+            learned = site.store.snapshot().profiles
     evictions = await _metric(session, url, "qlm_instance_evictions_total") - evictions
     watching.cancel()
     with suppress(asyncio.CancelledError):
